@@ -1,0 +1,208 @@
+r"""EGRSD and CL-EGRSD: the objective, as pure functions on tensors.
+
+"Respecting Self-Uncertainty in On-Policy Self-Distillation for Efficient LLM Reasoning", arXiv 2605.13255.
+Equation numbers below are that paper's. One completion y_i of T_i tokens was sampled from the student p_S;
+the teacher p_T is the same weights shown the reference solution. Three signals multiply, token by token:
+
+    direction   D_i  = sign(A_i)                                        did the verifier like the completion?
+    magnitude   w_it = clip((p_T(y_it) / p_S(y_it)) ^ D_i, 1-eps, 1+eps)   does the teacher agree?      (2)
+    gate        omega_it = clip(1 - gamma * Hhat_it, floor, 1)             is the teacher sure?      (5), (6)
+
+    L = - (1 / sum m) * sum_it m_it * A_i * w_it * omega_it * log p_theta(y_it)                           (7)
+
+gamma = 0 switches the gate off, eps = 0 the magnitude, window = 0 is EGRSD and window > 0 is CL-EGRSD (8).
+There is no importance ratio, no PPO clip and no KL term: one optimizer step is taken per batch of rollouts.
+
+What the paper leaves open, as decided here: the maximum in (5) is of the raw entropies, also under (8);
+sigma is the population standard deviation; while all earlier rewards are equal the warm-up rule goes on.
+
+Letters: B completions, T tokens of the longest one. A mask [B, T] is True on completion tokens, the stop token
+included; what stands outside the mask is never read. Entropies are in nats.
+
+Copy this file: it needs only torch.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class RunningAdvantage:
+    """A_i = (r_i - mean) / std over all rewards of earlier steps; eq. (9), arXiv 2605.13255.
+
+    In the first `warmup_steps` steps, and for as long as all earlier rewards are equal (std = 0), A_i = r_i -
+    `warmup_baseline`. Warm-up rewards count in mean and std. A step is one call of `update`, which takes the rewards
+    of the whole step (every rank), after the optimizer step. Mean and std are kept by Welford's method in float64.
+
+    >>> running = RunningAdvantage(warmup_steps=1)
+    >>> running.advantage(torch.tensor([1.0, 0.0])).tolist()    # warm-up: r - 0.5
+    [0.5, -0.5]
+    >>> running.update(torch.tensor([1.0, 0.0]))                 # mean 0.5, population std 0.5
+    >>> running.advantage(torch.tensor([1.0, 0.0])).tolist()
+    [1.0, -1.0]
+    """
+
+    def __init__(self, warmup_steps: int = 10, warmup_baseline: float = 0.5):
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")
+        self.warmup_steps, self.warmup_baseline = warmup_steps, warmup_baseline
+        self.steps, self.count, self.mean, self.sum_squares = 0, 0, 0.0, 0.0
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation of the rewards seen so far; 0 before the first."""
+        return math.sqrt(self.sum_squares / self.count) if self.count else 0.0
+
+    def advantage(self, rewards: Tensor) -> Tensor:
+        """rewards [B] -> advantages [B], from earlier steps only: the rewards given here do not count yet."""
+        _require_vector("rewards", rewards)
+        if self.steps < self.warmup_steps or self.std == 0:
+            return rewards - self.warmup_baseline
+        return (rewards - self.mean) / self.std
+
+    def update(self, rewards: Tensor) -> None:
+        """Count one finished step with these rewards [B]; ValueError if one of them is not finite."""
+        _require_vector("rewards", rewards)
+        values = rewards.tolist()
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"rewards must be finite, got {values}")
+        for reward in values:
+            self.count += 1
+            difference = reward - self.mean
+            self.mean += difference / self.count
+            self.sum_squares += difference * (reward - self.mean)
+        self.steps += 1
+
+    def state_dict(self) -> dict:
+        """Plain numbers, exact through JSON."""
+        return {"steps": self.steps, "count": self.count, "mean": self.mean, "sum_squares": self.sum_squares}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps, self.count = int(state["steps"]), int(state["count"])
+        self.mean, self.sum_squares = float(state["mean"]), float(state["sum_squares"])
+
+
+def magnitude(teacher_logp: Tensor, student_logp: Tensor, advantage: Tensor, eps: float = 0.2) -> Tensor:
+    """w = clip(exp(D * (log p_T - log p_S)), 1 - eps, 1 + eps), D = sign(A); eq. (2), arXiv 2605.13255.
+
+    teacher_logp, student_logp [B, T], advantage [B] -> [B, T], detached. A completion with A = 0 gets w = 1.
+    On a rejected completion (A < 0) a token the teacher likes is punished less, one it dislikes more:
+
+    >>> teacher, student = torch.tensor([[0.5, 0.1]]).log(), torch.tensor([[0.4, 0.4]]).log()
+    >>> magnitude(teacher, student, torch.tensor([1.0]))         # ratios 1.25 and 0.25
+    tensor([[1.2000, 0.8000]])
+    >>> magnitude(teacher, student, torch.tensor([-1.0]))        # inverted: 0.8 and 4
+    tensor([[0.8000, 1.2000]])
+    """
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps must be in [0, 1), got {eps}")
+    _require_matrices(teacher_logp=teacher_logp, student_logp=student_logp)
+    _require_vector("advantage", advantage, len(teacher_logp))
+    direction = advantage.detach().sign().unsqueeze(-1)  # [B, 1]
+    delta = (teacher_logp - student_logp).detach()  # [B, T]
+    ratio = torch.exp(direction * delta).clamp(1 - eps, 1 + eps)
+    return torch.where(direction == 0, 1.0, ratio)  # 0 * inf would be nan where the teacher rules a token out
+
+
+def lookahead_min(entropy: Tensor, mask: Tensor, window: int) -> Tensor:
+    """min of H_ij over j in [t, min(t + window, T_i)], 0 outside the mask; eq. (8), arXiv 2605.13255.
+
+    entropy [B, T], mask bool [B, T] -> [B, T], a new tensor. A pivot (uncertain now, certain soon) falls to the
+    entropy of its continuation, a fork (uncertain for longer than the window) stays high:
+
+    >>> H = torch.tensor([[2.0, 0.5, 3.0, 3.0, 9.0]])
+    >>> lookahead_min(H, torch.tensor([[True, True, True, True, False]]), window=1).tolist()
+    [[0.5, 0.5, 3.0, 3.0, 0.0]]
+    """
+    if window < 0 or window != int(window):
+        raise ValueError(f"window must be an integer >= 0, got {window}")
+    _require_matrices(entropy=entropy, mask=mask)
+    window = min(int(window), entropy.shape[1] - 1)
+    inside = entropy.masked_fill(~mask, math.inf)
+    ahead = torch.nn.functional.pad(inside, (0, window), value=math.inf)  # [B, T + window]
+    return ahead.unfold(1, window + 1, 1).amin(-1).masked_fill(~mask, 0.0)  # [B, T, window + 1] -> [B, T]
+
+
+def confidence_gate(entropy: Tensor, mask: Tensor, gamma: float, window: int = 0, floor: float = 0.1,
+                    max_entropy: Tensor | float | None = None) -> Tensor:
+    """omega = clip(1 - gamma * Hhat, floor, 1), 0 outside the mask; eq. (5), (6) and (8), arXiv 2605.13255.
+
+    entropy [B, T] is the teacher's, in nats. Hhat = lookahead_min(H) / max(1 nat, max_entropy): at least one nat, so
+    that a batch of which the teacher is sure everywhere is not gated on its noise. `max_entropy` is the largest raw
+    entropy of the whole step, over all its micro-batches and ranks; None takes that of this batch. -> [B, T].
+
+    >>> H, mask = torch.tensor([[0.0, 1.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool)
+    >>> confidence_gate(H, mask, gamma=1.0)
+    tensor([[1.0000, 0.7500, 0.1000]])
+    >>> confidence_gate(H, mask, gamma=0.5, window=1)            # Hhat = 0, 0.25, 1
+    tensor([[1.0000, 0.8750, 0.5000]])
+    """
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma must be in [0, inf), got {gamma}")
+    if not 0 < floor <= 1:
+        raise ValueError(f"floor must be in (0, 1], got {floor}")
+    low = lookahead_min(entropy, mask, window)
+    if max_entropy is None:
+        max_entropy = entropy.masked_fill(~mask, 0.0).max()
+    scale = torch.as_tensor(max_entropy, dtype=entropy.dtype, device=entropy.device).clamp(min=1.0)
+    return (1 - gamma * low / scale).clamp(floor, 1).masked_fill(~mask, 0.0)
+
+
+def token_advantages(advantage: Tensor, teacher_logp: Tensor, student_logp: Tensor, entropy: Tensor, mask: Tensor, *,
+                     gamma: float, window: int = 0, eps: float = 0.2, floor: float = 0.1,
+                     max_entropy: Tensor | float | None = None) -> Tensor:
+    """Ahat = A * w * omega: detached, 0 outside the mask; eq. (7) and (8), arXiv 2605.13255.
+
+    advantage [B]; teacher_logp, student_logp, entropy [B, T]; mask bool [B, T] -> [B, T]. The sign of Ahat is the
+    sign of A: the teacher redistributes the credit, it never turns a reward into a punishment.
+
+    >>> one = torch.ones(1, 2)
+    >>> token_advantages(torch.tensor([-2.0]), -one, -one, torch.tensor([[0.0, 2.0]]), one.bool(), gamma=0.5).tolist()
+    [[-2.0, -1.0]]
+    """
+    _require_matrices(teacher_logp=teacher_logp, student_logp=student_logp, entropy=entropy, mask=mask)
+    weight = magnitude(teacher_logp, student_logp, advantage, eps)
+    gate = confidence_gate(entropy.detach(), mask, gamma, window, floor, max_entropy)
+    return torch.where(mask, advantage.detach().unsqueeze(-1) * weight * gate, 0.0)
+
+
+def policy_loss(student_logp: Tensor, token_advantages: Tensor, mask: Tensor,
+                num_tokens: Tensor | float | None = None) -> Tensor:
+    """L = - sum_it m_it * Ahat_it * log p_theta(y_it) / num_tokens, a scalar; eq. (7), arXiv 2605.13255.
+
+    student_logp [B, T] carries the gradient, token_advantages [B, T] are constants. `num_tokens` is the number of
+    completion tokens of the whole step, so that the losses of its micro-batches and ranks add up to the step's loss;
+    None takes this batch's. An all-masked batch gives an exact 0 with a graph. The loss may well be negative.
+
+    >>> logp = torch.tensor([[-1.0, -2.0, -7.0]], requires_grad=True)
+    >>> loss = policy_loss(logp, torch.tensor([[1.0, 0.5, 9.0]]), torch.tensor([[True, True, False]]))
+    >>> loss.item()                                              # -(1 * -1 + 0.5 * -2) / 2
+    1.0
+    >>> loss.backward(); logp.grad.tolist()
+    [[-0.5, -0.25, 0.0]]
+    """
+    _require_matrices(student_logp=student_logp, token_advantages=token_advantages, mask=mask)
+    if num_tokens is None:
+        num_tokens = mask.sum().clamp(min=1)
+    elif not isinstance(num_tokens, Tensor) and not num_tokens > 0:
+        raise ValueError(f"num_tokens must be > 0, got {num_tokens}")
+    logp = torch.where(mask, student_logp, 0.0)  # before the product: a nan on padding times 0 would stay a nan
+    return -(torch.where(mask, token_advantages.detach(), 0.0) * logp).sum() / num_tokens
+
+
+def _require_vector(name: str, tensor: Tensor, length: int | None = None) -> None:
+    if tensor.ndim != 1 or (length is not None and len(tensor) != length):
+        wanted = "B" if length is None else length
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+
+
+def _require_matrices(**tensors: Tensor) -> None:
+    (first, reference), *others = tensors.items()
+    if reference.ndim != 2 or reference.shape[1] == 0:
+        raise ValueError(f"{first} must have shape [B, T] with T >= 1, got {list(reference.shape)}")
+    for name, tensor in others:
+        if tensor.shape != reference.shape:
+            raise ValueError(f"{name} must have shape {list(reference.shape)} like {first}, got {list(tensor.shape)}")
+    if "mask" in tensors and tensors["mask"].dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {tensors['mask'].dtype}")

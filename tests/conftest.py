@@ -1,0 +1,72 @@
+"""What the tests share: tiny random models, so that every comparison runs in seconds and offline."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+
+def tiny_qwen3(vocab_size=61, layers=2, seed=0, window=256, **settings):
+    """A random Qwen3 whose next-token distributions are neither flat nor certain."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=window,
+                         eos_token_id=1, pad_token_id=1, bos_token_id=None, initializer_range=0.3, **settings)
+    return Qwen3ForCausalLM(config).eval()
+
+
+def random_ids(lengths, vocab_size=61, seed=0):
+    """One list of token ids per length, without the stop token 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture
+def model():
+    return tiny_qwen3()
+
+
+@pytest.fixture(scope="session")
+def tiny_toy(tmp_path_factory):
+    """A toy that is made in seconds: the problems have one number, the traces are its box; half learned, so that some are right."""
+    import toy
+    patch = pytest.MonkeyPatch()
+    patch.setattr(toy, "make_problem", lambda rng: rng.integers(100, 1000, size=1).tolist())
+    patch.setattr(toy, "UPDATES", 100)
+    path = toy.build(root=tmp_path_factory.mktemp("toy"))
+    patch.undo()
+    return path
+
+
+def train_arguments(tiny_toy, out, **changes):
+    """Flags of a run of a few seconds on `tiny_toy`."""
+    settings = {"model": tiny_toy / "model", "data": tiny_toy / "train.jsonl", "out": out, "steps": 4, "prompts-per-step": 8,
+                "micro-batch": 8, "max-new-tokens": 12, "temperature": 1.0, "top-p": 1.0, "top-k": 0, "lr": 1e-2, "lora-rank": 4,
+                "lora-alpha": 8, "checkpoint-every": 2, "eval-data": "", "preset": "paper-4b"} | changes
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return flags
+
+
+def train_here(*flags):
+    """train.py in this process; the signal handlers that it sets are taken off again."""
+    import signal
+    import train
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train.train(*train.parse_arguments([str(flag) for flag in flags]))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_toy, tmp_path_factory):
+    """The directory of a finished run of four steps, with evaluations."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train_here(*train_arguments(tiny_toy, out, **{"eval-data": tiny_toy / "test.jsonl", "eval-samples": 1, "eval-top-p": 1.0}))
+    return out

@@ -1,0 +1,161 @@
+"""rollout.py against transformers' generate, against exact probabilities, and against sampling without a cache."""
+
+import doctest
+
+import pytest
+import torch
+from conftest import random_ids, tiny_qwen3
+from transformers import GenerationConfig
+
+import rollout
+import teacher
+
+
+def naive_greedy(model, prompt, max_new_tokens, stop):
+    """What sampling means: the whole sequence through the model for every token."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + max_new_tokens and not (len(ids) > len(prompt) and ids[-1] in stop):
+        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    return ids[len(prompt):]
+
+
+PROMPTS = random_ids([5, 11, 1, 7, 23, 2])
+
+
+@pytest.mark.parametrize("slots", [None, 1, 4])
+def test_greedy_equals_naive_and_generate(model, slots):
+    stop = [1, 8, 13, 40]
+    ours = rollout.sample(model, PROMPTS, max_new_tokens=30, stop_ids=stop, temperature=0, slots=slots)
+    assert {c.finished for c in ours} == {True, False}  # both ways to end are covered
+    for prompt, completion in zip(PROMPTS, ours):
+        config = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=stop, pad_token_id=0)
+        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=config)
+        assert completion.token_ids == theirs[0, len(prompt):].tolist() == naive_greedy(model, prompt, 30, stop)
+        assert completion.finished == (completion.token_ids[-1] in stop) and len(set(completion.logprobs)) == 1
+
+
+def test_sampled_logprobs_equal_scored_logprobs(model):
+    """At temperature 1 without truncation the distribution sampled from is the one that is trained."""
+    completions = rollout.sample(model, PROMPTS, max_new_tokens=25, stop_ids=[1, 9, 17], samples_per_prompt=3)
+    reading = teacher.read(model, [p for p in PROMPTS for _ in range(3)], [c.token_ids for c in completions])
+    for i, completion in enumerate(completions):
+        scored = reading.logp[i, :len(completion.token_ids)]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), scored, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=0.6), dict(temperature=1.7, top_k=5), dict(top_p=0.7),
+                                      dict(temperature=1.3, top_k=6, top_p=0.8)])
+def test_frequencies_equal_exact_probabilities(settings):
+    """Chi-square of 20,000 first tokens against probabilities computed by sorting and looping."""
+    model, prompt, draws = tiny_qwen3(vocab_size=12), random_ids([6], vocab_size=12)[0], 20_000
+    logits = model(torch.tensor([prompt])).logits[0, -1].double() / settings.get("temperature", 1.0)
+    probs = logits.softmax(-1).tolist()
+    ranked = sorted(range(12), key=lambda v: -probs[v])[:settings.get("top_k", 12)]
+    kept, mass = [], 0.0
+    for v in ranked:
+        if mass < settings.get("top_p", 1.0) * sum(probs[r] for r in ranked):
+            kept.append(v)
+            mass += probs[v]
+    expected = {v: probs[v] / mass for v in kept}
+    completions = rollout.sample(model, [prompt], max_new_tokens=1, stop_ids=[], samples_per_prompt=draws,
+                                 generator=torch.Generator().manual_seed(7), **settings)
+    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in completions]), minlength=12)
+    assert {v for v in range(12) if counts[v]} <= expected.keys()
+    for c in completions[:200]:
+        assert c.logprobs[0] == pytest.approx(torch.tensor(expected[c.token_ids[0]]).log().item(), abs=1e-4)
+    chi_square = sum((counts[v].item() - draws * p) ** 2 / (draws * p) for v, p in expected.items())
+    freedom = max(1, len(expected) - 1)
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5 + 6  # beyond the 0.1 % quantile for every freedom <= 11
+
+
+def test_completions_depend_neither_on_slots_nor_on_the_split_over_processes(model):
+    settings = dict(max_new_tokens=20, stop_ids=[1, 2, 3, 4], temperature=1.1, top_p=0.95, top_k=20)
+    def run(prompts, first_row=0, slots=None):
+        generator = rollout.generator_for_rows((3, 5), first_row)
+        return [c.token_ids for c in rollout.sample(model, prompts, samples_per_prompt=2, generator=generator,
+                                                    slots=slots, **settings)]
+    whole = run(PROMPTS)
+    assert whole == run(PROMPTS, slots=5) == run(PROMPTS[:3]) + run(PROMPTS[3:], first_row=6)
+    assert whole[0] != whole[1]  # two samples of one prompt have streams of their own
+
+
+def test_every_prompt_is_prefilled_once_and_decoding_uses_the_cache(model):
+    """Gradient checkpointing in train mode switches transformers' cache off silently; eval mode has to prevent it."""
+    model.train()
+    model.gradient_checkpointing_enable()
+    shapes = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+                                           with_kwargs=True)
+    rollout.sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], samples_per_prompt=4)
+    hook.remove()
+    assert shapes == [(6, 23)] + [(24, 1)] * 5
+    assert model.training
+
+
+def test_finished_rows_leave_the_batch(model):
+    sizes = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    completions = rollout.sample(model, PROMPTS * 4, max_new_tokens=64, stop_ids=range(1, 12))
+    hook.remove()
+    lengths = [len(c.token_ids) for c in completions]
+    longest = max(lengths)
+    assert sizes[-1] < len(lengths) / 2 and len(sizes) <= longest + rollout.LOOK_EVERY
+    assert sum(sizes) <= sum(lengths) + rollout.LOOK_EVERY * len(lengths)
+
+
+def test_progress_counts_every_token_once(model):
+    seen = []
+    completions = rollout.sample(model, PROMPTS, max_new_tokens=21, stop_ids=[1, 5, 9, 30], slots=4,
+                                 progress=lambda tokens, finished: seen.append((tokens, finished)))
+    assert sum(t for t, _ in seen) == sum(len(c.token_ids) for c in completions)
+    assert sum(f for _, f in seen) == len(completions)
+
+
+def test_mode_is_restored_whatever_happens(model):
+    model.train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    def stop(tokens, finished):
+        assert not model.training and not torch.is_grad_enabled()
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        rollout.sample(model, PROMPTS, max_new_tokens=8, stop_ids=[], progress=stop)
+    assert [module.training for module in model.modules()] == before and torch.is_grad_enabled()
+
+
+def test_generation_config_does_not_leak_in(model):
+    """A checkpoint's generation_config (top_k = 20 in Qwen3's) silently truncates the rollouts of other trainers."""
+    def run():
+        return rollout.sample(model, PROMPTS, max_new_tokens=9, stop_ids=[1], generator=torch.Generator().manual_seed(0))
+    plain = run()
+    model.generation_config.update(top_k=1, temperature=0.1, do_sample=False)
+    assert run() == plain
+
+
+def test_stop_ids_are_the_union(model):
+    """Qwen3's base checkpoints disagree: the tokenizer says <|im_end|>, the config says <|endoftext|>."""
+    class Tokenizer:
+        eos_token_id = 7
+    model.config.eos_token_id, model.generation_config.eos_token_id = 3, [3, 5]
+    assert rollout.stop_ids(model, Tokenizer) == [3, 5, 7]
+    Tokenizer.eos_token_id = model.config.eos_token_id = model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="eos_token_id"):
+        rollout.stop_ids(model, Tokenizer)
+
+
+@pytest.mark.parametrize("name, change", [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1),
+                                          ("top_k", -1), ("samples_per_prompt", 0), ("slots", 0), ("max_new_tokens", 250)])
+def test_bad_arguments_are_named(model, name, change):
+    with pytest.raises(ValueError, match=name):
+        rollout.sample(model, PROMPTS, **(dict(max_new_tokens=4, stop_ids=[1]) | {name: change}))
+
+
+def test_empty_prompts_and_no_prompts(model):
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
+        rollout.sample(model, [[3], []], max_new_tokens=4, stop_ids=[1])
+    assert rollout.sample(model, [], max_new_tokens=4, stop_ids=[1]) == []
+
+
+def test_doctests():
+    results = doctest.testmod(rollout)
+    assert results.attempted > 3 and results.failed == 0

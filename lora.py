@@ -1,0 +1,152 @@
+r"""LoRA: the adapter that makes the student differ from the teacher.
+
+"LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685: every chosen linear layer W becomes
+
+    W x + (alpha / rank) * B A x        A [rank, in] random, B [out, rank] zero at the start, W frozen
+
+so that a fresh student equals the base model. With the adapter on it is the student; inside `disabled(model)` it is the
+base model again, which is EGRSD's frozen teacher (arXiv 2605.13255): two models for the memory of one.
+
+A and B are kept in float32 whatever the dtype of W: at a learning rate of 5e-6 most updates of a bfloat16 weight would
+round to nothing. Under autocast the products still run in bfloat16.
+
+Adapters on disk are in the format of the PEFT library (adapter_config.json, adapter_model.safetensors), so that PEFT and
+vLLM load them unchanged. There is no dropout, no bias and no per-layer rank: a file that needs them is refused.
+
+Copy this file: it needs torch and safetensors (which transformers brings).
+"""
+
+import json
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Module):
+    """base(x) + scale * B A x, with `base` frozen: x [..., in] -> [..., out] in the dtype of base(x)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
+        float32 = {"dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **float32))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **float32))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in the authors' code: nn.Linear's own default
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        low = nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A)  # [..., rank]
+        return y + (self.scale * nn.functional.linear(low, self.lora_B)).to(y.dtype)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, targets: tuple[str, ...] = TARGETS) -> list[str]:
+    """Freeze `model` and put an adapter on every nn.Linear whose name ends in one of `targets`.
+
+    Returns the names of the adapted layers. A is drawn from torch's global random state. ValueError if the model has an
+    adapter already, if rank < 1, or if no layer has such a name.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be >= 1, got {rank}")
+    if any(_adapted(model)):
+        raise ValueError("model already has an adapter: merge it or load the base model again")
+    model.requires_grad_(False)
+    names = [name for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets]
+    if not names:
+        raise ValueError(f"targets: no linear layer of the model is named {', '.join(targets)}")
+    for name in names:
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
+    return names
+
+
+@contextmanager
+def disabled(model: nn.Module):
+    """Inside, `model` is the base model: the teacher."""
+    layers = [layer for _, layer in _adapted(model) if layer.enabled]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of every adapted layer, in the model's order: all that is trained."""
+    return [parameter for _, layer in _adapted(model) for parameter in (layer.lora_A, layer.lora_B)]
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Write the adapter into the directory `path` in PEFT's format, in float32."""
+    layers = dict(_adapted(model))
+    if not layers:
+        raise ValueError("model has no adapter to save: call add_lora first")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    first = next(iter(layers.values()))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": first.rank, "lora_alpha": first.alpha,
+              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+              "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+              "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)}
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({_peft_key(name, part): getattr(layer, f"lora_{part}").detach().cpu().contiguous()
+               for name, layer in layers.items() for part in "AB"}, path / "adapter_model.safetensors")
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> None:
+    """Read a PEFT LoRA directory into `model`, adding the adapter first if the model has none.
+
+    ValueError if the files use a feature this file lacks or do not fit the model, FileNotFoundError if they are missing.
+    """
+    path = Path(path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}/adapter_config.json: peft_type must be LORA, got {config.get('peft_type')}")
+    for feature in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+        if config.get(feature):
+            raise ValueError(f"{path}/adapter_config.json: {feature} is not supported")
+    if not isinstance(config.get("target_modules"), list):
+        raise ValueError(f"{path}/adapter_config.json: target_modules must be a list of layer names")
+    tensors = load_file(path / "adapter_model.safetensors")
+    if not any(_adapted(model)):
+        add_lora(model, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
+    wanted = {_peft_key(name, part): getattr(layer, f"lora_{part}") for name, layer in _adapted(model) for part in "AB"}
+    wrong = sorted(wanted.keys() ^ tensors.keys()) or [k for k in wanted if wanted[k].shape != tensors[k].shape]
+    if wrong:
+        raise ValueError(f"{path}/adapter_model.safetensors does not fit the model: {len(wrong)} tensors are missing, "
+                         f"left over or of another shape, first {wrong[0]}")
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(tensors[key])
+    for _, layer in _adapted(model):
+        layer.alpha = config["lora_alpha"]
+
+
+def merge(model: nn.Module) -> None:
+    """Fold the adapter into the base weights and take it off: what is left is an ordinary model to save."""
+    for name, layer in list(_adapted(model)):
+        with torch.no_grad():
+            weight = layer.base.weight
+            weight.copy_(weight.float() + layer.scale * layer.lora_B @ layer.lora_A)  # rounded to weight's dtype once
+        model.set_submodule(name, layer.base)
+
+
+def _adapted(model: nn.Module):
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def _peft_key(name: str, part: str) -> str:
+    return f"base_model.model.{name}.lora_{part}.weight"

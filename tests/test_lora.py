@@ -1,0 +1,104 @@
+"""lora.py: the adapter off is the base model, merging changes nothing, and the files are PEFT's."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_ids, tiny_qwen3
+
+import lora
+
+IDS = torch.tensor(random_ids([12]))
+
+
+def adapted(rank=4, alpha=8):
+    """A model with an adapter that does something, and the logits of its base model."""
+    model = tiny_qwen3()
+    base = model(IDS).logits
+    lora.add_lora(model, rank, alpha)
+    assert torch.equal(model(IDS).logits, base)  # B = 0: a fresh adapter is the identity
+    for parameter in lora.lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert (model(IDS).logits - base).abs().max() > 0.1
+    return model, base
+
+
+def test_only_the_adapter_is_trained_and_in_float32():
+    model = tiny_qwen3().bfloat16()
+    names = lora.add_lora(model, rank=4)
+    assert len(names) == 2 * 7 and "model.layers.1.mlp.down_proj" in names
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for p in lora.lora_parameters(model)} and len(trained) == 28
+    assert all(p.dtype == torch.float32 for p in trained)
+    model(IDS).logits.float().sum().backward()
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_forward_equals_the_formula():
+    model, _ = adapted()
+    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 32)
+    torch.testing.assert_close(layer(x), x @ (layer.base.weight + 8 / 4 * layer.lora_B @ layer.lora_A).T)
+
+
+def test_disabled_is_the_base_model_and_ends_whatever_happens():
+    model, base = adapted()
+    student = model(IDS).logits
+    with pytest.raises(KeyboardInterrupt), lora.disabled(model):
+        assert torch.equal(model(IDS).logits, base)
+        with lora.disabled(model):
+            pass
+        assert torch.equal(model(IDS).logits, base)  # leaving the inner block does not switch the outer one off
+        raise KeyboardInterrupt
+    assert torch.equal(model(IDS).logits, student)
+
+
+def test_merge_gives_an_ordinary_model_with_the_same_logits():
+    model, _ = adapted()
+    student = model(IDS).logits
+    lora.merge(model)
+    assert not any(isinstance(m, lora.LoRALinear) for m in model.modules())
+    assert model.state_dict().keys() == tiny_qwen3().state_dict().keys()
+    torch.testing.assert_close(model(IDS).logits, student, atol=1e-4, rtol=1e-4)
+
+
+def test_round_trip_through_files(tmp_path):
+    model, _ = adapted()
+    lora.save_adapter(model, tmp_path)
+    fresh = tiny_qwen3()
+    lora.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+    for parameter in lora.lora_parameters(fresh):
+        torch.nn.init.zeros_(parameter)
+    lora.load_adapter(fresh, tmp_path)  # into an adapter that is there
+    assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+
+
+def test_peft_reads_our_files_and_we_read_peft_s(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, _ = adapted()
+    lora.save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(tiny_qwen3(), tmp_path / "ours")
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    fresh = tiny_qwen3()
+    lora.load_adapter(fresh, tmp_path / "theirs")
+    assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    model, _ = adapted()
+    with pytest.raises(ValueError, match="already has an adapter"):
+        lora.add_lora(model)
+    with pytest.raises(ValueError, match="targets"):
+        lora.add_lora(tiny_qwen3(), targets=("query",))
+    with pytest.raises(ValueError, match="rank"):
+        lora.add_lora(tiny_qwen3(), rank=0)
+    with pytest.raises(ValueError, match="no adapter"):
+        lora.save_adapter(tiny_qwen3(), tmp_path)
+    lora.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="does not fit"):
+        lora.load_adapter(tiny_qwen3(layers=3), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(ValueError, match="use_dora"):
+        lora.load_adapter(tiny_qwen3(), tmp_path)

@@ -1,0 +1,104 @@
+"""teacher.py against one-by-one scoring with plain logits, and the prompts against what a solution may contain."""
+
+import pytest
+import torch
+from conftest import random_ids, tiny_qwen3
+
+import teacher
+
+PROMPTS, COMPLETIONS = random_ids([5, 11, 1, 7]), random_ids([9, 1, 14, 3], seed=1)
+
+
+def plain(model, prompt, completion, temperature=1.0):
+    """Log-probs and entropies of one completion from the full logits, in float64."""
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1].double() / temperature
+    logp = logits.log_softmax(-1)
+    return logp[range(len(completion)), completion], -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_ragged_batch_equals_one_by_one(model, temperature):
+    """Right-padded prompts with the completion behind the pads, and no position ids, are off by 0.1 to 0.3 nats."""
+    reading = teacher.read(model, PROMPTS, COMPLETIONS, temperature=temperature, entropy=True)
+    assert reading.mask.dtype == torch.bool and reading.mask.sum(1).tolist() == [9, 1, 14, 3]
+    for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS)):
+        logp, entropy = plain(model, prompt, completion, temperature)
+        torch.testing.assert_close(reading.logp[i, :len(completion)].double(), logp, atol=1e-5, rtol=0)
+        torch.testing.assert_close(reading.entropy[i, :len(completion)].double(), entropy, atol=1e-5, rtol=0)
+        assert reading.logp[i, len(completion):].abs().sum() == reading.entropy[i, len(completion):].abs().sum() == 0
+
+
+def test_padding_changes_nothing(model):
+    alone = teacher.read(model, PROMPTS[:1], COMPLETIONS[:1], entropy=True)
+    beside_a_long_row = teacher.read(model, [PROMPTS[0], random_ids([90])[0]], [COMPLETIONS[0], random_ids([60])[0]],
+                                     entropy=True)
+    for a, b in ((alone.logp, beside_a_long_row.logp), (alone.entropy, beside_a_long_row.entropy)):
+        torch.testing.assert_close(a[0], b[0, :9], atol=1e-5, rtol=0)
+
+
+def test_pad_id_equal_to_stop_id_changes_nothing(model):
+    """A mask made from `token != pad_id` hides the sampled stop token where pad and eos are one id (Qwen2.5 base)."""
+    completions = [completion + [1] for completion in COMPLETIONS]
+    model.config.pad_token_id = 1
+    same = teacher.read(model, PROMPTS, completions)
+    model.config.pad_token_id = 0
+    other = teacher.read(model, PROMPTS, completions)
+    assert same.mask.sum(1).tolist() == [10, 2, 15, 4]
+    assert torch.equal(same.logp, other.logp) and (same.logp[same.mask] != 0).all()
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
+def test_chunked_head_equals_plain_in_values_and_gradients(model, monkeypatch, chunk_tokens):
+    monkeypatch.setattr(teacher, "CHUNK_LOGITS", chunk_tokens * 61)
+    reading = teacher.read(model, PROMPTS, COMPLETIONS)
+    weights = torch.linspace(-1, 1, reading.logp.numel()).view_as(reading.logp)
+    (reading.logp * weights)[reading.mask].sum().backward()
+    chunked = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    sum((plain(model, p, c)[0] * w[:len(c)]).sum() for p, c, w in zip(PROMPTS, COMPLETIONS, weights)).backward()
+    for ours, parameter in zip(chunked, model.parameters()):
+        torch.testing.assert_close(ours, parameter.grad, atol=2e-4, rtol=1e-4)
+
+
+def test_whole_logits_never_exist(model, monkeypatch):
+    """The largest tensor that the head makes, forward and backward, is one chunk."""
+    monkeypatch.setattr(teacher, "CHUNK_LOGITS", 4 * 61)
+    sizes = []
+    model.lm_head.register_forward_hook(lambda _, args, out: sizes.append(out.shape))
+    teacher.read(model, PROMPTS, COMPLETIONS).logp.sum().backward()
+    assert all(size == (4, 61) or size == (3, 61) for size in sizes) and len(sizes) == 2 * 7  # 27 tokens, twice each
+
+
+def test_gradients_flow_iff_enabled(model):
+    assert teacher.read(model, PROMPTS, COMPLETIONS).logp.requires_grad
+    with torch.no_grad():
+        assert not teacher.read(model, PROMPTS, COMPLETIONS, entropy=True).logp.requires_grad
+
+
+def test_softmax_is_float32_behind_a_bfloat16_head():
+    model = tiny_qwen3().bfloat16()
+    reading = teacher.read(model, PROMPTS, COMPLETIONS, entropy=True)
+    assert reading.logp.dtype == reading.entropy.dtype == torch.float32
+    hidden = model.model(torch.tensor([PROMPTS[0] + COMPLETIONS[0]])).last_hidden_state[0, 4:-1]
+    exact = model.lm_head(hidden).double().log_softmax(-1)[range(9), COMPLETIONS[0]]
+    batch_of_one = teacher.read(model, PROMPTS[:1], COMPLETIONS[:1])
+    torch.testing.assert_close(batch_of_one.logp[0].double(), exact, atol=1e-5, rtol=0)
+
+
+def test_bad_arguments(model):
+    for prompts, completions in (([[2]], [[]]), ([[]], [[2]]), ([], []), ([[2]], [[2], [3]])):
+        with pytest.raises(ValueError, match="prompts and completions"):
+            teacher.read(model, prompts, completions)
+    with pytest.raises(ValueError, match="temperature"):
+        teacher.read(model, PROMPTS, COMPLETIONS, temperature=0)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        teacher.read(model, PROMPTS, COMPLETIONS)
+
+
+def test_latex_and_braces_survive_in_the_prompts():
+    """str.format on a template with a solution in it fails on the first \\frac{1}{2}."""
+    problem, solution = r"Find {x} in \frac{1}{2}", r"\boxed{\frac{1}{2}} {0} {name} %s $1"
+    text = teacher.teacher_messages(problem, solution)[0]["content"]
+    assert problem in text and solution in text and text.endswith(teacher.INSTRUCTION)
+    assert solution not in teacher.student_messages(problem)[0]["content"]

@@ -1,0 +1,73 @@
+"""The processes of a run: torch.distributed for whoever torchrun started, a group of one for whoever it did not.
+
+nccl between GPUs, gloo between CPUs. Every method is a collective: all ranks call it, in the same order.
+
+Copy this file: it needs only torch.
+"""
+
+import gc
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """This process among all of them, and its device."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.distributed = "RANK" in os.environ
+        self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.distributed:  # hours: ranks wait for each other's longest completion
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element by element over all ranks, in float64; the same on every rank."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, value: float) -> float:
+        return self._reduce([value], dist.ReduceOp.MAX)[0]
+
+    def _reduce(self, values: list[float], operation) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.distributed:
+            dist.all_reduce(tensor, operation)
+        return tensor.tolist()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Tensors of one shape [...], one from each rank -> [world, ...] on every rank, on the CPU."""
+        if not self.distributed:
+            return tensor.cpu().unsqueeze(0)
+        tensor = tensor.to(self.device).contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor)
+        return torch.stack(parts).cpu()
+
+    def share(self, count: int) -> range:
+        """This rank's part of range(count): contiguous, in the order of ranks, sizes differing by at most one."""
+        return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def barrier(self) -> None:
+        self.max(0)
+
+    def once_per_node(self, make: Callable):
+        """make() on one process of every node, then on the others, who find what the first one made."""
+        result = make() if self.local_rank == 0 else None
+        self.barrier()
+        return result if self.local_rank == 0 else make()
+
+
+
+def close() -> None:
+    """Leave the group, if there is one. What still refers to it goes first (DistributedDataParallel sits in reference
+    cycles): gloo's threads would otherwise outlive the interpreter, and abort the process at its very end."""
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()

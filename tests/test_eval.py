@@ -1,0 +1,74 @@
+"""eval.py: the figures against brute force, the command line against samples graded again."""
+
+import doctest
+import itertools
+import json
+import sys
+
+import pytest
+
+import eval as evaluation
+import reward
+
+
+def test_pass_at_k_equals_counting_all_subsets():
+    for n, correct in itertools.product(range(1, 7), range(7)):
+        for k in range(1, n + 1):
+            if correct <= n:
+                subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
+                assert evaluation.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority_votes_over_equivalence_classes():
+    """A vote on raw strings splits 1/2 and \\frac12, and lets "no answer" win nothing or everything."""
+    assert evaluation.majority_accuracy(["1/2", "\\frac12", "3", "3", "0.5"], "0.5") == 1
+    assert evaluation.majority_accuracy(["1/2", "\\frac12", "3", "3"], "0.5") == 0.5
+    assert evaluation.majority_accuracy([None, None, "3"], "3") == 0 and evaluation.majority_accuracy([None, "3"], "3") == 0.5
+
+
+def test_bootstrap_interval_covers_what_it_should():
+    low, high = evaluation.bootstrap_interval([0.0] * 50 + [1.0] * 50)
+    assert low == pytest.approx(0.40, abs=0.02) and high == pytest.approx(0.60, abs=0.02)  # 0.5 +- 1.96 * 0.05
+    assert evaluation.bootstrap_interval([1.0] * 5) == (1.0, 1.0)
+
+
+def test_two_checkpoints_on_two_files(tiny_run, tiny_toy, tmp_path, monkeypatch, capsys):
+    """The whole command: a table, and samples that grade again to the same figures."""
+    lines = (tiny_toy / "test.jsonl").read_text().splitlines()
+    (tmp_path / "other.jsonl").write_text(lines[0] + "\n" + json.dumps({"question": "Is it \\frac{1}{2}?", "answer": "1"}) + "\n")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(tiny_toy / "model"), "--model", str(tiny_toy / "model"), "--adapter",
+                                      str(tiny_run / "checkpoints/step-000004/adapter"), "--data", str(tiny_toy / "test.jsonl"),
+                                      "--data", str(tmp_path / "other.jsonl"), "--samples", "3", "--max-new-tokens", "12",
+                                      "--no-thinking", "--out", str(tmp_path / "out")])
+    evaluation.main()
+    table = capsys.readouterr().out
+    assert table.count("macro average") == 2 and table.count("step-000004/adapter") == 3
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 3 * (len(lines) + 2)
+    assert all(row["correct"] == (row["finished"] and reward.grade(row["completion"], row["gold"])) for row in rows)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    mine = [row for row in rows if row["checkpoint"] == results[0]["checkpoint"] and row["data"] == str(tiny_toy / "test.jsonl")]
+    assert results[0]["avg"] > 0 and results[0]["avg"] == pytest.approx(sum(row["correct"] for row in mine) / len(mine))
+    assert results[0]["length"] == pytest.approx(sum(row["tokens"] for row in mine) / len(mine))
+    assert results[2]["avg"] == pytest.approx((results[0]["avg"] + results[1]["avg"]) / 2)  # macro, not micro
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--data", "nothing.jsonl"], "nothing.jsonl: no such data file"), (["--model", "./nothing"], "./nothing: no such model"),
+    (["--samples", "0"], "--samples"), (["--adapter", "a", "--adapter", "b"], "--adapter"), (["--adapter", "a"], "a: cannot load"),
+    (["--max-new-tokens", "5000"], "line 1: field 'problem'"), (["--top-p", "2"], "--top-p"), (["--sampels", "2"], "--sampels")])
+def test_mistakes_are_one_line(tiny_toy, tmp_path, monkeypatch, capsys, change, message):
+    argv = ["eval.py", "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
+    for name, value in (("--model", "model"), ("--data", "test.jsonl")):
+        argv += [] if name in change else [name, str(tiny_toy / value)]
+    monkeypatch.setattr(sys, "argv", argv + change)
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main()
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 1 and error.startswith("eval.py: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctests():
+    results = doctest.testmod(evaluation)
+    assert results.attempted > 2 and results.failed == 0

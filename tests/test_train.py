@@ -1,0 +1,358 @@
+"""train.py as it is used: the command line, one process and several, killed and resumed, with mistakes in the input."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_ids, tiny_qwen3, train_arguments, train_here
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import lora
+import rollout
+import teacher
+import train
+
+ROOT = Path(train.__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def command(*flags, nproc=None, extra=("--standalone",)):
+    launcher = [*TORCHRUN, *extra, f"--nproc-per-node={nproc}"] if nproc else [sys.executable]
+    return [*launcher, str(ROOT / "train.py"), *map(str, flags)]
+
+
+def adapter(run, step=4):
+    return load_file(run / "checkpoints" / f"step-{step:06d}" / "adapter" / "adapter_model.safetensors")
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if not k.endswith("_s") and k != "memory_gib"} for row in rows]
+
+
+def assert_same_run(a, b, step=4):
+    """Bitwise: parameters, optimizer, running advantage, and what was logged."""
+    one, other = adapter(a, step), adapter(b, step)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    states = [torch.load(run / "checkpoints" / f"step-{step:06d}" / "state.pt", weights_only=True) for run in (a, b)]
+    for index, moments in states[0]["optimizer"]["state"].items():
+        assert all(torch.equal(value, states[1]["optimizer"]["state"][index][name]) for name, value in moments.items())
+    assert [(run / "checkpoints" / f"step-{step:06d}" / "state.json").read_text() for run in (a, b)].count(
+        (a / "checkpoints" / f"step-{step:06d}" / "state.json").read_text()) == 2
+    assert without_seconds(metrics(a)) == without_seconds(metrics(b))
+    assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
+
+
+# ---- one run, whole
+
+
+def test_a_run_leaves_what_it_promises(tiny_run, tiny_toy):
+    rows = metrics(tiny_run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {"loss", "grad_norm", "reward", "accuracy", "length", "truncated", "no_answer", "entropy", "max_entropy", "gate", "clipped",
+            "advantage", "sampling_gap", "tokens", "rollout_s", "teacher_s", "student_s", "memory_gib", "lr"} <= rows[0].keys()
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[0]["lr"] == 1e-2 and 0 < sum(row["accuracy"] for row in rows) < 4
+    assert all(row["sampling_gap"] < 1e-4 for row in rows)  # T = 1, no truncation: sampled and trained policy are one
+    assert len((tiny_run / "samples.jsonl").read_text().splitlines()) == 4 * train.SAMPLES_PER_STEP
+    config = json.loads((tiny_run / "config.json").read_text())
+    assert config["settings"]["lora_rank"] == 4 and config["derived"]["completions_per_step"] == 8 and config["world_size"] == 1
+    results = json.loads((tiny_run / "evaluation.json").read_text())
+    assert 0 < results["before"]["accuracy"] < 1 and results["after"]["completions"] == results["before"]["completions"] > 50
+    state = torch.load(tiny_run / "checkpoints/step-000004/state.pt", weights_only=True)
+    assert {moments["step"].item() for moments in state["optimizer"]["state"].values()} == {4.0}  # optimizer steps, counted
+
+
+def test_exported_model_is_an_ordinary_checkpoint(tiny_run, tiny_toy):
+    exported, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_run / "model"), AutoTokenizer.from_pretrained(tiny_run / "model")
+    adapted = AutoModelForCausalLM.from_pretrained(tiny_toy / "model")
+    base = [parameter.clone() for parameter in adapted.parameters()]
+    lora.load_adapter(adapted, tiny_run / "checkpoints/step-000004/adapter")
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(base, exported.parameters()))
+    assert exported.generation_config.eos_token_id == tokenizer.eos_token_id
+    prompts = [teacher.encode(tokenizer, teacher.student_messages(f"What is {n}?")) for n in (11, 58, 90)]
+    ours = rollout.sample(adapted, prompts, max_new_tokens=12, stop_ids=[tokenizer.eos_token_id], temperature=0)
+    for prompt, completion in zip(prompts, ours):
+        theirs = exported.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt):].tolist()
+        assert theirs == completion.token_ids
+
+
+def test_sampling_gap_shows_a_policy_that_is_not_the_sampled_one(tiny_toy, tmp_path):
+    """Public trainers sample at T = 0.8 and score at T = 1 without saying so."""
+    train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=1, temperature=0.5))
+    assert metrics(tmp_path / "run")[0]["sampling_gap"] > 0.01
+
+
+# ---- the same step, cut in different ways
+
+
+# Adam divides by the gradient's own size, so rounding decides where an element is nearly 0: lr bounds what that can do.
+THREE_STEPS = {"steps": 3, "checkpoint-every": 3, "gradient-checkpointing": False, "lr": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_toy, tmp_path_factory):
+    """Three steps in one process with one micro-batch."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    train_here(*train_arguments(tiny_toy, out, **THREE_STEPS))
+    return out
+
+
+def assert_close_run(run, reference):
+    for name, tensor in adapter(reference, 3).items():
+        torch.testing.assert_close(adapter(run, 3)[name], tensor, atol=1e-5, rtol=0)
+    for a, b in zip(metrics(run), metrics(reference), strict=True):
+        same = ("loss", "grad_norm", "reward", "accuracy", "entropy", "max_entropy", "gate", "clipped", "advantage", "tokens")
+        assert [a[name] for name in same] == pytest.approx([b[name] for name in same], abs=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2, 3])
+def test_micro_batches_change_nothing(tiny_toy, tmp_path, reference, micro_batch):
+    train_here(*train_arguments(tiny_toy, tmp_path / "run", **THREE_STEPS | {"micro-batch": micro_batch}))
+    assert_close_run(tmp_path / "run", reference)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_toy, tmp_path, reference):
+    train_here(*train_arguments(tiny_toy, tmp_path / "run", **THREE_STEPS | {"gradient-checkpointing": True}))
+    assert_close_run(tmp_path / "run", reference)
+
+
+def test_two_processes_change_nothing(tiny_toy, tmp_path, reference):
+    flags = train_arguments(tiny_toy, tmp_path / "run", **THREE_STEPS | {"micro-batch": 2})
+    subprocess.run(command(*flags, nproc=2), env=ENVIRONMENT, check=True, timeout=120)
+    assert_close_run(tmp_path / "run", reference)
+
+
+def test_two_nodes_change_nothing(tiny_toy, tmp_path, reference):
+    flags = train_arguments(tiny_toy, tmp_path / "run", **THREE_STEPS)
+    port = 20000 + os.getpid() % 20000
+    nodes = [subprocess.Popen(command(*flags, nproc=1, extra=("--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1",
+                                                              f"--master-port={port}")), env=ENVIRONMENT) for rank in (0, 1)]
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    assert_close_run(tmp_path / "run", reference)
+
+
+def gradients(bf16, checkpointing):
+    """Gradients of a fixed loss on the adapter, as train.py computes them."""
+    model = tiny_qwen3().to(torch.bfloat16 if bf16 else torch.float32).train()
+    torch.manual_seed(1)
+    lora.add_lora(model, 4, 8)
+    for parameter in lora.lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        reading = teacher.read(model, random_ids([5, 9]), random_ids([8, 12], seed=1))
+    reading.logp.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in lora.lora_parameters(model))
+    return torch.cat([p.grad.flatten() for p in lora.lora_parameters(model)])
+
+
+def test_bf16_and_checkpointing_give_the_gradients_of_float32():
+    exact = gradients(False, False)
+    torch.testing.assert_close(gradients(False, True), exact, atol=1e-5, rtol=1e-4)
+    for checkpointing in (False, True):
+        assert torch.cosine_similarity(gradients(True, checkpointing), exact, dim=0) > 0.99
+
+
+def test_bf16_run(tiny_toy, tmp_path):
+    train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=2, bf16=True, **{"gradient-checkpointing": True}))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["derived"]["bf16"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto").dtype == torch.bfloat16
+    assert all(tensor.dtype == torch.float32 for tensor in adapter(tmp_path / "run", 2).values())
+    assert 0 < metrics(tmp_path / "run")[0]["sampling_gap"] < 0.05
+
+
+def test_group_advantage():
+    rewards = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    std = math.sqrt(0.5)
+    assert train.group_advantage(rewards, 2).tolist() == pytest.approx([0.5 / (std + 1e-4), -0.5 / (std + 1e-4), 0, 0])
+
+
+def test_group_baseline_runs_without_any_signal(tiny_toy, tmp_path):
+    """Ranks that skip backward when all advantages are 0 hang the others; here a zero is a gradient like any other."""
+    train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=1, preset="grpo-group", advantage="group",
+                                **{"rollouts-per-prompt": 4, "prompts-per-step": 2, "temperature": 0}))
+    row = metrics(tmp_path / "run")[0]
+    assert row["advantage"] == row["grad_norm"] == 0 and row["tokens"] > 0 and row["gate"] == row["weight"] == 1
+
+
+# ---- killed, stopped, resumed
+
+
+def kill_when(process, condition, how=signal.SIGKILL):
+    deadline = time.time() + 100
+    while not condition() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    assert condition() and process.poll() is None
+    os.kill(process.pid, how)
+    return process.wait(timeout=60)
+
+
+def kill_workers(out):
+    """torchrun's workers live in sessions of their own and outlive its SIGKILL."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        if str(out).encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
+            os.kill(int(entry.parent.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("nproc", [None, 2])
+def test_kill_and_resume_equals_never_stopping_bitwise(tiny_toy, tmp_path, nproc):
+    """Other trainers repeat a batch after a resume, or forget the optimizer or the random state."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(*train_arguments(tiny_toy, whole), nproc=nproc), env=ENVIRONMENT, check=True, timeout=120)
+    process = subprocess.Popen(command(*train_arguments(tiny_toy, killed, steps=1000), nproc=nproc), env=ENVIRONMENT)
+    kill_when(process, (killed / "checkpoints" / "step-000002").exists)
+    kill_workers(killed)
+    for path in (killed / "checkpoints").glob("step-*"):  # the steps that it was faster than the kill
+        if path.name != "step-000002":
+            shutil.rmtree(path)
+    subprocess.run(command("--out", killed, "--resume", "--steps", 4, nproc=nproc), env=ENVIRONMENT, check=True, timeout=120)
+    assert_same_run(whole, killed)
+
+
+def test_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tiny_toy, tmp_path, tiny_run):
+    """A checkpoint that is written in place is half a file after a crash."""
+    script = ("import os, sys; sys.argv[0] = 'train.py'; import checkpoint, train; flush = checkpoint._flush\n"
+              "def kill(path):\n    flush(path)\n    if 'step-000004.tmp' in str(path): os.kill(os.getpid(), 9)\n"
+              "checkpoint._flush = kill; train.main()")
+    flags = [str(flag) for flag in train_arguments(tiny_toy, tmp_path / "run")]
+    killed = subprocess.run([sys.executable, "-c", script, *flags], env=ENVIRONMENT, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000004.tmp"]
+    train_here("--out", tmp_path / "run", "--resume")
+    assert (tmp_path / "run" / "model").is_dir() and without_seconds(metrics(tmp_path / "run")) == without_seconds(metrics(tiny_run))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tiny_toy, tmp_path, number):
+    process = subprocess.Popen(command(*train_arguments(tiny_toy, tmp_path / "run", steps=1000, **{"checkpoint-every": 1000})),
+                               env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    code = kill_when(process, lambda: log.exists() and log.read_text().count("\n") >= 2, number)
+    steps, error = len(metrics(tmp_path / "run")), process.stderr.read()
+    assert code == 128 + number and "Traceback" not in error and f"--out {tmp_path / 'run'} --resume" in error
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{steps:06d}"]
+
+
+def test_stopping_in_the_middle_of_a_step_changes_nothing(tiny_toy, tmp_path, monkeypatch, tiny_run):
+    """The rollouts of the third step are cut short; resumed, the run is the one that was never stopped."""
+    calls = []
+
+    def sample(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+    original = rollout.sample
+    monkeypatch.setattr(rollout, "sample", sample)
+    with pytest.raises(SystemExit) as exit:
+        train_here(*train_arguments(tiny_toy, tmp_path / "run"))
+    assert exit.value.code == 128 + signal.SIGTERM and checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-000002"
+    train_here("--out", tmp_path / "run", "--resume")
+    assert without_seconds(metrics(tmp_path / "run")) == without_seconds(metrics(tiny_run))
+
+
+# ---- mistakes: one line, exit code not 0, nothing half-written
+
+
+def main_fails(capsys, monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as exit:
+        train.main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert exit.value.code == 1 and lines[-1].startswith("train.py: ")
+    return lines[-1]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"data": "nothing.jsonl"}, "nothing.jsonl: no such data file"), ({"data": ""}, "--data is missing"),
+    ({"eval-data": "nothing.jsonl"}, "nothing.jsonl: no such data file"),
+    ({"model": "./nothing"}, "./nothing: no such model directory"), ({"model": "no/such/model"}, "no such model directory"),
+    ({"model": "nobody/nothing"}, "nobody/nothing: cannot load the model"),
+    ({"max-new-tokens": 5000}, "train.jsonl: line 1: field 'problem'"), ({"eps": 1.0}, "--eps must be in [0, 1), got 1.0"),
+    ({"floor": 0.0}, "--floor"), ({"steps": 0}, "--steps"), ({"gamma": "inf"}, "--gamma"), ({"gamma": "nan"}, "--gamma"),
+    ({"lr": "fast"}, "--lr"), ({"advantage": "group"}, "--rollouts-per-prompt"), ({"preset": "large"}, "--preset"), ({"sed": 1}, "--sed")])
+def test_mistakes_in_the_flags(tiny_toy, tmp_path, capsys, monkeypatch, changes, message):
+    assert message in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_cannot_be_shared_equally(monkeypatch):
+    with pytest.raises(train.InputError, match="multiple"):
+        train.check(train.Settings(data="d", prompts_per_step=8), world=3)
+
+
+def test_tokenizer_without_chat_template(tiny_toy, tmp_path, capsys, monkeypatch):
+    shutil.copytree(tiny_toy / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    assert "no chat template" in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run", model=tmp_path / "model"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_directory_in_use(tiny_toy, tiny_run, tmp_path, capsys, monkeypatch):
+    before = sorted(tiny_run.rglob("*"))
+    assert "output directory in use" in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tiny_run))
+    assert sorted(tiny_run.rglob("*")) == before
+
+
+def test_resume_mistakes(tiny_toy, tiny_run, tmp_path, capsys, monkeypatch):
+    assert "no run to resume here" in main_fails(capsys, monkeypatch, "--out", tmp_path / "new", "--resume")
+    error = main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tiny_run, gamma=0.9, seed=4), "--resume")
+    assert "--resume with changed settings (" in error and "--gamma was 0.3" in error and "--seed was 0" in error
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "started with 1 processes, this is 2" in main_fails(capsys, monkeypatch, "--out", tiny_run, "--resume")
+
+
+def test_damaged_checkpoint(tiny_run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run/checkpoints/step-000004/state.pt").write_bytes(b"half a fi")
+    error = main_fails(capsys, monkeypatch, "--out", tmp_path / "run", "--resume")
+    assert "step-000004: damaged checkpoint" in error and "remove this directory" in error
+
+
+@pytest.mark.parametrize("where, flag", [("sample", "--slots"), ("read", "--micro-batch")])
+def test_no_free_memory_names_the_flag_to_lower(tiny_toy, tmp_path, capsys, monkeypatch, where, flag):
+    def fail(*args, **kwargs):
+        torch.empty(2**60)  # what the CPU allocator raises is a RuntimeError of its own
+    monkeypatch.setattr(rollout if where == "sample" else teacher, where, fail)
+    error = main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run"))
+    assert "no free memory" in error and flag in error
+
+
+def test_loss_that_is_not_finite_stops_the_run(tiny_toy, tmp_path, capsys, monkeypatch):
+    error = main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run", lr=1e30, **{"checkpoint-every": 1}))
+    assert "not finite" in error and "--lr" in error and "step-00000" in error
+    assert all(tensor.isfinite().all() for tensor in adapter(tmp_path / "run", 1).values())
+
+
+def test_help_has_a_sentence_for_every_flag(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as exit:
+        train.parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0
+    for field in train.fields(train.Settings):
+        assert f"--{field.name.replace('_', '-')}" in text and len(field.metadata["help"].split()) >= 3
+
+
+def test_presets():
+    assert train.parse_arguments([])[0].model == "toy" and train.parse_arguments(["--steps", "3"])[0].steps == 3
+    paper = train.parse_arguments(["--model", "Qwen/Qwen3-4B", "--data", "d.jsonl"])[0]
+    assert (paper.gamma, paper.window, paper.lr, paper.lora_rank, paper.prompts_per_step) == (0.3, 3, 5e-6, 64, 32)
+    assert (train.parse_arguments(["--preset", "paper-8b"])[0].gamma, train.parse_arguments(["--preset", "paper-8b"])[0].window) == (1.0, 5)
+    both = train.parse_arguments(["--preset", "toy", "grpo", "--lr", "1"])[0]
+    assert (both.model, both.gamma, both.eps, both.lr) == ("toy", 0.0, 0.0, 1.0)

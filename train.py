@@ -1,0 +1,559 @@
+"""EGRSD and CL-EGRSD training (arXiv 2605.13255): sample, verify, read twice, update.
+
+    python train.py                                  the toy on a laptop CPU, a few minutes
+    torchrun --standalone train.py                   the same on one GPU, or on the CPU
+    torchrun --standalone --nproc-per-node=8 train.py --model Qwen/Qwen3-4B --data openthoughts.jsonl
+                                                     the paper's recipe on eight GPUs
+    python train.py --out runs/train --resume        go on where a stopped run left off
+
+One step:
+
+    rollouts   every rank samples completions of its share of the problems         rollout.sample
+    rewards    the verifier grades them; shorter correct ones get more             reward
+    teacher    adapter off, solution in the prompt: log p_T and entropy H          teacher.read, lora.disabled
+    all ranks  number of completion tokens, largest H                              before the first backward
+    student    adapter on: log p_theta, token advantages, loss, backward           egrsd
+    update     clip, AdamW; then the running advantage learns the step's rewards
+
+What it is not: there is no importance ratio, no KL term, no replay of old rollouts and no separate inference engine; the
+module that is trained is the one that samples. Only LoRA adapters are trained.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import distributed
+import egrsd
+import lora
+import reward
+import rollout
+import teacher
+import toy
+from data import InputError, Problem, load_model, load_problems
+from distributed import Ranks
+
+EVALUATION = 2**32 - 1  # stands for the step number in the seeds of evaluation
+SAMPLES_PER_STEP = 4  # completions of rank 0 that go into samples.jsonl at each step
+MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every"}
+
+
+def flag(default, help: str, interval: str = "", choices: tuple | None = None):
+    """One setting: its default, its sentence in --help, and the numbers it may take, such as "[0, 1)"."""
+    return field(default=default, metadata={"help": help, "interval": interval, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """One run. The defaults are the paper's recipe for Qwen3-4B."""
+
+    model: str = flag("Qwen/Qwen3-4B", "checkpoint directory or hub id; toy: the embedded tiny model")
+    data: str = flag("", "training problems: a JSONL file with problem, solution, answer; toy: the embedded ones")
+    eval_data: str = flag("", "held-out problems, evaluated before and after training; empty: no evaluation")
+    out: str = flag("runs/train", "directory of the run; must be new or empty, unless --resume")
+    seed: int = flag(0, "seed of the adapter's initial weights, the order of the problems and all sampling", "[0, inf)")
+    steps: int = flag(100, "optimizer steps of the run", "[1, inf)")
+    prompts_per_step: int = flag(32, "problems per step, over all ranks", "[1, inf)")
+    rollouts_per_prompt: int = flag(1, "completions sampled per problem", "[1, inf)")
+    micro_batch: int = flag(4, "completions per forward and backward pass on one rank; lower it to save memory", "[1, inf)")
+    slots: int = flag(0, "rows decoded together on one rank, 0: all of the step; lower it to save memory", "[0, inf)")
+    max_new_tokens: int = flag(1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)")
+    temperature: float = flag(1.1, "sampling temperature of the rollouts", "[0, inf)")
+    top_p: float = flag(0.95, "rollouts are drawn from the likeliest tokens that make up this mass", "(0, 1]")
+    top_k: int = flag(20, "rollouts are drawn from this many likeliest tokens, 0: all", "[0, inf)")
+    score_temperature: float = flag(1.0, "temperature at which teacher and student score the completions", "(0, inf)")
+    thinking: bool = flag(False, "let the chat template open a thinking block, in training and evaluation")
+    lr: float = flag(5e-6, "learning rate of AdamW", "[0, inf)")
+    lr_warmup_steps: int = flag(0, "steps of linear warm-up; the rate is constant after them", "[0, inf)")
+    weight_decay: float = flag(0.0, "weight decay of AdamW", "[0, inf)")
+    max_grad_norm: float = flag(0.1, "the gradient is clipped to this norm", "(0, inf)")
+    advantage: str = flag("running", "baseline of the advantage: the rewards of earlier steps, or the group of completions of "
+                          "one problem", choices=("running", "group"))
+    gamma: float = flag(0.3, "strength of the confidence gate, eq. (6); 0: no gate", "[0, inf)")
+    window: int = flag(3, "lookahead of the gate in tokens, eq. (8): CL-EGRSD; 0: EGRSD", "[0, inf)")
+    eps: float = flag(0.2, "the teacher's magnitude is clipped to [1 - eps, 1 + eps], eq. (2); 0: no magnitude", "[0, 1)")
+    floor: float = flag(0.1, "smallest value of the gate, eq. (6)", "(0, 1]")
+    beta_length: float = flag(0.5, "largest extra reward of a correct completion for being short", "[0, inf)")
+    lora_rank: int = flag(64, "rank of the adapter", "[1, inf)")
+    lora_alpha: float = flag(128.0, "alpha of the adapter, whose scale is alpha / rank", "(0, inf)")
+    bf16: bool = flag(None, "bfloat16 base weights and autocast (default: on with CUDA, off without)")
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass to save memory")
+    checkpoint_every: int = flag(25, "steps between checkpoints", "[1, inf)")
+    eval_samples: int = flag(4, "completions per problem in the evaluations before and after", "[1, inf)")
+    eval_max_new_tokens: int = flag(0, "longest completion in evaluation, 0: as in training", "[0, inf)")
+    eval_temperature: float = flag(1.0, "sampling temperature in evaluation", "[0, inf)")
+    eval_top_p: float = flag(0.95, "top-p in evaluation", "(0, 1]")
+    skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade, instead of stopping")
+
+
+PRESETS = {
+    "paper-4b": {},
+    "paper-8b": dict(model="Qwen/Qwen3-8B", gamma=1.0, window=5),
+    "toy": dict(model="toy", data="toy", eval_data="toy", steps=64, prompts_per_step=64, micro_batch=64, max_new_tokens=128,
+                temperature=1.0, top_p=1.0, top_k=0, lr=1e-3, lora_rank=16, lora_alpha=32.0, checkpoint_every=16,
+                gradient_checkpointing=False, eval_samples=1, eval_top_p=1.0),
+    "grpo": dict(gamma=0.0, eps=0.0),
+    "grpo-group": dict(gamma=0.0, eps=0.0, advantage="group", rollouts_per_prompt=8, prompts_per_step=4),
+}
+
+
+def parse_arguments(argv: list[str]) -> tuple[Settings, bool]:
+    """(settings, resume). Settings are the defaults, then presets from left to right, then flags; with --resume those of
+    the run in --out, which flags may repeat but not change."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: _fail(f"{message}; see --help")
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, help="named settings; of several, later ones win, and flags "
+                        "win over all (default: paper-4b with --model, toy without)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in --out, with the "
+                        "settings of that run")
+    for f in fields(Settings):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else \
+            {"type": f.type, "choices": f.metadata["choices"]}
+        default = f" (default: {f.default})" if f.default not in (None, "") else ""
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default, **kind)
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume", False)
+    presets = given.pop("preset", [] if resume else ["toy"] if given.get("model", "toy") == "toy" else ["paper-4b"])
+    given = {key: value for name in presets for key, value in PRESETS[name].items()} | given
+    settings = Settings()
+    if resume:
+        settings, world = read_config(Path(given.get("out", Settings.out)))
+        changed = [f"--{key.replace('_', '-')} was {getattr(settings, key)}" for key, value in given.items()
+                   if value != getattr(settings, key) and key not in MAY_CHANGE_ON_RESUME]
+        if changed:
+            _fail(f"{settings.out}: --resume with changed settings ({', '.join(changed)}): leave these flags out, or start a "
+                  "new run with another --out")
+        if world != int(os.environ.get("WORLD_SIZE", 1)):
+            _fail(f"{settings.out}: --resume with another world size: the run was started with {world} processes, this is "
+                  f"{os.environ.get('WORLD_SIZE', 1)}: set --nproc-per-node to match")
+    for key, value in given.items():
+        setattr(settings, key, value)
+    return settings, resume
+
+
+def check(s: Settings, world: int) -> None:
+    """Refuse settings that cannot work, before anything is loaded or written."""
+    for f in fields(Settings):
+        value, interval = getattr(s, f.name), f.metadata["interval"]
+        if interval:
+            low, high = map(float, interval[1:-1].split(","))
+            if not (low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")):
+                _fail(f"--{f.name.replace('_', '-')} must be in {interval}, got {value}")
+    if s.prompts_per_step % world:
+        _fail(f"--prompts-per-step {s.prompts_per_step} cannot be shared equally by {world} processes: take a multiple")
+    if s.advantage == "group" and s.rollouts_per_prompt < 2:
+        _fail("--advantage group compares completions of one problem: set --rollouts-per-prompt to 2 or more")
+    if not s.data:
+        _fail("--data is missing: name a JSONL file with problem, solution and answer")
+
+
+def read_config(run: Path) -> tuple[Settings, int]:
+    """Settings and world size of an earlier run."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        return Settings(**config["settings"]), config["world_size"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        _fail(f"{run / 'config.json'}: no run to resume here ({error}): check --out, or leave --resume out")
+
+
+def _fail(message: str):
+    raise InputError(message)
+
+
+class Interrupted(Exception):
+    """This rank got Ctrl-C or SIGTERM while sampling."""
+
+
+class Stop(Exception):
+    """All ranks know that one of them got Ctrl-C or SIGTERM, and stop at the same place."""
+
+
+class Student(nn.Module):
+    """teacher.read as the forward of a module, which is where DistributedDataParallel hooks in."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, prompts, completions, temperature):
+        return teacher.read(self.model, prompts, completions, temperature=temperature)
+
+
+class Trainer:
+    """The state of a run: model, problems, optimizer, running advantage, number of steps done."""
+
+    def __init__(self, s: Settings, ranks: Ranks):
+        """Load and check everything; nothing is written yet."""
+        self.s, self.ranks, self.run = s, ranks, Path(s.out)
+        self.step, self.phase, self.status, self.signal = 0, "loading", "", None
+        name, data, eval_data = ranks.once_per_node(lambda: (
+            toy.resolve(s.model, "model"), toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")))
+        self.problems, self.left_out = load_problems(data, skip_ungradable=s.skip_ungradable)
+        self.held_out = load_problems(eval_data, False, s.skip_ungradable)[0] if eval_data else []
+        self.bf16 = s.bf16 if s.bf16 is not None else ranks.device.type == "cuda"
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        self.model, self.tokenizer = ranks.once_per_node(lambda: load_model(name, dtype, ranks.device))
+        self.stop_ids = rollout.stop_ids(self.model, self.tokenizer)
+        self.check_window(data, self.problems, s.max_new_tokens, (self.student_prompt, self.teacher_prompt))
+        self.check_window(eval_data, self.held_out, s.eval_max_new_tokens or s.max_new_tokens, (self.student_prompt,))
+
+        torch.manual_seed(s.seed)
+        lora.add_lora(self.model, s.lora_rank, s.lora_alpha)
+        self.parameters = lora.lora_parameters(self.model)
+        if s.gradient_checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.student = Student(self.model)
+        if ranks.distributed:
+            self.student = DistributedDataParallel(self.student, forward_sync_buffers=False)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=s.lr, betas=(0.9, 0.999), weight_decay=s.weight_decay)
+        self.running = egrsd.RunningAdvantage()
+
+    def check_window(self, path: str, problems: list[Problem], new_tokens: int, prompts) -> None:
+        """Every prompt must fit into the model's window together with its completion."""
+        window = getattr(self.model.config, "max_position_embeddings", None) or float("inf")
+        for p in problems:
+            if len((p.problem + p.solution).encode()) + new_tokens + 500 > window:  # a token has at least one byte
+                length = max(len(prompt(p)) for prompt in prompts)
+                if length + new_tokens > window:
+                    _fail(f"{path}: line {p.line}: field 'problem' (with 'solution') makes a prompt of {length} tokens, beyond the "
+                          f"model's window of {window} together with {new_tokens} new tokens: shorten or remove the row, or "
+                          "lower --max-new-tokens")
+
+    def student_prompt(self, p: Problem) -> list[int]:
+        return teacher.encode(self.tokenizer, teacher.student_messages(p.problem), self.s.thinking)
+
+    def teacher_prompt(self, p: Problem) -> list[int]:
+        return teacher.encode(self.tokenizer, teacher.teacher_messages(p.problem, p.solution), self.s.thinking)
+
+    def autocast(self):
+        return torch.autocast(self.ranks.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def next_problems(self) -> list[Problem]:
+        """This rank's problems of the step: the data in a new random order every epoch, dealt out without gaps."""
+        n, share = len(self.problems), self.ranks.share(self.s.prompts_per_step)
+        places = [self.step * self.s.prompts_per_step + i for i in share]
+        order = {epoch: np.random.default_rng((self.s.seed, epoch)).permutation(n) for epoch in {k // n for k in places}}
+        return [self.problems[order[k // n][k % n]] for k in places]
+
+    def grade(self, completion: rollout.Completion, gold: str) -> tuple[str, str | None, bool]:
+        """(text, extracted answer, correct?); a truncated completion is wrong whatever it says."""
+        text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        answer = reward.extract_answer(text)
+        return text, answer, completion.finished and answer is not None and reward.is_equal(answer, gold)
+
+    def train_step(self, progress) -> dict:
+        """One optimizer step; returns its metrics over all ranks. Nothing has changed if it raises Stop."""
+        s, ranks, start = self.s, self.ranks, time.perf_counter()
+        problems = [p for p in self.next_problems() for _ in range(s.rollouts_per_prompt)]
+        prompts = [self.student_prompt(p) for p in problems]
+
+        self.phase, completions = "rollouts", []
+        try:
+            with self.autocast():
+                completions = rollout.sample(
+                    self.model, prompts[::s.rollouts_per_prompt], max_new_tokens=s.max_new_tokens, stop_ids=self.stop_ids,
+                    temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, samples_per_prompt=s.rollouts_per_prompt,
+                    slots=s.slots or None, progress=progress,
+                    generator=rollout.generator_for_rows((s.seed, self.step), ranks.rank * len(prompts)))
+        except Interrupted:
+            pass
+        self.stop_if_asked()
+        tokens = [completion.token_ids for completion in completions]
+        graded = [self.grade(c, p.answer) for c, p in zip(completions, problems)]
+        rewards = torch.tensor([reward.shaped_reward(correct, len(ids), s.max_new_tokens, s.beta_length)
+                                for (_, _, correct), ids in zip(graded, tokens)], device=ranks.device)
+        advantage = group_advantage(rewards, s.rollouts_per_prompt) if s.advantage == "group" else \
+            self.running.advantage(rewards)  # [B]
+        sampled = time.perf_counter()
+
+        self.phase = "the teacher's pass"
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))  # rows of like length share a micro-batch
+        batches = [order[i:i + s.micro_batch] for i in range(0, len(order), s.micro_batch)]
+        with torch.no_grad(), lora.disabled(self.model), self.autocast():
+            taught = [teacher.read(self.model, [self.teacher_prompt(problems[i]) for i in rows], [tokens[i] for i in rows],
+                                   temperature=s.score_temperature, entropy=True) for rows in batches]
+        max_entropy = ranks.max(max(reading.entropy.max().item() for reading in taught))
+        num_tokens = ranks.sum([sum(map(len, tokens))])[0]
+        read = time.perf_counter()
+
+        self.phase, sums = "the student's pass", np.zeros(7)
+        self.model.train()
+        for k, (rows, reading) in enumerate(zip(batches, taught)):
+            if ranks.distributed:  # one all-reduce a step, in the last backward; every rank has as many backwards
+                self.student.require_backward_grad_sync = k == len(batches) - 1
+            with self.autocast():
+                own = self.student([prompts[i] for i in rows], [tokens[i] for i in rows], s.score_temperature)
+            gate = dict(gamma=s.gamma, window=s.window, floor=s.floor, max_entropy=max_entropy)
+            weighted = egrsd.token_advantages(advantage[rows], reading.logp, own.logp, reading.entropy, own.mask,
+                                              eps=s.eps, **gate)  # [b, T]
+            loss = egrsd.policy_loss(own.logp, weighted, own.mask, num_tokens)
+            (loss * ranks.world).backward()  # the loss is a sum over ranks, DistributedDataParallel averages
+            sums += [loss.item(), *self.token_sums(reading, own, advantage[rows], [completions[i] for i in rows], gate)]
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm).item()
+
+        counts = [rewards.sum().item(), sum(correct for _, _, correct in graded), advantage.sum().item(),
+                  sum(not c.finished for c in completions), sum(answer is None for _, answer, _ in graded)]
+        sums = ranks.sum([*sums, *counts])
+        per_token = dict(zip(("entropy", "gate", "clipped", "delta", "sampling_gap", "weight"), (np.array(sums[1:7]) / num_tokens).tolist()))
+        per_completion = dict(zip(("reward", "accuracy", "advantage", "truncated", "no_answer"),
+                                  (np.array(sums[7:]) / (ranks.world * len(completions))).tolist()))
+        if not np.isfinite([sums[0], grad_norm]).all():
+            _fail(f"step {self.step + 1}: loss {sums[0]}, gradient norm {grad_norm}: not finite, so the step was not applied: lower "
+                  f"--lr; the last good checkpoint is {checkpoint.latest(self.run / 'checkpoints') or 'none yet'}")
+        lr = s.lr * min(1.0, (self.step + 1) / max(1, s.lr_warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.running.update(ranks.gather(rewards).flatten())
+        self.step += 1
+        if ranks.rank == 0:
+            checkpoint.append_jsonl(self.run / "samples.jsonl", [
+                {"step": self.step, "line": p.line, "problem": p.problem, "gold": p.answer, "completion": text, "answer": answer,
+                 "correct": correct, "finished": c.finished, "tokens": len(c.token_ids), "reward": r, "advantage": a}
+                for p, c, (text, answer, correct), r, a in
+                zip(problems[:SAMPLES_PER_STEP], completions, graded, rewards.tolist(), advantage.tolist())])
+        end = time.perf_counter()
+        return {"step": self.step, "loss": sums[0], "grad_norm": grad_norm, "lr": lr, **per_completion,
+                "length": num_tokens / (ranks.world * len(completions)), **per_token, "max_entropy": max_entropy,
+                "tokens": int(num_tokens), "rollout_s": sampled - start, "teacher_s": read - sampled, "student_s": end - read,
+                "memory_gib": ranks.max(peak_memory_gib())}
+
+    def token_sums(self, reading, own, advantage: Tensor, completions: list[rollout.Completion], gate: dict) -> list[float]:
+        """Sums over the tokens of a micro-batch: teacher entropy, gate, share at the magnitude's bounds, log p_T - log p_S,
+        |log-prob when sampled - log p_S|, |weight|."""
+        own_logp = own.logp.detach()
+        weight = egrsd.magnitude(reading.logp, own_logp, advantage, self.s.eps)
+        omega = egrsd.confidence_gate(reading.entropy, own.mask, **gate)
+        clipped = ((weight - 1).abs() >= self.s.eps * 0.99999) & (advantage != 0).unsqueeze(-1)
+        drawn = nn.utils.rnn.pad_sequence([torch.tensor(c.logprobs) for c in completions], batch_first=True).to(own_logp.device)
+        terms = (reading.entropy, omega, clipped, reading.logp - own_logp, (drawn - own_logp).abs(), weight)
+        return torch.stack([(term * own.mask).sum().double() for term in terms]).tolist()
+
+    def stop_if_asked(self) -> None:
+        """Raise Stop on every rank if any of them got a signal."""
+        if self.ranks.max(self.signal is not None):
+            raise Stop
+
+    def progress(self, bar, count=lambda finished: None):
+        """A callback for rollout.sample: shows tokens/s, and ends the sampling once a signal came."""
+        tokens, start = 0, time.perf_counter()
+
+        def show(new_tokens: int, finished: int) -> None:
+            nonlocal tokens
+            if self.signal is not None:
+                raise Interrupted
+            tokens += new_tokens
+            bar.set_postfix_str(f"{self.status}{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+            count(finished)
+        return show
+
+    def evaluate(self, name: str) -> dict:
+        """Accuracy and length on the held-out problems, of which every rank takes its share."""
+        s, ranks, completions = self.s, self.ranks, []
+        share = ranks.share(len(self.held_out))
+        problems, self.phase = [self.held_out[i] for i in share], "evaluation"
+        with tqdm(total=len(problems) * s.eval_samples, desc=name, disable=ranks.rank > 0, unit=" completions") as bar:
+            try:
+                with self.autocast():
+                    completions = rollout.sample(
+                        self.model, [self.student_prompt(p) for p in problems], stop_ids=self.stop_ids,
+                        max_new_tokens=s.eval_max_new_tokens or s.max_new_tokens, temperature=s.eval_temperature,
+                        top_p=s.eval_top_p, samples_per_prompt=s.eval_samples, slots=s.slots or 128,
+                        generator=rollout.generator_for_rows((s.seed, EVALUATION), share.start * s.eval_samples),
+                        progress=self.progress(bar, bar.update))
+            except Interrupted:
+                pass
+        self.stop_if_asked()
+        graded = [self.grade(c, problems[i // s.eval_samples].answer) for i, c in enumerate(completions)]
+        count, correct, tokens, truncated, no_answer = ranks.sum([
+            len(graded), sum(correct for _, _, correct in graded), sum(len(c.token_ids) for c in completions),
+            sum(not c.finished for c in completions), sum(answer is None for _, answer, _ in graded)])
+        return {"accuracy": correct / count, "length": tokens / count, "efficiency": 100 * correct / (tokens / 1000),
+                "truncated": truncated / count, "no_answer": no_answer / count, "completions": int(count)}
+
+    def save(self) -> Path:
+        """A checkpoint of the steps done; every rank calls it."""
+        path, ranks = self.run / "checkpoints" / f"step-{self.step:06d}", self.ranks
+        rng = {"cpu": ranks.gather(torch.get_rng_state())}
+        if ranks.device.type == "cuda":
+            rng["cuda"] = ranks.gather(torch.cuda.get_rng_state())
+        if ranks.rank == 0:
+            checkpoint.save(path, self.model, self.optimizer, rng,
+                            {"step": self.step, "running_advantage": self.running.state_dict()})
+        ranks.barrier()
+        return path
+
+    def load(self) -> None:
+        """Go on from the last complete checkpoint; from the start if there is none."""
+        path = checkpoint.latest(self.run / "checkpoints")
+        if path is None:
+            return
+        try:
+            rng, state = checkpoint.load(path, self.model, self.optimizer)
+        except ValueError as error:
+            _fail(f"{error}: remove this directory to resume from the checkpoint before it")
+        self.step = state["step"]
+        self.running.load_state_dict(state["running_advantage"])
+        torch.set_rng_state(rng["cpu"][self.ranks.rank].clone())  # torch crashes on a view into a larger tensor
+        if "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"][self.ranks.rank].clone())
+
+
+def group_advantage(rewards: Tensor, group: int) -> Tensor:
+    """GRPO, arXiv 2402.03300: (r - mean) / (std + 1e-4) within each problem's `group` completions; [B] -> [B]."""
+    groups = rewards.view(-1, group)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has used so far: on the GPU, or without one on the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+@contextmanager
+def run_directory(s: Settings, ranks: Ranks):
+    """Make the directory on rank 0, and hold it against other processes until this one ends, however it ends."""
+    Path(s.out).mkdir(parents=True, exist_ok=True)
+    with (Path(s.out) / "lock").open("a") as lock:
+        in_use = False
+        if ranks.rank == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                in_use = True
+        if ranks.max(in_use):
+            _fail(f"{s.out}: output directory in use by a process that is still running: choose another --out")
+        yield
+
+
+def train(s: Settings, resume: bool) -> None:
+    """The whole run, the same on every rank: evaluate, train, evaluate, export."""
+    ranks = Ranks()
+    check(s, ranks.world)
+    if not resume and os.path.exists(s.out) and os.listdir(s.out):
+        _fail(f"{s.out}: output directory in use: go on with --resume, or choose another --out")
+    t = Trainer(s, ranks)
+    with run_directory(s, ranks):
+        if resume:
+            t.load()
+        if ranks.rank == 0:
+            write_config(t)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                checkpoint.drop_later_steps(t.run / name, t.step)
+        for number in (signal.SIGINT, signal.SIGTERM):  # only a note: the run stops where all ranks agree to
+            signal.signal(number, lambda received, _: setattr(t, "signal", received))
+        try:
+            results = evaluate_and_train(t)
+        except Stop:
+            path = t.save()
+            if ranks.rank == 0:
+                print(f"stopped after step {t.step}, {path} is complete: go on with --out {s.out} --resume", file=sys.stderr)
+            raise SystemExit(128 + (t.signal or signal.SIGTERM)) from None
+        except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises a RuntimeError that says so
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+                raise
+            flag = f"--slots (now {s.slots or 'all'})" if t.phase in ("rollouts", "evaluation") else \
+                f"--micro-batch (now {s.micro_batch})"
+            raise OutOfMemory(f"no free memory in {t.phase} of step {t.step + 1}: lower {flag} or --max-new-tokens") from None
+        if ranks.rank == 0:
+            export(t, results)
+        ranks.barrier()  # nobody leaves while rank 0 still writes
+
+
+class OutOfMemory(InputError):
+    """One rank ran out of memory; the others may not have."""
+
+
+def evaluate_and_train(t: Trainer) -> dict:
+    s, rank, path = t.s, t.ranks.rank, t.run / "evaluation.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if t.held_out and "before" not in results:
+        with lora.disabled(t.model):
+            results["before"] = t.evaluate("before")
+        if rank == 0:
+            checkpoint.write_json(path, results)
+    with tqdm(total=s.steps, initial=t.step, disable=rank > 0, unit=" steps", desc="train") as bar:
+        while t.step < s.steps:
+            metrics = t.train_step(t.progress(bar))
+            if rank == 0:
+                checkpoint.append_jsonl(t.run / "metrics.jsonl", [metrics])
+            t.status = "reward {reward:.2f}, accuracy {accuracy:.2f}, length {length:.0f}, ".format(**metrics)
+            bar.update()
+            if t.step % s.checkpoint_every == 0 or t.step == s.steps:
+                t.save()
+            t.stop_if_asked()
+    t.status = ""
+    if t.held_out:
+        results["after"] = t.evaluate("after")
+        if rank == 0:
+            checkpoint.write_json(path, results)
+    return results
+
+
+def write_config(t: Trainer) -> None:
+    """config.json: the settings in use and what follows from them, which is also printed."""
+    s, world = t.s, t.ranks.world
+    completions = s.prompts_per_step * s.rollouts_per_prompt
+    derived = {"device": str(t.ranks.device), "bf16": t.bf16, "problems": len(t.problems), "left_out": t.left_out,
+               "held_out_problems": len(t.held_out), "completions_per_step": completions,
+               "micro_batches_per_rank": -(-completions // world // s.micro_batch),
+               "most_tokens_per_step": completions * s.max_new_tokens,
+               "parameters": sum(p.numel() for p in t.model.parameters()),
+               "trained_parameters": sum(p.numel() for p in t.parameters)}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    checkpoint.write_json(t.run / "config.json", {"settings": asdict(s), "world_size": world, "derived": derived,
+                                                  "versions": versions})
+    print("  ".join(f"{key}={value}" for key, value in ({"out": s.out, "world_size": world} | derived).items()), flush=True)
+
+
+def export(t: Trainer, results: dict) -> None:
+    """Write model/, an ordinary checkpoint with the adapter merged in, and say what came of the run and where it lies."""
+    lora.merge(t.model)
+    with checkpoint.atomic_directory(t.run / "model") as work:
+        t.model.save_pretrained(work)
+        t.tokenizer.save_pretrained(work)
+    if results:
+        print(f"\n{'held-out':10}{'accuracy':>10}{'mean length':>13}{'accuracy (%) per 1,000 tokens':>31}")
+        for name, r in results.items():
+            print(f"{name:10}{r['accuracy']:10.3f}{r['length']:13.1f}{r['efficiency']:31.0f}")
+    print(f"\nmodel       {t.run / 'model'}\ncheckpoints {t.run / 'checkpoints'}\nmetrics     {t.run / 'metrics.jsonl'}\n"
+          f"samples     {t.run / 'samples.jsonl'}")
+
+
+def main() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        train(*parse_arguments(sys.argv[1:]))
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfMemory):  # else every rank has the same to say
+            print(f"train.py: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        distributed.close()
+
+
+if __name__ == "__main__":
+    main()

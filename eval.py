@@ -62,10 +62,12 @@ def majority_accuracy(answers: list[str | None], gold: str) -> float:
     >>> majority_accuracy([None, None, "7"], "7")
     0.0
     """
+    def same(a: str | None, b: str | None) -> bool:
+        return a == b if None in (a, b) else reward.is_equal(a, b)
+
     classes: list[list] = []  # [first answer of the class, votes]
     for answer in answers:
-        same = (c for c in classes if (c[0] is None) == (answer is None) and (answer is None or reward.is_equal(answer, c[0])))
-        found = next(same, None)
+        found = next((c for c in classes if same(answer, c[0])), None)
         if found is None:
             classes.append([answer, 1])
         else:
@@ -94,8 +96,8 @@ def summarise(rows: list[dict], samples: int) -> dict:
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < samples] + [samples]
     result = {"problems": len(problems), "avg": accuracy, "low": low, "high": high,
               "pass": {k: np.mean([pass_at_k(samples, c, k) for c in correct]) for k in ks},
-              "maj": np.mean([majority_accuracy([row["answer"] if row["finished"] else None for row in group], group[0]["gold"])
-                              for group in problems.values()]),
+              "maj": np.mean([majority_accuracy([row["answer"] if row["finished"] else None for row in group],
+                                                group[0]["gold"]) for group in problems.values()]),
               "length": length, "truncated": np.mean([not row["finished"] for row in rows]),
               "no_answer": np.mean([row["answer"] is None for row in rows]), "eff": 100 * accuracy / (length / 1000)}
     return json.loads(json.dumps(result, default=float))
@@ -125,7 +127,8 @@ def table(results: list[dict], samples: int) -> str:
 
 
 def sample_problems(model, tokenizer, problems: list[Problem], first: int, a, label: dict, part: Path, bar) -> list[dict]:
-    """The rows of samples.jsonl for these problems, the first of which is number `first` of its file; written as they come."""
+    """The rows of samples.jsonl for these problems, of which the first is number `first` of its file; written as they
+    come."""
     rows, stop_ids, start, tokens = [], rollout.stop_ids(model, tokenizer), time.perf_counter(), 0
 
     def progress(new_tokens: int, finished: int) -> None:
@@ -161,8 +164,9 @@ def check_window(model, tokenizer, path: str, problems: list[Problem], a) -> Non
     for p in problems:
         length = len(teacher.encode(tokenizer, teacher.student_messages(p.problem), a.thinking))
         if length + a.max_new_tokens > window:
-            raise InputError(f"{path}: line {p.line}: field 'problem' makes a prompt of {length} tokens, beyond the model's window "
-                             f"of {window} together with {a.max_new_tokens} new tokens: lower --max-new-tokens, or shorten the row")
+            raise InputError(f"{path}: line {p.line}: field 'problem' makes a prompt of {length} tokens, beyond the model's "
+                             f"window of {window} together with {a.max_new_tokens} new tokens: lower --max-new-tokens, or "
+                             "shorten the row")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -181,7 +185,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--temperature", type=float, default=1.0, help="sampling temperature, 0: greedy (default: %(default)s)")
     add("--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this mass (default: %(default)s)")
     add("--top-k", type=int, default=0, help="draw from this many likeliest tokens, 0: all (default: %(default)s)")
-    add("--thinking", action=argparse.BooleanOptionalAction, default=True, help="let the chat template open a thinking block")
+    add("--thinking", action=argparse.BooleanOptionalAction, default=True,
+        help="let the chat template open a thinking block (default: on)")
     add("--slots", type=int, default=32, help="rows decoded together; lower it to save memory (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     add("--skip-ungradable", action="store_true", help="leave out rows whose gold answer the verifier cannot grade")
@@ -248,7 +253,8 @@ def gather_rows(rows: list[dict], ranks: Ranks) -> list[dict]:
 
 def load(name: str, adapter: str | None, device: torch.device):
     """(model, tokenizer), the adapter merged in."""
-    model, tokenizer = load_model(toy.resolve(name, "model"), torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = load_model(toy.resolve(name, "model"), dtype, device)
     if adapter:
         try:
             lora.load_adapter(model, adapter)

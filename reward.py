@@ -161,7 +161,8 @@ def _same(a: _Value, b: _Value, reader: "_Reader") -> bool:
     if "list" in kinds and not (len(kinds) == 2 and "()" in (a.form, b.form)):
         return _same_in_any_order(*(v.parts if v.kind == "list" else (v,) for v in (a, b)), reader)
     if len(kinds) == 1 and a.kind in ("union", "relation"):
-        return a.text == b.text or _same_in_any_order(a.parts, b.parts, reader)
+        is_repeated = a.text == b.text and not any(part.parts == ("undefined",) for part in a.parts)
+        return is_repeated or _same_in_any_order(a.parts, b.parts, reader)
     if a.form != b.form and "list" not in kinds or len(kinds - {"list", "tuple"}) > 1:
         return False
     if a.kind == "number":
@@ -531,6 +532,8 @@ class _Reader:
             sign, left, right = _MIRRORED[sign], right, left
         vector = self.compute(_OPERATORS["-"], left, right)
         scale = next((x for x in vector if not isinstance(x, str) and x != 0), None)
+        if "undefined" in vector:
+            return _Value("number", "", ("undefined",), sign)
         if scale is None or len(vector) == 1:
             raise _Unreadable("always true or false")
         scale = scale if sign in ("=", "\\ne") else abs(scale)

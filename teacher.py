@@ -46,7 +46,8 @@ def student_messages(problem: str) -> list[dict]:
 
 def teacher_messages(problem: str, solution: str) -> list[dict]:
     """The privileged prompt: the problem, then the reference solution. Both texts go in as they are, braces and all."""
-    return [{"role": "user", "content": problem + "\n\n[Reference solution]\n" + solution + "\n[End of reference solution]\n\n"
+    return [{"role": "user", "content":
+             problem + "\n\n[Reference solution]\n" + solution + "\n[End of reference solution]\n\n"
              "Make sure you understand the reference solution, then solve the problem anew in your own words. "
              + INSTRUCTION}]
 

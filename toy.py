@@ -101,7 +101,7 @@ def make_row(terms: list[int]) -> dict:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so that any text can be encoded; digits stay single, the prompts' fixed sentences are one token each."""
+    """Byte-level BPE, so that any text can be encoded; digits stay single, the prompts' fixed sentences are one token."""
     pieces = tokenizers.pre_tokenizers
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = pieces.Sequence([pieces.Digits(individual_digits=True),

@@ -50,6 +50,15 @@ from data import InputError, Problem, load_model, load_problems
 from distributed import Ranks
 
 EVALUATION = 2**32 - 1  # stands for the step number in the seeds of evaluation
+EVALUATION_SLOTS = 128  # rows decoded together in evaluation, unless --slots says otherwise
+TOKEN_METRICS = (  # means over the step's tokens
+    "entropy",  # H of the teacher, nats
+    "gate",  # omega
+    "magnitude",  # w
+    "clipped",  # share of tokens whose w is at a bound
+    "delta",  # log p_T - log p_S
+    "sampling_gap",  # |log-prob under the distribution drawn from - log p_S|
+)
 SAMPLES_PER_STEP = 4  # completions of rank 0 that go into samples.jsonl at each step
 MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every"}
 
@@ -83,8 +92,8 @@ class Settings:
     lr_warmup_steps: int = flag(0, "steps of linear warm-up; the rate is constant after them", "[0, inf)")
     weight_decay: float = flag(0.0, "weight decay of AdamW", "[0, inf)")
     max_grad_norm: float = flag(0.1, "the gradient is clipped to this norm", "(0, inf)")
-    advantage: str = flag("running", "baseline of the advantage: the rewards of earlier steps, or the group of completions of "
-                          "one problem", choices=("running", "group"))
+    advantage: str = flag("running", "baseline of the advantage: the rewards of earlier steps, or the completions of the "
+                          "same problem", choices=("running", "group"))
     gamma: float = flag(0.3, "strength of the confidence gate, eq. (6); 0: no gate", "[0, inf)")
     window: int = flag(3, "lookahead of the gate in tokens, eq. (8): CL-EGRSD; 0: EGRSD", "[0, inf)")
     eps: float = flag(0.2, "the teacher's magnitude is clipped to [1 - eps, 1 + eps], eq. (2); 0: no magnitude", "[0, 1)")
@@ -138,8 +147,8 @@ def parse_arguments(argv: list[str]) -> tuple[Settings, bool]:
         changed = [f"--{key.replace('_', '-')} was {getattr(settings, key)}" for key, value in given.items()
                    if value != getattr(settings, key) and key not in MAY_CHANGE_ON_RESUME]
         if changed:
-            _fail(f"{settings.out}: --resume with changed settings ({', '.join(changed)}): leave these flags out, or start a "
-                  "new run with another --out")
+            _fail(f"{settings.out}: --resume with changed settings ({', '.join(changed)}): leave these flags out, or start "
+                  "a new run with another --out")
         if world != int(os.environ.get("WORLD_SIZE", 1)):
             _fail(f"{settings.out}: --resume with another world size: the run was started with {world} processes, this is "
                   f"{os.environ.get('WORLD_SIZE', 1)}: set --nproc-per-node to match")
@@ -232,9 +241,9 @@ class Trainer:
             if len((p.problem + p.solution).encode()) + new_tokens + 500 > window:  # a token has at least one byte
                 length = max(len(prompt(p)) for prompt in prompts)
                 if length + new_tokens > window:
-                    _fail(f"{path}: line {p.line}: field 'problem' (with 'solution') makes a prompt of {length} tokens, beyond the "
-                          f"model's window of {window} together with {new_tokens} new tokens: shorten or remove the row, or "
-                          "lower --max-new-tokens")
+                    _fail(f"{path}: line {p.line}: field 'problem' (with 'solution') makes a prompt of {length} tokens, "
+                          f"beyond the model's window of {window} together with {new_tokens} new tokens: shorten or remove "
+                          "the row, or lower --max-new-tokens")
 
     def student_prompt(self, p: Problem) -> list[int]:
         return teacher.encode(self.tokenizer, teacher.student_messages(p.problem), self.s.thinking)
@@ -258,27 +267,33 @@ class Trainer:
         answer = reward.extract_answer(text)
         return text, answer, completion.finished and answer is not None and reward.is_equal(answer, gold)
 
-    def train_step(self, progress) -> dict:
-        """One optimizer step; returns its metrics over all ranks. Nothing has changed if it raises Stop."""
-        s, ranks, start = self.s, self.ranks, time.perf_counter()
-        problems = [p for p in self.next_problems() for _ in range(s.rollouts_per_prompt)]
-        prompts = [self.student_prompt(p) for p in problems]
-
-        self.phase, completions = "rollouts", []
+    def sample(self, problems: list[Problem], per_problem: int, seed: int, first_row: int, **settings):
+        """Completions of this rank's problems, whose first one is row `first_row` of all ranks' rows. Stop, if raised, is
+        raised on every rank."""
+        completions = []
         try:
             with self.autocast():
                 completions = rollout.sample(
-                    self.model, prompts[::s.rollouts_per_prompt], max_new_tokens=s.max_new_tokens, stop_ids=self.stop_ids,
-                    temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, samples_per_prompt=s.rollouts_per_prompt,
-                    slots=s.slots or None, progress=progress,
-                    generator=rollout.generator_for_rows((s.seed, self.step), ranks.rank * len(prompts)))
+                    self.model, [self.student_prompt(p) for p in problems], samples_per_prompt=per_problem,
+                    stop_ids=self.stop_ids, generator=rollout.generator_for_rows((self.s.seed, seed), first_row), **settings)
         except Interrupted:
             pass
         self.stop_if_asked()
+        return completions
+
+    def train_step(self, bar) -> dict:
+        """One optimizer step; returns its metrics over all ranks. Nothing has changed if it raises Stop."""
+        s, ranks, start = self.s, self.ranks, time.perf_counter()
+
+        self.phase, distinct = "rollouts", self.next_problems()
+        problems = [p for p in distinct for _ in range(s.rollouts_per_prompt)]  # of each completion
+        completions = self.sample(distinct, s.rollouts_per_prompt, self.step, ranks.rank * len(problems),
+                                  progress=self.progress(bar), max_new_tokens=s.max_new_tokens, temperature=s.temperature,
+                                  top_p=s.top_p, top_k=s.top_k, slots=s.slots or None)
         tokens = [completion.token_ids for completion in completions]
         graded = [self.grade(c, p.answer) for c, p in zip(completions, problems)]
         rewards = torch.tensor([reward.shaped_reward(correct, len(ids), s.max_new_tokens, s.beta_length)
-                                for (_, _, correct), ids in zip(graded, tokens)], device=ranks.device)
+                                for (_, _, correct), ids in zip(graded, tokens)], device=ranks.device)  # [B]
         advantage = group_advantage(rewards, s.rollouts_per_prompt) if s.advantage == "group" else \
             self.running.advantage(rewards)  # [B]
         sampled = time.perf_counter()
@@ -286,6 +301,7 @@ class Trainer:
         self.phase = "the teacher's pass"
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))  # rows of like length share a micro-batch
         batches = [order[i:i + s.micro_batch] for i in range(0, len(order), s.micro_batch)]
+        self.model.eval()
         with torch.no_grad(), lora.disabled(self.model), self.autocast():
             taught = [teacher.read(self.model, [self.teacher_prompt(problems[i]) for i in rows], [tokens[i] for i in rows],
                                    temperature=s.score_temperature, entropy=True) for rows in batches]
@@ -293,58 +309,67 @@ class Trainer:
         num_tokens = ranks.sum([sum(map(len, tokens))])[0]
         read = time.perf_counter()
 
-        self.phase, sums = "the student's pass", np.zeros(7)
-        self.model.train()
+        self.phase, sums = "the student's pass", np.zeros(1 + len(TOKEN_METRICS))
+        gate = dict(gamma=s.gamma, window=s.window, floor=s.floor, max_entropy=max_entropy)
+        self.model.train()  # gradient checkpointing works in this mode only
         for k, (rows, reading) in enumerate(zip(batches, taught)):
             if ranks.distributed:  # one all-reduce a step, in the last backward; every rank has as many backwards
                 self.student.require_backward_grad_sync = k == len(batches) - 1
             with self.autocast():
-                own = self.student([prompts[i] for i in rows], [tokens[i] for i in rows], s.score_temperature)
-            gate = dict(gamma=s.gamma, window=s.window, floor=s.floor, max_entropy=max_entropy)
+                own = self.student([self.student_prompt(problems[i]) for i in rows], [tokens[i] for i in rows],
+                                   s.score_temperature)
             weighted = egrsd.token_advantages(advantage[rows], reading.logp, own.logp, reading.entropy, own.mask,
                                               eps=s.eps, **gate)  # [b, T]
             loss = egrsd.policy_loss(own.logp, weighted, own.mask, num_tokens)
             (loss * ranks.world).backward()  # the loss is a sum over ranks, DistributedDataParallel averages
             sums += [loss.item(), *self.token_sums(reading, own, advantage[rows], [completions[i] for i in rows], gate)]
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm).item()
+        loss, *sums = ranks.sum(sums.tolist())
+        grad_norm, lr = self.update(loss)
+        self.running.update(ranks.gather(rewards).flatten())
+        self.step += 1
+        if ranks.rank == 0:
+            self.log_samples(problems, completions, graded, rewards, advantage)
 
-        counts = [rewards.sum().item(), sum(correct for _, _, correct in graded), advantage.sum().item(),
-                  sum(not c.finished for c in completions), sum(answer is None for _, answer, _ in graded)]
-        sums = ranks.sum([*sums, *counts])
-        per_token = dict(zip(("entropy", "gate", "clipped", "delta", "sampling_gap", "weight"), (np.array(sums[1:7]) / num_tokens).tolist()))
-        per_completion = dict(zip(("reward", "accuracy", "advantage", "truncated", "no_answer"),
-                                  (np.array(sums[7:]) / (ranks.world * len(completions))).tolist()))
-        if not np.isfinite([sums[0], grad_norm]).all():
-            _fail(f"step {self.step + 1}: loss {sums[0]}, gradient norm {grad_norm}: not finite, so the step was not applied: lower "
-                  f"--lr; the last good checkpoint is {checkpoint.latest(self.run / 'checkpoints') or 'none yet'}")
+        n = ranks.world * len(completions)
+        totals = ranks.sum([rewards.sum().item(), sum(correct for _, _, correct in graded), advantage.sum().item(),
+                            sum(not c.finished for c in completions), sum(answer is None for _, answer, _ in graded)])
+        names = ("reward", "accuracy", "advantage", "truncated", "no_answer")
+        return {"step": self.step, "loss": loss, "grad_norm": grad_norm, "lr": lr,
+                **{name: total / n for name, total in zip(names, totals)}, "length": num_tokens / n,
+                **{name: total / num_tokens for name, total in zip(TOKEN_METRICS, sums)}, "max_entropy": max_entropy,
+                "tokens": int(num_tokens), "rollout_s": sampled - start, "teacher_s": read - sampled,
+                "student_s": time.perf_counter() - read, "memory_gib": ranks.max(peak_memory_gib())}
+
+    def update(self, loss: float) -> tuple[float, float]:
+        """Clip and apply the gradients; returns their norm before clipping, and the learning rate used."""
+        s = self.s
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm).item()
+        if not np.isfinite([loss, grad_norm]).all():
+            _fail(f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, so the step was not applied: "
+                  f"lower --lr; the last good checkpoint is {checkpoint.latest(self.run / 'checkpoints') or 'none yet'}")
         lr = s.lr * min(1.0, (self.step + 1) / max(1, s.lr_warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.running.update(ranks.gather(rewards).flatten())
-        self.step += 1
-        if ranks.rank == 0:
-            checkpoint.append_jsonl(self.run / "samples.jsonl", [
-                {"step": self.step, "line": p.line, "problem": p.problem, "gold": p.answer, "completion": text, "answer": answer,
-                 "correct": correct, "finished": c.finished, "tokens": len(c.token_ids), "reward": r, "advantage": a}
-                for p, c, (text, answer, correct), r, a in
-                zip(problems[:SAMPLES_PER_STEP], completions, graded, rewards.tolist(), advantage.tolist())])
-        end = time.perf_counter()
-        return {"step": self.step, "loss": sums[0], "grad_norm": grad_norm, "lr": lr, **per_completion,
-                "length": num_tokens / (ranks.world * len(completions)), **per_token, "max_entropy": max_entropy,
-                "tokens": int(num_tokens), "rollout_s": sampled - start, "teacher_s": read - sampled, "student_s": end - read,
-                "memory_gib": ranks.max(peak_memory_gib())}
+        return grad_norm, lr
+
+    def log_samples(self, problems, completions, graded, rewards: Tensor, advantage: Tensor) -> None:
+        """The first few completions of the step, into samples.jsonl."""
+        rows = zip(problems[:SAMPLES_PER_STEP], completions, graded, rewards.tolist(), advantage.tolist())
+        checkpoint.append_jsonl(self.run / "samples.jsonl", [
+            {"step": self.step, "line": p.line, "problem": p.problem, "gold": p.answer, "completion": text, "answer": answer,
+             "correct": correct, "finished": c.finished, "tokens": len(c.token_ids), "reward": r, "advantage": a}
+            for p, c, (text, answer, correct), r, a in rows])
 
     def token_sums(self, reading, own, advantage: Tensor, completions: list[rollout.Completion], gate: dict) -> list[float]:
-        """Sums over the tokens of a micro-batch: teacher entropy, gate, share at the magnitude's bounds, log p_T - log p_S,
-        |log-prob when sampled - log p_S|, |weight|."""
+        """The TOKEN_METRICS of a micro-batch, summed over its tokens."""
         own_logp = own.logp.detach()
         weight = egrsd.magnitude(reading.logp, own_logp, advantage, self.s.eps)
         omega = egrsd.confidence_gate(reading.entropy, own.mask, **gate)
-        clipped = ((weight - 1).abs() >= self.s.eps * 0.99999) & (advantage != 0).unsqueeze(-1)
-        drawn = nn.utils.rnn.pad_sequence([torch.tensor(c.logprobs) for c in completions], batch_first=True).to(own_logp.device)
-        terms = (reading.entropy, omega, clipped, reading.logp - own_logp, (drawn - own_logp).abs(), weight)
+        clipped = ((weight - 1).abs() >= self.s.eps - 1e-6) & (advantage != 0).unsqueeze(-1)  # bounds in float32
+        drawn = nn.utils.rnn.pad_sequence([torch.tensor(c.logprobs, device=own_logp.device) for c in completions], True)
+        terms = (reading.entropy, omega, weight, clipped, reading.logp - own_logp, (drawn - own_logp).abs())
         return torch.stack([(term * own.mask).sum().double() for term in terms]).tolist()
 
     def stop_if_asked(self) -> None:
@@ -353,7 +378,7 @@ class Trainer:
             raise Stop
 
     def progress(self, bar, count=lambda finished: None):
-        """A callback for rollout.sample: shows tokens/s, and ends the sampling once a signal came."""
+        """A callback for rollout.sample: shows tokens/s, counts finished completions, ends the sampling once a signal came."""
         tokens, start = 0, time.perf_counter()
 
         def show(new_tokens: int, finished: int) -> None:
@@ -367,21 +392,13 @@ class Trainer:
 
     def evaluate(self, name: str) -> dict:
         """Accuracy and length on the held-out problems, of which every rank takes its share."""
-        s, ranks, completions = self.s, self.ranks, []
+        s, ranks = self.s, self.ranks
         share = ranks.share(len(self.held_out))
-        problems, self.phase = [self.held_out[i] for i in share], "evaluation"
+        self.phase, self.status, problems = "evaluation", "", [self.held_out[i] for i in share]
         with tqdm(total=len(problems) * s.eval_samples, desc=name, disable=ranks.rank > 0, unit=" completions") as bar:
-            try:
-                with self.autocast():
-                    completions = rollout.sample(
-                        self.model, [self.student_prompt(p) for p in problems], stop_ids=self.stop_ids,
-                        max_new_tokens=s.eval_max_new_tokens or s.max_new_tokens, temperature=s.eval_temperature,
-                        top_p=s.eval_top_p, samples_per_prompt=s.eval_samples, slots=s.slots or 128,
-                        generator=rollout.generator_for_rows((s.seed, EVALUATION), share.start * s.eval_samples),
-                        progress=self.progress(bar, bar.update))
-            except Interrupted:
-                pass
-        self.stop_if_asked()
+            completions = self.sample(problems, s.eval_samples, EVALUATION, share.start * s.eval_samples,
+                                      progress=self.progress(bar, bar.update), max_new_tokens=s.eval_max_new_tokens or s.max_new_tokens,
+                                      temperature=s.eval_temperature, top_p=s.eval_top_p, slots=s.slots or EVALUATION_SLOTS)
         graded = [self.grade(c, problems[i // s.eval_samples].answer) for i, c in enumerate(completions)]
         count, correct, tokens, truncated, no_answer = ranks.sum([
             len(graded), sum(correct for _, _, correct in graded), sum(len(c.token_ids) for c in completions),
@@ -475,7 +492,8 @@ def train(s: Settings, resume: bool) -> None:
                 raise
             flag = f"--slots (now {s.slots or 'all'})" if t.phase in ("rollouts", "evaluation") else \
                 f"--micro-batch (now {s.micro_batch})"
-            raise OutOfMemory(f"no free memory in {t.phase} of step {t.step + 1}: lower {flag} or --max-new-tokens") from None
+            raise OutOfMemory(f"no free memory in {t.phase} of step {t.step + 1}: lower {flag} or "
+                              "--max-new-tokens") from None
         if ranks.rank == 0:
             export(t, results)
         ranks.barrier()  # nobody leaves while rank 0 still writes
@@ -495,7 +513,7 @@ def evaluate_and_train(t: Trainer) -> dict:
             checkpoint.write_json(path, results)
     with tqdm(total=s.steps, initial=t.step, disable=rank > 0, unit=" steps", desc="train") as bar:
         while t.step < s.steps:
-            metrics = t.train_step(t.progress(bar))
+            metrics = t.train_step(bar)
             if rank == 0:
                 checkpoint.append_jsonl(t.run / "metrics.jsonl", [metrics])
             t.status = "reward {reward:.2f}, accuracy {accuracy:.2f}, length {length:.0f}, ".format(**metrics)
@@ -503,7 +521,6 @@ def evaluate_and_train(t: Trainer) -> dict:
             if t.step % s.checkpoint_every == 0 or t.step == s.steps:
                 t.save()
             t.stop_if_asked()
-    t.status = ""
     if t.held_out:
         results["after"] = t.evaluate("after")
         if rank == 0:

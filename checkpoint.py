@@ -29,10 +29,12 @@ def atomic_directory(path: Path):
     yield work
     for entry in [*work.rglob("*"), work]:
         _flush(entry)
+    older = path.with_name(path.name + ".old.tmp")
     if path.exists():
-        shutil.rmtree(path)
+        os.rename(path, older)
     os.rename(work, path)
     _flush(path.parent)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -61,8 +63,10 @@ def drop_later_steps(path: Path, step: int) -> None:
             rows.append(json.loads(line))
         except ValueError:  # a line cut off by a kill
             break
-    path.unlink(missing_ok=True)
-    append_jsonl(path, [row for row in rows if row["step"] <= step])
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("")
+    append_jsonl(partial, [row for row in rows if row["step"] <= step])
+    os.replace(partial, path)
 
 
 def save(path: Path, model, optimizer, rng: dict, state: dict) -> None:
@@ -88,4 +92,5 @@ def load(path: Path, model, optimizer) -> tuple[dict, dict]:
 
 def latest(directory: Path) -> Path | None:
     """The last complete checkpoint in `directory`, None if there is none."""
-    return max((path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), default=None)
+    found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)

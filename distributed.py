@@ -64,7 +64,6 @@ class Ranks:
         return result if self.local_rank == 0 else make()
 
 
-
 def close() -> None:
     """Leave the group, if there is one. What still refers to it goes first (DistributedDataParallel sits in reference
     cycles): gloo's threads would otherwise outlive the interpreter, and abort the process at its very end."""

@@ -209,7 +209,7 @@ def evaluate(a: argparse.Namespace) -> None:
     files = []
     for name in a.data:
         path = ranks.once_per_node(lambda: toy.resolve(name, "test.jsonl"))  # noqa: B023
-        files.append((Path(name).stem, path, load_problems(path, False, a.skip_ungradable)[0]))
+        files.append((name, path, load_problems(path, False, a.skip_ungradable)[0]))
     adapters = [None] * (len(a.model) - len(a.adapter)) + a.adapter
     part = out / (f"samples.rank{ranks.rank}.jsonl" if ranks.distributed else "samples.jsonl")
     everything, results = [], []

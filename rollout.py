@@ -4,7 +4,7 @@ The naive way is three lines: run the model on prompt + completion so far, draw 
 (tests/test_rollout.py keeps it as the reference). It recomputes every earlier token at each step. What is done here:
 
     prefill   each prompt goes through the model once, all prompts of a wave in one batch, padded on the left so that
-              every row's last prompt token stands in the last column; the samples of a prompt share its keys and values
+              every row's last prompt token stands in the last column; the samples of a prompt share its prefill
     decode    one token per row and step; the keys and values of everything before come from the cache
     leave     rows that drew a stop token leave the batch, so that nobody waits and pays for them
     waves     at most `slots` rows are decoded together; the memory needed is that of one wave
@@ -13,9 +13,10 @@ The naive way is three lines: run the model on prompt + completion so far, draw 
 rows that left starts there.
 
 The token that a row draws depends on its own random stream and on the logits, not on which rows are decoded beside it:
-the same generator gives the same completions for any `slots`, and for one process or many (`generator_for_rows`).
+up to the rounding of a matrix product, the same generator gives the same completions for any `slots`, and for one process
+or many (`generator_for_rows`).
 
-Copy this file: it needs torch and transformers. It knows token ids only: no chat template, no reward.
+Copy this file: it needs torch, transformers and numpy. It knows token ids only: no chat template, no reward.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -78,8 +79,9 @@ def _sample_wave(model, prompts, rows, seeds, max_new_tokens, stop, draw, progre
     uniforms = uniforms.to(device)  # [R, max_new_tokens]
     owner = torch.tensor(rows, device=device) - rows[0]  # row -> its prompt among those of the wave, which are in order
     cache, logits, mask, positions = prefill(model, prompts[rows[0]:rows[-1] + 1])
-    cache.batch_select_indices(owner)
-    logits, mask, positions = logits[owner], mask[owner], positions[owner]
+    if len(rows) > len(logits):
+        cache.batch_select_indices(owner)
+        logits, mask, positions = logits[owner], mask[owner], positions[owner]
 
     tokens = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(rows), max_new_tokens, device=device)

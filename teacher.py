@@ -89,7 +89,9 @@ def read(model, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
     starts = torch.tensor([[len(prompt)] for prompt in prompts], device=device)  # [B, 1]
     ends = torch.tensor([[len(row)] for row in rows], device=device)
     hidden = model.base_model(input_ids=ids, attention_mask=(column < ends).long(), use_cache=False).last_hidden_state
-    predicts = (column >= starts - 1) & (column < ends - 1)  # the state at column c predicts the token at c + 1
+    # The state at column c predicts the token at c + 1. Prompt ab, completion CD, padding 0: row a b C D 0, the states at
+    # b and C predict the targets C and D.
+    predicts = (column >= starts - 1) & (column < ends - 1)
     hidden, targets = hidden[predicts], ids.roll(-1, 1)[predicts]  # [N, D], [N]: all completion tokens, row after row
 
     lengths = ends - starts

@@ -129,7 +129,8 @@ def parse_arguments(argv: list[str]) -> tuple[Settings, bool]:
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: _fail(f"{message}; see --help")
     parser.add_argument("--preset", nargs="+", choices=PRESETS, help="named settings; of several, later ones win, and flags "
-                        "win over all (default: paper-4b with --model, toy without)")
+                        "win over all (default: toy without --model or with --model toy, else paper-4b, whose values are "
+                        "the defaults given below)")
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in --out, with the "
                         "settings of that run")
     for f in fields(Settings):
@@ -140,7 +141,10 @@ def parse_arguments(argv: list[str]) -> tuple[Settings, bool]:
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume", False)
     presets = given.pop("preset", [] if resume else ["toy"] if given.get("model", "toy") == "toy" else ["paper-4b"])
-    given = {key: value for name in presets for key, value in PRESETS[name].items()} | given
+    preset = {key: value for name in presets for key, value in PRESETS[name].items()}
+    if "data" in given:
+        preset.pop("eval_data", None)  # a preset's held-out problems belong to its training problems
+    given = preset | given
     settings = Settings()
     if resume:
         settings, world = read_config(Path(given.get("out", Settings.out)))
@@ -212,10 +216,11 @@ class Trainer:
         """Load and check everything; nothing is written yet."""
         self.s, self.ranks, self.run = s, ranks, Path(s.out)
         self.step, self.phase, self.status, self.signal = 0, "loading", "", None
-        name, data, eval_data = ranks.once_per_node(lambda: (
-            toy.resolve(s.model, "model"), toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")))
+        data, eval_data = ranks.once_per_node(
+            lambda: (toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")))
         self.problems, self.left_out = load_problems(data, skip_ungradable=s.skip_ungradable)
         self.held_out = load_problems(eval_data, False, s.skip_ungradable)[0] if eval_data else []
+        name = ranks.once_per_node(lambda: toy.resolve(s.model, "model"))
         self.bf16 = s.bf16 if s.bf16 is not None else ranks.device.type == "cuda"
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.model, self.tokenizer = ranks.once_per_node(lambda: load_model(name, dtype, ranks.device))
@@ -237,8 +242,9 @@ class Trainer:
     def check_window(self, path: str, problems: list[Problem], new_tokens: int, prompts) -> None:
         """Every prompt must fit into the model's window together with its completion."""
         window = getattr(self.model.config, "max_position_embeddings", None) or float("inf")
+        rest = max(len(prompt(Problem("", "", "", 0))) for prompt in prompts) + new_tokens
         for p in problems:
-            if len((p.problem + p.solution).encode()) + new_tokens + 500 > window:  # a token has at least one byte
+            if len((p.problem + p.solution).encode()) + rest > window:  # a token has at least one byte; now count exactly
                 length = max(len(prompt(p)) for prompt in prompts)
                 if length + new_tokens > window:
                     _fail(f"{path}: line {p.line}: field 'problem' (with 'solution') makes a prompt of {length} tokens, "
@@ -283,7 +289,7 @@ class Trainer:
 
     def train_step(self, bar) -> dict:
         """One optimizer step; returns its metrics over all ranks. Nothing has changed if it raises Stop."""
-        s, ranks, start = self.s, self.ranks, time.perf_counter()
+        s, ranks, t_start = self.s, self.ranks, time.perf_counter()
 
         self.phase, distinct = "rollouts", self.next_problems()
         problems = [p for p in distinct for _ in range(s.rollouts_per_prompt)]  # of each completion
@@ -296,7 +302,7 @@ class Trainer:
                                 for (_, _, correct), ids in zip(graded, tokens)], device=ranks.device)  # [B]
         advantage = group_advantage(rewards, s.rollouts_per_prompt) if s.advantage == "group" else \
             self.running.advantage(rewards)  # [B]
-        sampled = time.perf_counter()
+        t_sampled = time.perf_counter()
 
         self.phase = "the teacher's pass"
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))  # rows of like length share a micro-batch
@@ -307,7 +313,7 @@ class Trainer:
                                    temperature=s.score_temperature, entropy=True) for rows in batches]
         max_entropy = ranks.max(max(reading.entropy.max().item() for reading in taught))
         num_tokens = ranks.sum([sum(map(len, tokens))])[0]
-        read = time.perf_counter()
+        t_read = time.perf_counter()
 
         self.phase, sums = "the student's pass", np.zeros(1 + len(TOKEN_METRICS))
         gate = dict(gamma=s.gamma, window=s.window, floor=s.floor, max_entropy=max_entropy)
@@ -337,8 +343,8 @@ class Trainer:
         return {"step": self.step, "loss": loss, "grad_norm": grad_norm, "lr": lr,
                 **{name: total / n for name, total in zip(names, totals)}, "length": num_tokens / n,
                 **{name: total / num_tokens for name, total in zip(TOKEN_METRICS, sums)}, "max_entropy": max_entropy,
-                "tokens": int(num_tokens), "rollout_s": sampled - start, "teacher_s": read - sampled,
-                "student_s": time.perf_counter() - read, "memory_gib": ranks.max(peak_memory_gib())}
+                "tokens": int(num_tokens), "rollout_s": t_sampled - t_start, "teacher_s": t_read - t_sampled,
+                "student_s": time.perf_counter() - t_read, "memory_gib": ranks.max(peak_memory_gib())}
 
     def update(self, loss: float) -> tuple[float, float]:
         """Clip and apply the gradients; returns their norm before clipping, and the learning rate used."""
@@ -367,7 +373,7 @@ class Trainer:
         own_logp = own.logp.detach()
         weight = egrsd.magnitude(reading.logp, own_logp, advantage, self.s.eps)
         omega = egrsd.confidence_gate(reading.entropy, own.mask, **gate)
-        clipped = ((weight - 1).abs() >= self.s.eps - 1e-6) & (advantage != 0).unsqueeze(-1)  # bounds in float32
+        clipped = ((weight - 1).abs() >= self.s.eps - 1e-6) & (advantage != 0).unsqueeze(-1) & (self.s.eps > 0)
         drawn = nn.utils.rnn.pad_sequence([torch.tensor(c.logprobs, device=own_logp.device) for c in completions], True)
         terms = (reading.entropy, omega, weight, clipped, reading.logp - own_logp, (drawn - own_logp).abs())
         return torch.stack([(term * own.mask).sum().double() for term in terms]).tolist()
@@ -378,7 +384,7 @@ class Trainer:
             raise Stop
 
     def progress(self, bar, count=lambda finished: None):
-        """A callback for rollout.sample: shows tokens/s, counts finished completions, ends the sampling once a signal came."""
+        """A callback for rollout.sample: shows tokens/s, counts finished completions, ends sampling once a signal came."""
         tokens, start = 0, time.perf_counter()
 
         def show(new_tokens: int, finished: int) -> None:
@@ -397,8 +403,9 @@ class Trainer:
         self.phase, self.status, problems = "evaluation", "", [self.held_out[i] for i in share]
         with tqdm(total=len(problems) * s.eval_samples, desc=name, disable=ranks.rank > 0, unit=" completions") as bar:
             completions = self.sample(problems, s.eval_samples, EVALUATION, share.start * s.eval_samples,
-                                      progress=self.progress(bar, bar.update), max_new_tokens=s.eval_max_new_tokens or s.max_new_tokens,
-                                      temperature=s.eval_temperature, top_p=s.eval_top_p, slots=s.slots or EVALUATION_SLOTS)
+                                      progress=self.progress(bar, bar.update), temperature=s.eval_temperature,
+                                      max_new_tokens=s.eval_max_new_tokens or s.max_new_tokens, top_p=s.eval_top_p,
+                                      slots=s.slots or EVALUATION_SLOTS)
         graded = [self.grade(c, problems[i // s.eval_samples].answer) for i, c in enumerate(completions)]
         count, correct, tokens, truncated, no_answer = ranks.sum([
             len(graded), sum(correct for _, _, correct in graded), sum(len(c.token_ids) for c in completions),
@@ -407,7 +414,8 @@ class Trainer:
                 "truncated": truncated / count, "no_answer": no_answer / count, "completions": int(count)}
 
     def save(self) -> Path:
-        """A checkpoint of the steps done; every rank calls it."""
+        """A checkpoint of the steps done; every rank calls it. The random state matters to models with dropout: sampling and
+        the order of problems are functions of seed and step."""
         path, ranks = self.run / "checkpoints" / f"step-{self.step:06d}", self.ranks
         rng = {"cpu": ranks.gather(torch.get_rng_state())}
         if ranks.device.type == "cuda":
@@ -435,7 +443,10 @@ class Trainer:
 
 
 def group_advantage(rewards: Tensor, group: int) -> Tensor:
-    """GRPO, arXiv 2402.03300: (r - mean) / (std + 1e-4) within each problem's `group` completions; [B] -> [B]."""
+    """GRPO, arXiv 2402.03300: (r - mean) / (std + 1e-4) within each problem's `group` completions; [B] -> [B].
+
+    The sample standard deviation (n - 1), as torch.std has it.
+    """
     groups = rewards.view(-1, group)
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
@@ -490,9 +501,9 @@ def train(s: Settings, resume: bool) -> None:
         except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises a RuntimeError that says so
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
                 raise
-            flag = f"--slots (now {s.slots or 'all'})" if t.phase in ("rollouts", "evaluation") else \
+            lower = f"--slots (now {s.slots or 'all'})" if t.phase in ("rollouts", "evaluation") else \
                 f"--micro-batch (now {s.micro_batch})"
-            raise OutOfMemory(f"no free memory in {t.phase} of step {t.step + 1}: lower {flag} or "
+            raise OutOfMemory(f"no free memory in {t.phase} of step {t.step + 1}: lower {lower} or "
                               "--max-new-tokens") from None
         if ranks.rank == 0:
             export(t, results)
@@ -536,7 +547,7 @@ def write_config(t: Trainer) -> None:
                "held_out_problems": len(t.held_out), "completions_per_step": completions,
                "micro_batches_per_rank": -(-completions // world // s.micro_batch),
                "most_tokens_per_step": completions * s.max_new_tokens,
-               "parameters": sum(p.numel() for p in t.model.parameters()),
+               "base_parameters": sum(p.numel() for p in t.model.parameters() if not p.requires_grad),
                "trained_parameters": sum(p.numel() for p in t.parameters)}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     checkpoint.write_json(t.run / "config.json", {"settings": asdict(s), "world_size": world, "derived": derived,

@@ -195,7 +195,7 @@ def test_group_baseline_runs_without_any_signal(tiny_toy, tmp_path):
     train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=1, preset="grpo-group", advantage="group",
                                 **{"rollouts-per-prompt": 4, "prompts-per-step": 2, "temperature": 0}))
     row = metrics(tmp_path / "run")[0]
-    assert row["advantage"] == row["grad_norm"] == 0 and row["tokens"] > 0 and row["gate"] == row["magnitude"] == 1
+    assert row["advantage"] == row["grad_norm"] == 0 and row["tokens"] > 0 and row["gate"] == row["magnitude"] == 1 and row["clipped"] == 0
 
 
 # ---- killed, stopped, resumed
@@ -360,5 +360,7 @@ def test_presets():
     paper = train.parse_arguments(["--model", "Qwen/Qwen3-4B", "--data", "d.jsonl"])[0]
     assert (paper.gamma, paper.window, paper.lr, paper.lora_rank, paper.prompts_per_step) == (0.3, 3, 5e-6, 64, 32)
     assert (train.parse_arguments(["--preset", "paper-8b"])[0].gamma, train.parse_arguments(["--preset", "paper-8b"])[0].window) == (1.0, 5)
+    own = train.parse_arguments(["--data", "mine.jsonl"])[0]
+    assert (own.model, own.data, own.eval_data) == ("toy", "mine.jsonl", "")  # not the toy's held-out problems
     both = train.parse_arguments(["--preset", "toy", "grpo", "--lr", "1"])[0]
     assert (both.model, both.gamma, both.eps, both.lr) == ("toy", 0.0, 0.0, 1.0)

@@ -578,6 +578,7 @@ def main() -> None:
             print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
+        print("train.py: interrupted before training began, nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         distributed.close()

@@ -1,8 +1,11 @@
 """What the tests share: tiny random models, so that every comparison runs in seconds and offline."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "gpu" not in sys.argv:  # `pytest -m gpu` runs what needs a GPU; everything else compares runs on the CPU, bit by bit
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

@@ -3,7 +3,10 @@
 import doctest
 import itertools
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +54,20 @@ def test_two_checkpoints_on_two_files(tiny_run, tiny_toy, tmp_path, monkeypatch,
     assert results[0]["avg"] > 0 and results[0]["avg"] == pytest.approx(sum(row["correct"] for row in mine) / len(mine))
     assert results[0]["length"] == pytest.approx(sum(row["tokens"] for row in mine) / len(mine))
     assert results[2]["avg"] == pytest.approx((results[0]["avg"] + results[1]["avg"]) / 2)  # macro, not micro
+
+
+def test_two_processes_write_the_samples_of_one(tiny_toy, tmp_path, monkeypatch):
+    lines = (tiny_toy / "test.jsonl").read_text().splitlines(keepends=True)[:9]
+    (tmp_path / "nine.jsonl").write_text("".join(lines))
+    program = Path(evaluation.__file__)
+    flags = ["--model", str(tiny_toy / "model"), "--data", str(tmp_path / "nine.jsonl"), "--samples", "2", "--max-new-tokens", "12"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *flags, "--out", str(tmp_path / "one")])
+    evaluation.main()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, str(program), *flags, "--out", str(tmp_path / "two")], check=True, timeout=120, cwd=program.parent,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["results.json", "samples.jsonl"]
+    assert (tmp_path / "one" / "samples.jsonl").read_text() == (tmp_path / "two" / "samples.jsonl").read_text()
 
 
 @pytest.mark.parametrize("change, message", [

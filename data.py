@@ -92,11 +92,12 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device):
         raise InputError(f"{name}: no such model directory: check the path (--model)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot load the model ({str(error).strip().splitlines()[0]}): check --model, a "
-                         "checkpoint directory or a hub id") from None
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+    except Exception as error:  # a missing, damaged, foreign or too large model: libraries raise a dozen types
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"{name}: cannot load the model ({type(error).__name__}: {reason}): check --model, a checkpoint "
+                         "directory or a hub id") from None
     if not tokenizer.chat_template:
         raise InputError(f"{name}: the tokenizer has no chat template: take an instruction-tuned model, or set "
                          "tokenizer.chat_template and save the tokenizer (--model)")
-    return model.to(device), tokenizer
+    return model, tokenizer

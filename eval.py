@@ -204,7 +204,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def evaluate(a: argparse.Namespace) -> None:
     ranks = Ranks()
     out = Path(a.out or "runs/eval-" + time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.max(time.time()))))
-    if out.exists() and any(out.iterdir()):
+    if out.is_file() or out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: output directory in use: choose another --out")
     files = []
     for name in a.data:
@@ -273,7 +273,9 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises a RuntimeError that says so
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
         print("eval.py: no free memory while sampling: lower --slots or --max-new-tokens", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -198,6 +198,10 @@ class Stop(Exception):
     """All ranks know that one of them got Ctrl-C or SIGTERM, and stop at the same place."""
 
 
+class OutOfMemory(InputError):
+    """One rank ran out of memory; the others may not have."""
+
+
 class Student(nn.Module):
     """teacher.read as the forward of a module, which is where DistributedDataParallel hooks in."""
 
@@ -479,6 +483,8 @@ def train(s: Settings, resume: bool) -> None:
     """The whole run, the same on every rank: evaluate, train, evaluate, export."""
     ranks = Ranks()
     check(s, ranks.world)
+    if os.path.isfile(s.out):
+        _fail(f"{s.out}: is a file, a directory is needed: choose another --out")
     if not resume and os.path.exists(s.out) and os.listdir(s.out):
         _fail(f"{s.out}: output directory in use: go on with --resume, or choose another --out")
     t = Trainer(s, ranks)
@@ -510,11 +516,8 @@ def train(s: Settings, resume: bool) -> None:
         ranks.barrier()  # nobody leaves while rank 0 still writes
 
 
-class OutOfMemory(InputError):
-    """One rank ran out of memory; the others may not have."""
-
-
 def evaluate_and_train(t: Trainer) -> dict:
+    """The steps that are left, between the two evaluations, whose results it returns; a checkpoint after the last step."""
     s, rank, path = t.s, t.ranks.rank, t.run / "evaluation.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if t.held_out and "before" not in results:

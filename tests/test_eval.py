@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval as evaluation
 import reward
@@ -84,6 +85,15 @@ def test_mistakes_are_one_line(tiny_toy, tmp_path, monkeypatch, capsys, change, 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit.value.code == 1 and error.startswith("eval.py: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_no_free_memory_names_the_flag_to_lower(tiny_toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation.rollout, "sample", lambda *args, **kwargs: torch.empty(2**60))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(tiny_toy / "model"), "--data", str(tiny_toy / "test.jsonl"),
+                                      "--max-new-tokens", "4", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main()
+    assert exit.value.code == 1 and "--slots" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_doctests():

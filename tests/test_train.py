@@ -310,6 +310,19 @@ def test_tokenizer_without_chat_template(tiny_toy, tmp_path, capsys, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+def test_damaged_model_file(tiny_toy, tmp_path, capsys, monkeypatch):
+    shutil.copytree(tiny_toy / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"half a fi")
+    assert "cannot load the model" in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run",
+                                                                                       model=tmp_path / "model"))
+
+
+def test_output_is_a_file(tiny_toy, tmp_path, capsys, monkeypatch):
+    (tmp_path / "run").write_text("mine")
+    assert "is a file" in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run"))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
 def test_output_directory_in_use(tiny_toy, tiny_run, tmp_path, capsys, monkeypatch):
     before = sorted(tiny_run.rglob("*"))
     assert "output directory in use" in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tiny_run))

@@ -1,16 +1,16 @@
-"""Sampling completions from a transformers causal LM with a KV cache.
+"""Sampling completions from a transformers causal LM: continuous batching over a KV cache with a fixed number of slots.
 
 The naive way is three lines: run the model on prompt + completion so far, draw a token from the last logits, repeat
 (tests/test_rollout.py keeps it as the reference). It recomputes every earlier token at each step. What is done here:
 
-    prefill   each prompt goes through the model once, all prompts of a wave in one batch, padded on the left so that
-              every row's last prompt token stands in the last column; the samples of a prompt share its prefill
-    decode    one token per row and step; the keys and values of everything before come from the cache
-    leave     rows that drew a stop token leave the batch, so that nobody waits and pays for them
-    waves     at most `slots` rows are decoded together; the memory needed is that of one wave
-
-`decode` is the only place that runs the model on a single column: whoever captures it in a CUDA graph or refills the
-rows that left starts there.
+    slots     room for the keys and values of `slots` rows; column t of a slot is the token at position t of the row in it.
+              Memory is slots x columns, however many prompts there are
+    prefill   the next prompts go through the model together, each once, and wait on a shelf; every sample of a prompt
+              starts from a copy of its columns
+    decode    one token per row and step, each row at its own position, which is also the column it writes
+    look      every LOOK_EVERY steps the host asks which rows drew a stop token; in between nothing waits for the device.
+              Finished rows leave and waiting rows take their slots; once none waits, the last rows move into the gaps,
+              and the batch gets smaller
 
 The token that a row draws depends on its own random stream and on the logits, not on which rows are decoded beside it:
 up to the rounding of a matrix product, the same generator gives the same completions for any `slots`, and for one process
@@ -19,6 +19,7 @@ or many (`generator_for_rows`).
 Copy this file: it needs torch, transformers and numpy. It knows token ids only: no chat template, no reward.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +27,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-LOOK_EVERY = 4  # decode steps between two looks for finished rows; a look synchronises the host with the device
+LOOK_EVERY = 2  # decode steps between two looks for finished rows; a look synchronises the host with the device
+PREFILL_TOKENS = 2**14  # most prompt tokens, padding included, that go through the model together; bounds its activations
+COLUMNS = 32  # attention reads a multiple of this many columns, so that the shapes of `decode` repeat
 
 
 @dataclass
@@ -53,88 +57,240 @@ def sample(model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop
     """Draw `samples_per_prompt` completions of each prompt (token ids, any lengths).
 
     Result i * samples_per_prompt + j belongs to prompt i. Temperature 0 is greedy; top_p = 1 and top_k = 0 are off;
-    nothing is taken from the model's generation_config. `slots` bounds the rows decoded together, None: all of them.
-    `progress(tokens, finished)` is called as completions grow; an exception from it ends the sampling.
+    nothing is taken from the model's generation_config. `slots` bounds the rows decoded together and with them the memory;
+    None: all of them. `progress(tokens, finished)` is called as completions grow; an exception from it ends the sampling.
     The model runs in eval mode without gradients; the mode of every module is restored, whatever happens.
-    ValueError if an argument is out of range or a prompt is empty or, with its completion, longer than the model's window.
+    ValueError if an argument is out of range, if a prompt is empty or, with its completion, longer than the model's window,
+    or if the model has layers other than full and sliding attention, or runs them by another code than sdpa or eager.
     """
     _check(model, prompts, max_new_tokens, temperature, top_p, top_k, samples_per_prompt, slots)
-    rows = [i for i in range(len(prompts)) for _ in range(samples_per_prompt)]  # the prompt of each row
-    seeds = torch.randint(2**63 - 1, (len(rows),), generator=generator).tolist()
-    stop = torch.tensor(sorted(set(stop_ids)), device=model.device, dtype=torch.long)
+    total = len(prompts) * samples_per_prompt
+    seeds = torch.randint(2**63 - 1, (total,), generator=generator).tolist()
     draw = partial(draw_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-    completions = []
-    slots = slots or max(1, len(rows))
-    with torch.no_grad(), _eval_mode(model):
-        for start in range(0, len(rows), slots):
-            wave = slice(start, start + slots)
-            completions += _sample_wave(model, prompts, rows[wave], seeds[wave], max_new_tokens, stop, draw, progress)
-    return completions
-
-
-def _sample_wave(model, prompts, rows, seeds, max_new_tokens, stop, draw, progress) -> list[Completion]:
-    """The completions of these rows (indices into prompts), all decoded together."""
-    device = model.device
-    uniforms = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    uniforms = uniforms.to(device)  # [R, max_new_tokens]
-    owner = torch.tensor(rows, device=device) - rows[0]  # row -> its prompt among those of the wave, which are in order
-    cache, logits, mask, positions = prefill(model, prompts[rows[0]:rows[-1] + 1])
-    if len(rows) > len(logits):
-        cache.batch_select_indices(owner)
-        logits, mask, positions = logits[owner], mask[owner], positions[owner]
-
-    tokens = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
-    lengths = torch.full((len(rows),), max_new_tokens, device=device)
-    finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    active = torch.arange(len(rows), device=device)  # the rows still in the batch, in cache order
-    for step in range(max_new_tokens):
-        token, logprob = draw(logits, uniforms[active, step])
-        tokens[active, step], logprobs[active, step] = token, logprob
-        stopped = torch.isin(token, stop) & ~finished[active]
-        lengths[active] = torch.where(stopped, step + 1, lengths[active])
-        finished[active] |= stopped
-        last = step + 1 == max_new_tokens
-        if last or (step + 1) % LOOK_EVERY == 0:
-            keep = (~finished[active]).nonzero().squeeze(-1)
+    slots = min(slots or total, total)
+    batch = _Batch(model, prompts, samples_per_prompt, seeds, slots, max_new_tokens, stop_ids, draw)
+    completions, done, shown = {}, 0, 0
+    with torch.inference_mode(), _eval_mode(model):
+        while len(completions) < total:
+            batch.start_rows()
+            batch.close_gaps()
+            batch.decode_until_look()
+            finished = batch.take_finished()
+            completions |= finished
+            done += sum(len(c.token_ids) for c in finished.values())
             if progress:
-                new = lengths[active].clamp(max=step + 1) - step // LOOK_EVERY * LOOK_EVERY
-                progress(new.sum().item(), len(active) - (0 if last else len(keep)))
-            if last or len(keep) == 0:
-                break
-            if len(keep) < len(active):
-                cache.batch_select_indices(keep)
-                active, token, mask, positions = active[keep], token[keep], mask[keep], positions[keep]
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        logits = decode(model, token, positions, mask, cache)
-        positions = positions + 1
-    return [Completion(ids[:length], logps[:length], done) for ids, logps, length, done in
-            zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())]
+                before, shown = shown, done + sum(row.age for row in batch.running.values())
+                progress(shown - before, len(finished))
+    return [completions[row] for row in range(total)]
 
 
-def prefill(model, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Tensor, Tensor, Tensor]:
-    """Run N prompts, padded on the left to P columns, and keep their keys and values.
+@dataclass
+class _Row:
+    """What the host knows of a row."""
 
-    Returns the cache, the logits [N, V] after each prompt, the attention mask [N, P] (1 on tokens, 0 on padding) and
-    the positions [N] of the first token to come. The padding id is never looked at: the mask comes from lengths.
+    index: int  # its place among the results
+    prompt: int  # its prompt's place on the shelf
+    prompt_length: int
+    age: int = 0  # tokens drawn, among them those after a stop token that nobody has looked at yet
+
+
+class _Batch:
+    """The rows of one call: those that wait, those that are being decoded, and what the device holds for each slot."""
+
+    def __init__(self, model, prompts, samples_per_prompt, seeds, slots, max_new_tokens, stop_ids, draw):
+        self.model, self.draw, self.seeds, self.max_new_tokens = model, draw, seeds, max_new_tokens
+        self.prompts, self.samples_per_prompt, self.next_prompt = prompts, samples_per_prompt, 0
+        self.shelf: Prefilled | None = None
+        self.ready: deque[_Row] = deque()  # rows whose prompts are on the shelf
+        self.running: dict[int, _Row] = {}  # slot -> row
+        self.slots, self.cache = slots, None
+        zeros = partial(torch.zeros, device=model.device)
+        self.stop_ids = set(stop_ids)
+        vocabulary = range(model.config.get_text_config().vocab_size)
+        self.stops = torch.tensor([token in self.stop_ids for token in vocabulary], device=model.device)  # bool [V]
+        self.token, self.position, self.age = zeros(3, slots, dtype=torch.long)  # of the token drawn last; number drawn
+        self.stopped = zeros(slots, dtype=torch.bool)
+        self.token_ids, self.logprobs = zeros(slots, max_new_tokens, dtype=torch.long), zeros(slots, max_new_tokens)
+        self.uniforms = zeros(slots, max_new_tokens, dtype=torch.double)
+
+    def start_rows(self) -> None:
+        """Waiting rows take the free slots and draw their first tokens."""
+        free = [slot for slot in range(self.slots) if slot not in self.running]
+        while free and (self.ready or self.next_prompt < len(self.prompts)):
+            if not self.ready:
+                self.fill_shelf(len(free))
+            count = min(len(free), len(self.ready))
+            self.start(free[:count], [self.ready.popleft() for _ in range(count)])
+            free = free[count:]
+
+    def fill_shelf(self, rows: int) -> None:
+        """Prefill the prompts of the next rows, a quarter of the slots at least: a prompt costs less in a larger batch."""
+        start, k = self.next_prompt, self.samples_per_prompt
+        prompts = self.prompts[start:start - (-max(rows, self.slots // 4) // k)]
+        while len(prompts) > 1 and len(prompts) * max(map(len, prompts)) > PREFILL_TOKENS:
+            prompts = prompts[:-1]
+        self.shelf = None  # the old one goes before the new one comes
+        self.shelf, self.next_prompt = prefill(self.model, prompts), start + len(prompts)
+        self.ready += [_Row((start + i) * k + j, i, len(prompt)) for i, prompt in enumerate(prompts) for j in range(k)]
+
+    def start(self, slots: list[int], rows: list[_Row]) -> None:
+        tensor = partial(torch.tensor, device=self.model.device)
+        where, prompts = tensor(slots), tensor([row.prompt for row in rows])
+        self.cache = self.cache or SlotCache(self.slots, self.shelf.cache)
+        self.cache.load(where, self.shelf, prompts)
+        streams = [torch.Generator().manual_seed(self.seeds[row.index]) for row in rows]
+        uniforms = [torch.rand(self.max_new_tokens, dtype=torch.double, generator=stream) for stream in streams]
+        self.uniforms[where] = torch.stack(uniforms).to(where.device)
+        self.position[where] = tensor([row.prompt_length - 1 for row in rows])
+        self.age[where], self.stopped[where] = 0, False
+        self.append(where, self.shelf.logits[prompts], rows)
+        self.running |= zip(slots, rows)
+
+    def append(self, slots: Tensor, logits: Tensor, rows: Iterable[_Row]) -> None:
+        """Draw the next token of these rows, which are in these slots."""
+        age = self.age[slots]
+        token, logprob = self.draw(logits, self.uniforms[slots, age])
+        self.token_ids[slots, age], self.logprobs[slots, age], self.token[slots] = token, logprob, token
+        self.stopped[slots] |= self.stops[token]
+        self.age[slots] += 1
+        self.position[slots] += 1
+        for row in rows:
+            row.age += 1
+
+    def close_gaps(self) -> None:
+        """Move the last rows into the free slots between the others: the first slots are those in use."""
+        count = len(self.running)
+        gaps, last = [s for s in range(count) if s not in self.running], [s for s in self.running if s >= count]
+        if gaps:
+            self.cache.copy(gaps, last)
+            for state in (self.token, self.position, self.age, self.stopped, self.token_ids, self.logprobs, self.uniforms):
+                state[gaps] = state[last]
+            self.running |= {gap: self.running.pop(slot) for gap, slot in zip(gaps, last)}
+
+    def decode_until_look(self) -> None:
+        """LOOK_EVERY tokens for every row; fewer if a row reaches max_new_tokens before."""
+        rows = self.running.values()
+        slots = torch.arange(len(rows), device=self.model.device)
+        for _ in range(min(LOOK_EVERY, self.max_new_tokens - max(row.age for row in rows))):
+            width = max(row.prompt_length + row.age for row in rows)
+            width = -(-width // COLUMNS) * COLUMNS
+            self.cache.reserve(width)
+            logits = decode(self.model, self.cache, self.token[:len(rows)], self.position[:len(rows)], width)
+            self.append(slots, logits, rows)
+
+    def take_finished(self) -> dict[int, Completion]:
+        """Look: the completions of the rows that have ended, by index; their slots are free."""
+        stopped = self.stopped.tolist()  # here the host waits for the device
+        done = [slot for slot, row in self.running.items() if stopped[slot] or row.age == self.max_new_tokens]
+        completions = {}
+        for slot, ids, logprobs in zip(done, self.token_ids[done].tolist(), self.logprobs[done].tolist()):
+            row = self.running.pop(slot)
+            length = next((i + 1 for i in range(row.age) if ids[i] in self.stop_ids), row.age)
+            completions[row.index] = Completion(ids[:length], logprobs[:length], stopped[slot])
+        return completions
+
+
+class SlotCache(Cache):
+    """Keys and values [slots, heads, columns, dim] per layer, shaped like those of `like`.
+
+    A slot is never cleared: a row sees the columns up to its own position, and those it has all written itself. Zeros to
+    begin with, because a masked column counts 0 times its value and 0 times nan is nan.
     """
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+
+    def __init__(self, slots: int, like: Cache):
+        super().__init__(layers=[SlotLayer(slots, layer) for layer in like.layers])
+        self.columns = 0
+
+    def reserve(self, columns: int) -> None:
+        """Have at least this many columns. Grows by half or more, so that all copying together stays linear."""
+        if columns > self.columns:
+            more = (0, 0, 0, max(columns - self.columns, self.columns // 2))
+            for layer in self.layers:
+                layer.keys, layer.values = nn.functional.pad(layer.keys, more), nn.functional.pad(layer.values, more)
+            self.columns += more[-1]
+
+    def load(self, slots: Tensor, shelf: "Prefilled", prompts: Tensor) -> None:
+        """Copy prompts[n] of the shelf into slots[n]."""
+        width = shelf.cache.get_seq_length()
+        self.reserve(width)
+        # Left padding has negative columns: it goes to the end of the slot, where it is overwritten before it is seen.
+        column = torch.arange(width, device=slots.device) - shelf.padding[prompts].unsqueeze(1)  # [n, width]
+        for ours, theirs in zip(self.layers, shelf.cache.layers):
+            ours.keys[slots.unsqueeze(1), :, column] = theirs.keys[prompts].transpose(1, 2)
+            ours.values[slots.unsqueeze(1), :, column] = theirs.values[prompts].transpose(1, 2)
+
+    def copy(self, targets: list[int], sources: list[int]) -> None:
+        for layer in self.layers:
+            layer.keys[targets], layer.values[targets] = layer.keys[sources], layer.values[sources]
+
+
+class SlotLayer(DynamicLayer):
+    """One layer of a SlotCache."""
+
+    def __init__(self, slots: int, like: DynamicLayer):
+        super().__init__()
+        self.keys, self.values = (new.new_zeros(slots, new.shape[1], 0, new.shape[3]) for new in (like.keys, like.values))
+        self.is_initialized = True
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """The model's attention brings keys and values [R, heads, 1, dim] of one new token for each of the first R slots."""
+        rows = torch.arange(len(keys), device=keys.device)
+        self.keys[rows, :, self.position], self.values[rows, :, self.position] = keys.squeeze(2), values.squeeze(2)
+        return self.keys[:len(keys), :, :self.width], self.values[:len(keys), :, :self.width]
+
+
+@dataclass
+class Prefilled:
+    """N prompts that the model has read: cache, padded on the left; logits [N, V] after each; padding [N] in columns."""
+
+    cache: Cache
+    logits: Tensor
+    padding: Tensor
+
+
+def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
+    """Run N prompts in one batch. Padding goes on the left: the logits wanted are then those of the last column.
+
+    The padding id is never looked at: the mask comes from lengths.
+    """
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    column = torch.arange(width, device=model.device)
-    position_ids = column - (width - lengths).unsqueeze(1)  # [N, P], negative on padding
-    mask = (position_ids >= 0).long()
-    cache = DynamicCache(config=model.config)
-    output = model(input_ids=ids, attention_mask=mask, position_ids=position_ids.clamp(min=0), past_key_values=cache,
-                   use_cache=True, logits_to_keep=1)
-    return cache, output.logits[:, -1], mask, lengths
+    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=model.device)
+    position = torch.arange(width, device=model.device) - padding.unsqueeze(1)  # [N, width], negative on padding
+    cache = DynamicCache()
+    output = model(input_ids=ids, attention_mask=(position >= 0).long(), position_ids=position.clamp(min=0),
+                   past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Prefilled(cache, output.logits[:, -1], padding)
 
 
-def decode(model, token: Tensor, position: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-    """One token per row: token [R], its position [R], mask [R, P + step + 1] that counts it in -> logits [R, V]."""
-    output = model(input_ids=token.unsqueeze(1), attention_mask=mask, position_ids=position.unsqueeze(1),
-                   past_key_values=cache, use_cache=True)
+def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int) -> Tensor:
+    """One token for each of the first R slots: token [R], position [R] < width -> logits [R, V] of the next.
+
+    Shapes come from R and `width` alone, nothing is asked of the device, and what is read and written stays where it is
+    until `reserve` widens the cache: this is the function to capture in a CUDA graph per (R, width).
+    """
+    distance = position.unsqueeze(1) - torch.arange(width, device=position.device)  # [R, width], negative beyond the row
+    masks = {}
+    for kind, window in _attention_windows(model).items():
+        hidden = (distance < 0) | (distance >= window)
+        masks[kind] = torch.zeros_like(hidden, dtype=model.dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
+    for layer in cache.layers:
+        layer.position, layer.width = position, width
+    output = model(input_ids=token.unsqueeze(1), attention_mask=masks if len(masks) > 1 else masks.popitem()[1],
+                   position_ids=position.unsqueeze(1), past_key_values=cache, use_cache=True)
     return output.logits[:, -1]
+
+
+def _attention_windows(model) -> dict[str, float]:
+    """How far back each kind of layer in the model sees, in tokens."""
+    config = model.config.get_text_config()
+    sliding = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"]
+    windows = {"full_attention": torch.inf, "sliding_attention": sliding}
+    if set(kinds) - windows.keys() or config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"sampling needs a model of full or sliding attention, run by 'sdpa' or 'eager'; this one has "
+                         f"{', '.join(sorted(set(kinds)))} by {config._attn_implementation!r}")
+    return {kind: windows[kind] for kind in set(kinds)}
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0,
@@ -159,16 +315,31 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p
     ids = None
     if top_k > 0 or top_p < 1:  # sorted: likeliest first; top_p needs the order, and only inside top_k if both are set
         logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
+    probs = logits.softmax(-1)
     if top_p < 1:
-        probs = logits.softmax(-1)
-        before = probs.cumsum(-1) - probs  # mass of the likelier tokens
-        logits = logits.masked_fill(before >= top_p, -torch.inf)  # the likeliest token has none before it and stays
-    logprobs = logits.log_softmax(-1)
-    cumulative = logprobs.double().exp().cumsum(-1)  # float64: in float32 a large vocabulary's rare tokens would round off
-    chosen = torch.searchsorted(cumulative, uniform.double().unsqueeze(-1) * cumulative[:, -1:], right=True)  # [R, 1]
-    chosen = chosen.clamp(max=logprobs.shape[-1] - 1)  # of a model that gives nan any token will do: its log-prob is nan
+        likelier = probs.cumsum(-1) - probs  # mass of the likelier tokens: 0 for the likeliest, which stays
+        probs = probs.masked_fill(likelier >= top_p, 0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    chosen = _invert_cdf(probs, uniform)
     token = chosen if ids is None else ids.gather(-1, chosen)
-    return token.squeeze(-1), logprobs.gather(-1, chosen).squeeze(-1)
+    return token.squeeze(-1), probs.gather(-1, chosen).log().squeeze(-1)
+
+
+def _invert_cdf(probs: Tensor, uniform: Tensor, block: int = 256) -> Tensor:
+    """The first token at which the running sum of probs [R, V] exceeds uniform [R]; [R, 1]. Probs may sum to nearly 1.
+
+    In float64, or the rare tokens of a large vocabulary would round off. First the block of tokens, then the token in the
+    block: a running sum over all of V takes several times as long.
+    """
+    blocks = nn.functional.pad(probs, (0, -probs.shape[-1] % block)) if probs.shape[-1] % block else probs
+    blocks = blocks.unflatten(-1, (-1, block))  # [R, V / block, block]
+    ends = blocks.sum(-1).cumsum(-1, dtype=torch.double)
+    target = uniform.double().unsqueeze(-1) * ends[:, -1:]
+    # The clamps are for nan, which exceeds nothing: any token will do then, its log-prob is nan.
+    which = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[-1] - 1)
+    inside = blocks[torch.arange(len(probs), device=probs.device), which.squeeze(-1)].cumsum(-1, dtype=torch.double)
+    target = inside[:, -1:] - (ends.gather(-1, which) - target)  # as far from the block's end as before
+    return (which * block + torch.searchsorted(inside, target, right=True)).clamp_(max=probs.shape[-1] - 1)
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -206,6 +377,7 @@ def _eval_mode(model):
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_p, top_k, samples_per_prompt, slots):
+    _attention_windows(model)
     for name, value in dict(max_new_tokens=max_new_tokens, samples_per_prompt=samples_per_prompt, slots=slots).items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")

@@ -1,11 +1,13 @@
 """rollout.py against transformers' generate, against exact probabilities, and against sampling without a cache."""
 
 import doctest
+import gc
 
 import pytest
 import torch
 from conftest import random_ids, tiny_qwen3
-from transformers import GenerationConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig, Olmo3Config, Qwen2Config)
 
 import rollout
 import teacher
@@ -101,6 +103,140 @@ def test_finished_rows_leave_the_batch(model):
     longest = max(lengths)
     assert sizes[-1] < len(lengths) / 2 and len(sizes) <= longest + rollout.LOOK_EVERY
     assert sum(sizes) <= sum(lengths) + rollout.LOOK_EVERY * len(lengths)
+
+
+def test_greedy_depends_neither_on_slots_nor_on_the_order_of_prompts(model):
+    prompts = random_ids([5, 11, 1, 7, 23, 2] * 6, seed=3)
+    def run(prompts, slots):
+        return [c.token_ids for c in rollout.sample(model, prompts, max_new_tokens=25, stop_ids=range(1, 9), temperature=0,
+                                                    slots=slots)]
+    alone = [run([prompt], None)[0] for prompt in prompts]
+    assert run(prompts, 1) == run(prompts, 5) == run(prompts, 64) == alone
+    assert run(prompts[::-1], 5) == alone[::-1]
+
+
+def test_a_used_slot_gives_the_logprobs_of_a_fresh_one(model):
+    """Prompts of all lengths follow each other in three slots; each has the tokens and log-probs that it has alone."""
+    prompts, settings = random_ids([40, 3, 17, 1, 29, 8] * 4, seed=4), dict(max_new_tokens=30, stop_ids=range(1, 5))
+    together = rollout.sample(model, prompts, slots=3, generator=rollout.generator_for_rows((9,), 0), **settings)
+    for row, (prompt, completion) in enumerate(zip(prompts, together)):
+        alone = rollout.sample(model, [prompt], generator=rollout.generator_for_rows((9,), row), **settings)[0]
+        assert completion.token_ids == alone.token_ids
+        assert completion.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("slots, samples", [(2, 3), (5, 4), (3, 1)])
+def test_no_prompt_is_prefilled_twice(model, slots, samples):
+    columns = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: columns.append(kwargs["input_ids"].shape), with_kwargs=True)
+    rollout.sample(model, PROMPTS[:2] + PROMPTS[3:], max_new_tokens=9, stop_ids=range(1, 9), slots=slots,
+                   samples_per_prompt=samples)
+    hook.remove()
+    assert sum(rows for rows, width in columns if width > 1) == 5
+
+
+def test_prefill_is_bounded(model, monkeypatch):
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 40)
+    widths = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True)
+    rollout.sample(model, PROMPTS, max_new_tokens=2, stop_ids=[])
+    hook.remove()
+    assert [shape for shape in widths if shape[1] > 1] == [(3, 11), (1, 7), (1, 23), (1, 2)]
+
+
+def test_thousands_of_refills_do_not_grow_memory(model):
+    """All tensors alive, counted every 500 completions: the storage is that of the slots, whatever has passed through it."""
+    sizes, done = [], 0
+    def count(tokens, finished):
+        nonlocal done
+        done += finished
+        if done // 500 > len(sizes):
+            alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor}
+            sizes.append(sum(alive.values()))
+    rollout.sample(model, random_ids([3, 9, 5] * 1000), max_new_tokens=8, stop_ids=range(1, 30), slots=16, progress=count)
+    assert len(sizes) == 6 and max(sizes[1:]) <= sizes[0] + 10_000
+
+
+class Asked(TorchDispatchMode):
+    """Notes every operation that makes the host wait for a CUDA device, because it needs a value or a size from there."""
+
+    WAITING = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "isin",  # isin: unique inside
+               "resolve_neg")  # tolist and numpy begin with it
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__.rstrip("_")
+        by_mask = name.startswith("index") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.WAITING or by_mask:
+            self.operations.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=0), dict(top_k=5, top_p=0.9)])
+def test_nothing_waits_for_the_device_between_looks(model, monkeypatch, settings):
+    asked, between = Asked(), []
+    decode_until_look = rollout._Batch.decode_until_look
+    def watched(batch):
+        with asked:
+            decode_until_look(batch)
+        between.append(len(asked.operations))
+    monkeypatch.setattr(rollout._Batch, "decode_until_look", watched)
+    rollout.sample(model, PROMPTS, max_new_tokens=12, stop_ids=range(1, 40), slots=4, **settings)
+    assert between and asked.operations == []
+    with torch.inference_mode(), asked:  # the detector does detect
+        x = torch.ones(3)
+        x.max().item(), x.tolist(), x[x > 2], torch.isin(x, x), bool(x[0])
+    assert len(asked.operations) == 5
+
+
+def test_decode_can_be_captured(model):
+    """What a CUDA graph needs: with more rows and columns than are in use the rows in use get the same logits, and the
+    storage does not move."""
+    with torch.inference_mode():
+        shelf = rollout.prefill(model, PROMPTS[:4])
+        cache, wide = rollout.SlotCache(8, shelf.cache), rollout.SlotCache(8, shelf.cache)
+        for slots in (cache, wide):
+            slots.load(torch.tensor([1, 0, 2]), shelf, torch.tensor([0, 1, 3]))
+            slots.reserve(64)
+        addresses = [layer.keys.data_ptr() for layer in wide.layers]
+        token, position = torch.tensor([9, 8, 7, 0, 0, 0]), torch.tensor([11, 5, 7, 0, 0, 0])
+        for _ in range(5):
+            exact = rollout.decode(model, cache, token[:3], position[:3], int(position.max()) + 1)
+            padded = rollout.decode(model, wide, token, position, 64)
+            torch.testing.assert_close(padded[:3], exact, atol=1e-5, rtol=0)
+            token, position = padded.argmax(-1), position + 1
+    assert [layer.keys.data_ptr() for layer in wide.layers] == addresses
+
+
+@pytest.mark.parametrize("kind, windows", [
+    (LlamaConfig, {}), (MistralConfig, dict(sliding_window=6)),
+    (Qwen2Config, dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    (Olmo3Config, dict(sliding_window=7, layer_types=["sliding_attention", "full_attention"]))])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_models(kind, windows, implementation):
+    """Greedy tokens of models with sliding windows, which `decode` has to mask itself, equal those of `generate`."""
+    torch.manual_seed(0)
+    config = kind(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+                  initializer_range=0.3, **windows)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    ours = rollout.sample(model, PROMPTS, max_new_tokens=20, stop_ids=[1], temperature=0, slots=3)
+    for prompt, completion in zip(PROMPTS, ours):
+        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20,
+                                do_sample=False)
+        assert completion.token_ids == theirs[0, len(prompt):].tolist()
+
+
+def test_models_that_decode_cannot_serve_are_refused(model):
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2'"):
+        rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1])
+    model.config._attn_implementation, model.config.layer_types = "sdpa", ["linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match="linear_attention"):
+        rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1])
 
 
 def test_progress_counts_every_token_once(model):

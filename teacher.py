@@ -8,8 +8,11 @@ Reading means: run prompt + completion through the model once and report, for ev
     entropy  H_t = - sum_v p(v) log p(v) of the whole next-token distribution, in nats            eq. (4)
 
 The logits of a whole batch would be B x T x V floats, 20 GB for 32 completions of 1,024 tokens and Qwen3's vocabulary of
-151,936. They never exist. The head is applied to completion positions only, a chunk of tokens at a time, and the chunk
-is recomputed in the backward pass instead of kept.
+151,936. They never exist. The head is applied to completion positions only, a chunk of tokens at a time. A frozen head
+(LoRA) gets its backward pass done on the spot: the gradient of log p(y) with respect to the hidden state is W[y] - p W, and
+p is at hand. For a head that is trained the chunk is recomputed in the backward pass instead of kept.
+
+`micro_batches` deals rows of unequal lengths into batches that waste little on padding.
 
 Prompts and completions stay token ids from end to end; nothing is decoded and encoded again.
 
@@ -101,9 +104,31 @@ def read(model, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
     return Reading(unpack(logp), unpack(token_entropy) if entropy else None, mask)
 
 
+def micro_batches(lengths: Sequence[int], most_tokens: int, most_padding: float = 0.1) -> list[list[int]]:
+    """Deal rows of these lengths in tokens into batches: indices, longest rows first, every row once.
+
+    A batch is padded to its longest row. It has at most `most_tokens` tokens with padding (a row that is longer is alone),
+    of which at most the share `most_padding` is padding.
+
+    >>> micro_batches([30, 100, 95, 31, 29], most_tokens=300)
+    [[1, 2], [3, 0, 4]]
+    """
+    batches, tokens = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        tokens += lengths[i]
+        padded = (len(batches[-1]) + 1) * lengths[batches[-1][0]] if batches else 0
+        if not batches or padded > most_tokens or tokens < (1 - most_padding) * padded:
+            batches.append([])
+            tokens = lengths[i]
+        batches[-1].append(i)
+    return batches
+
+
 def score(head, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
     """hidden [N, D], targets [N] -> log-probs [N] and entropies [N] (or None), with CHUNK_LOGITS logits at a time."""
     size = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    if hidden.requires_grad and not entropy and not any(p.requires_grad for p in head.parameters()):
+        return _FrozenHead.apply(hidden, head, targets, temperature, size), None
     chunks = [checkpoint(_score_chunk, head, h, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
               for h, t in zip(hidden.split(size), targets.split(size))]
     logp, entropies = zip(*chunks)
@@ -114,3 +139,24 @@ def _score_chunk(head, hidden: Tensor, targets: Tensor, temperature: float, entr
     logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # [n, V]; float32 first, then the temperature
     logp = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return logp, torch.special.entr(logprobs.exp()).sum(-1) if entropy else None
+
+
+class _FrozenHead(torch.autograd.Function):
+    """log p(y) [N] and, in the same visit to the logits, its derivative by the hidden state: (W[y] - p W) / temperature."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head, targets: Tensor, temperature: float, size: int) -> Tensor:
+        logp, slopes = [], []
+        for h, y in zip(hidden.split(size), targets.unsqueeze(-1).split(size)):
+            logprobs = (head(h).float() / temperature).log_softmax(-1)  # [n, V]
+            logp.append(logprobs.gather(-1, y).squeeze(-1))
+            slope = logprobs.exp_().neg_()  # 1 - p in float32, before anything is rounded to the head's dtype
+            slope.scatter_add_(-1, y, torch.ones_like(y, dtype=slope.dtype))
+            slopes.append(slope.to(head.weight.dtype) @ head.weight / temperature)
+        ctx.save_for_backward(torch.cat(slopes))  # [N, D]
+        ctx.dtype = hidden.dtype
+        return torch.cat(logp)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return (grad.unsqueeze(-1) * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None, None

@@ -80,7 +80,8 @@ class Settings:
     steps: int = flag(100, "optimizer steps of the run", "[1, inf)")
     prompts_per_step: int = flag(32, "problems per step, over all ranks", "[1, inf)")
     rollouts_per_prompt: int = flag(1, "completions sampled per problem", "[1, inf)")
-    micro_batch: int = flag(4, "completions per forward and backward pass on one rank; lower it to save memory", "[1, inf)")
+    micro_batch: int = flag(4, "completions of full length per forward and backward pass on one rank, of shorter ones "
+                            "more; lower it to save memory", "[1, inf)")
     slots: int = flag(0, "rows decoded together on one rank, 0: all of the step; lower it to save memory", "[0, inf)")
     max_new_tokens: int = flag(1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)")
     temperature: float = flag(1.1, "sampling temperature of the rollouts", "[0, inf)")
@@ -300,39 +301,47 @@ class Trainer:
         completions = self.sample(distinct, s.rollouts_per_prompt, self.step, ranks.rank * len(problems),
                                   progress=self.progress(bar), max_new_tokens=s.max_new_tokens, temperature=s.temperature,
                                   top_p=s.top_p, top_k=s.top_k, slots=s.slots or None)
+        t_sampled = time.perf_counter()
         tokens = [completion.token_ids for completion in completions]
         graded = [self.grade(c, p.answer) for c, p in zip(completions, problems)]
         rewards = torch.tensor([reward.shaped_reward(correct, len(ids), s.max_new_tokens, s.beta_length)
                                 for (_, _, correct), ids in zip(graded, tokens)], device=ranks.device)  # [B]
         advantage = group_advantage(rewards, s.rollouts_per_prompt) if s.advantage == "group" else \
             self.running.advantage(rewards)  # [B]
-        t_sampled = time.perf_counter()
+        t_graded = time.perf_counter()
 
         self.phase = "the teacher's pass"
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))  # rows of like length share a micro-batch
-        batches = [order[i:i + s.micro_batch] for i in range(0, len(order), s.micro_batch)]
+        teacher_logp, entropy = torch.zeros(2, len(tokens), max(map(len, tokens)), device=ranks.device)  # [B, T]
+        prompts = [self.teacher_prompt(p) for p in problems]
         self.model.eval()
         with torch.no_grad(), lora.disabled(self.model), self.autocast():
-            taught = [teacher.read(self.model, [self.teacher_prompt(problems[i]) for i in rows], [tokens[i] for i in rows],
-                                   temperature=s.score_temperature, entropy=True) for rows in batches]
-        max_entropy = ranks.max(max(reading.entropy.max().item() for reading in taught))
+            for rows in self.micro_batches(prompts, tokens):
+                reading = teacher.read(self.model, [prompts[i] for i in rows], [tokens[i] for i in rows],
+                                       temperature=s.score_temperature, entropy=True)
+                width = reading.logp.shape[1]
+                teacher_logp[rows, :width], entropy[rows, :width] = reading.logp, reading.entropy
+        max_entropy = ranks.max(entropy.max().item())
         num_tokens = ranks.sum([sum(map(len, tokens))])[0]
         t_read = time.perf_counter()
 
         self.phase, sums = "the student's pass", np.zeros(1 + len(TOKEN_METRICS))
         gate = dict(gamma=s.gamma, window=s.window, floor=s.floor, max_entropy=max_entropy)
+        prompts = [self.student_prompt(p) for p in problems]
         self.model.train()  # gradient checkpointing works in this mode only
-        for k, (rows, reading) in enumerate(zip(batches, taught)):
-            if ranks.distributed:  # one all-reduce a step, in the last backward; every rank has as many backwards
-                self.student.require_backward_grad_sync = k == len(batches) - 1
+        batches = self.micro_batches(prompts, tokens)
+        for rows in batches:
+            if ranks.distributed:  # one all-reduce a step, in the last backward, however many a rank has
+                self.student.require_backward_grad_sync = rows is batches[-1]
             with self.autocast():
-                own = self.student([self.student_prompt(problems[i]) for i in rows], [tokens[i] for i in rows],
-                                   s.score_temperature)
+                own = self.student([prompts[i] for i in rows], [tokens[i] for i in rows], s.score_temperature)
+            width = own.logp.shape[1]
+            reading = teacher.Reading(teacher_logp[rows, :width], entropy[rows, :width], own.mask)
             weighted = egrsd.token_advantages(advantage[rows], reading.logp, own.logp, reading.entropy, own.mask,
                                               eps=s.eps, **gate)  # [b, T]
             loss = egrsd.policy_loss(own.logp, weighted, own.mask, num_tokens)
             (loss * ranks.world).backward()  # the loss is a sum over ranks, DistributedDataParallel averages
             sums += [loss.item(), *self.token_sums(reading, own, advantage[rows], [completions[i] for i in rows], gate)]
+        t_differentiated = time.perf_counter()
         loss, *sums = ranks.sum(sums.tolist())
         grad_norm, lr = self.update(loss)
         self.running.update(ranks.gather(rewards).flatten())
@@ -347,8 +356,9 @@ class Trainer:
         return {"step": self.step, "loss": loss, "grad_norm": grad_norm, "lr": lr,
                 **{name: total / n for name, total in zip(names, totals)}, "length": num_tokens / n,
                 **{name: total / num_tokens for name, total in zip(TOKEN_METRICS, sums)}, "max_entropy": max_entropy,
-                "tokens": int(num_tokens), "rollout_s": t_sampled - t_start, "teacher_s": t_read - t_sampled,
-                "student_s": time.perf_counter() - t_read, "memory_gib": ranks.max(peak_memory_gib())}
+                "tokens": int(num_tokens), "rollout_s": t_sampled - t_start, "teacher_s": t_read - t_graded,
+                "student_s": t_differentiated - t_read, "step_s": time.perf_counter() - t_start,
+                "memory_gib": ranks.max(peak_memory_gib())}
 
     def update(self, loss: float) -> tuple[float, float]:
         """Clip and apply the gradients; returns their norm before clipping, and the learning rate used."""
@@ -381,6 +391,11 @@ class Trainer:
         drawn = nn.utils.rnn.pad_sequence([torch.tensor(c.logprobs, device=own_logp.device) for c in completions], True)
         terms = (reading.entropy, omega, weight, clipped, reading.logp - own_logp, (drawn - own_logp).abs())
         return torch.stack([(term * own.mask).sum().double() for term in terms]).tolist()
+
+    def micro_batches(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[int]]:
+        """Indices per forward pass: as many tokens as --micro-batch completions of full length have, with little padding."""
+        lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions)]
+        return teacher.micro_batches(lengths, self.s.micro_batch * (max(map(len, prompts)) + self.s.max_new_tokens))
 
     def stop_if_asked(self) -> None:
         """Raise Stop on every rank if any of them got a signal."""
@@ -548,7 +563,7 @@ def write_config(t: Trainer) -> None:
     completions = s.prompts_per_step * s.rollouts_per_prompt
     derived = {"device": str(t.ranks.device), "bf16": t.bf16, "problems": len(t.problems), "left_out": t.left_out,
                "held_out_problems": len(t.held_out), "completions_per_step": completions,
-               "micro_batches_per_rank": -(-completions // world // s.micro_batch),
+               "micro_batches_at_full_length": -(-completions // world // s.micro_batch),
                "most_tokens_per_step": completions * s.max_new_tokens,
                "base_parameters": sum(p.numel() for p in t.model.parameters() if not p.requires_grad),
                "trained_parameters": sum(p.numel() for p in t.parameters)}

@@ -1,5 +1,7 @@
 """teacher.py against one-by-one scoring with plain logits, and the prompts against what a solution may contain."""
 
+import doctest
+
 import pytest
 import torch
 from conftest import random_ids, tiny_qwen3
@@ -69,6 +71,54 @@ def test_whole_logits_never_exist(model, monkeypatch):
     assert all(size == (4, 61) or size == (3, 61) for size in sizes) and len(sizes) == 2 * 7  # 27 tokens, twice each
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("chunk_tokens, temperature", [(1, 1.0), (4, 0.7), (1000, 1.3)])
+def test_frozen_head_differentiates_in_one_visit(monkeypatch, chunk_tokens, temperature, dtype, tolerance):
+    """Against autograd through the whole float64 logits; the head runs once per chunk, forward and backward together."""
+    monkeypatch.setattr(teacher, "CHUNK_LOGITS", chunk_tokens * 61)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 61, bias=False).requires_grad_(False).to(dtype)
+    hidden, targets, upstream = torch.randn(27, 16).to(dtype), torch.randint(61, (27,)), torch.randn(27)
+    visits = []
+    head.register_forward_hook(lambda *_: visits.append(1))
+    ours, plain_hidden = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    logp, _ = teacher.score(head, ours, targets, temperature, entropy=False)
+    (logp * upstream).sum().backward()
+    exact = (plain_hidden @ head.weight.double().T / temperature).log_softmax(-1)[range(27), targets]
+    (exact * upstream).sum().backward()
+    assert len(visits) == -(-27 // chunk_tokens) and logp.dtype == torch.float32 and ours.grad.dtype == dtype
+    torch.testing.assert_close(logp.double(), exact, atol=tolerance, rtol=0)
+    torch.testing.assert_close(ours.grad.double(), plain_hidden.grad, atol=tolerance, rtol=0)
+
+
+def test_frozen_and_trained_head_give_the_adapter_the_same_gradient(model):
+    model.requires_grad_(False)
+    adapter = model.model.layers[1].mlp.down_proj.weight.requires_grad_()
+    gradients = []
+    for trained in (False, True):
+        model.lm_head.weight.requires_grad_(trained)
+        teacher.read(model, PROMPTS, COMPLETIONS, temperature=0.9).logp.square().sum().backward()
+        gradients.append(adapter.grad.clone())
+        model.zero_grad()
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows, mean, budget", [(4, 600, 10**9), (32, 64, 2000), (128, 64, 10**9), (512, 1000, 8192)])
+def test_micro_batches_waste_little_on_geometric_lengths(rows, mean, budget):
+    lengths = torch.empty(rows).geometric_(1 / mean, generator=torch.Generator().manual_seed(rows)).long().clamp(max=4096).tolist()
+    batches = teacher.micro_batches(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(rows))
+    padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+    assert all(size <= budget or len(batch) == 1 for size, batch in zip(padded, batches))
+    assert 1 - sum(lengths) / sum(padded) <= 0.1
+    assert rows < 100 or len(batches) < rows / 3  # one row at a time would waste nothing either
+
+
+def test_micro_batches_of_equal_and_of_too_long_rows():
+    assert [len(batch) for batch in teacher.micro_batches([50] * 10, 200)] == [4, 4, 2]
+    assert teacher.micro_batches([900, 10, 10], 100) == [[0], [1, 2]]
+
+
 def test_gradients_flow_iff_enabled(model):
     assert teacher.read(model, PROMPTS, COMPLETIONS).logp.requires_grad
     with torch.no_grad():
@@ -102,3 +152,8 @@ def test_latex_and_braces_survive_in_the_prompts():
     text = teacher.teacher_messages(problem, solution)[0]["content"]
     assert problem in text and solution in text and text.endswith(teacher.INSTRUCTION)
     assert solution not in teacher.student_messages(problem)[0]["content"]
+
+
+def test_doctests():
+    results = doctest.testmod(teacher)
+    assert results.attempted == 1 and results.failed == 0

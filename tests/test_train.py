@@ -64,7 +64,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, tiny_toy):
     rows = metrics(tiny_run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert {"loss", "grad_norm", "reward", "accuracy", "length", "truncated", "no_answer", "entropy", "max_entropy", "gate", "clipped",
-            "advantage", "sampling_gap", "tokens", "rollout_s", "teacher_s", "student_s", "memory_gib", "lr"} <= rows[0].keys()
+            "advantage", "sampling_gap", "tokens", "rollout_s", "teacher_s", "student_s", "step_s", "memory_gib", "lr"} <= rows[0].keys()
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[0]["lr"] == 1e-2 and 0 < sum(row["accuracy"] for row in rows) < 4
     assert all(row["sampling_gap"] < 1e-4 for row in rows)  # T = 1, no truncation: sampled and trained policy are one

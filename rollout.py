@@ -122,11 +122,14 @@ class _Batch:
             count = min(len(free), len(self.ready))
             self.start(free[:count], [self.ready.popleft() for _ in range(count)])
             free = free[count:]
+        if not self.ready:
+            self.shelf = None
 
     def fill_shelf(self, rows: int) -> None:
         """Prefill the prompts of the next rows, a quarter of the slots at least: a prompt costs less in a larger batch."""
         start, k = self.next_prompt, self.samples_per_prompt
-        prompts = self.prompts[start:start - (-max(rows, self.slots // 4) // k)]
+        count = -(-max(rows, self.slots // 4) // k)  # rounded up
+        prompts = self.prompts[start:start + count]
         while len(prompts) > 1 and len(prompts) * max(map(len, prompts)) > PREFILL_TOKENS:
             prompts = prompts[:-1]
         self.shelf = None  # the old one goes before the new one comes
@@ -136,7 +139,8 @@ class _Batch:
     def start(self, slots: list[int], rows: list[_Row]) -> None:
         tensor = partial(torch.tensor, device=self.model.device)
         where, prompts = tensor(slots), tensor([row.prompt for row in rows])
-        self.cache = self.cache or SlotCache(self.slots, self.shelf.cache)
+        if self.cache is None:
+            self.cache = SlotCache(self.slots, self.shelf.cache, max(map(len, self.prompts)) + self.max_new_tokens)
         self.cache.load(where, self.shelf, prompts)
         streams = [torch.Generator().manual_seed(self.seeds[row.index]) for row in rows]
         uniforms = [torch.rand(self.max_new_tokens, dtype=torch.double, generator=stream) for stream in streams]
@@ -191,23 +195,23 @@ class _Batch:
 
 
 class SlotCache(Cache):
-    """Keys and values [slots, heads, columns, dim] per layer, shaped like those of `like`.
+    """Keys and values [slots, heads, columns, dim] per layer, with the heads and the dtype of `like`.
 
     A slot is never cleared: a row sees the columns up to its own position, and those it has all written itself. Zeros to
     begin with, because a masked column counts 0 times its value and 0 times nan is nan.
     """
 
-    def __init__(self, slots: int, like: Cache):
+    def __init__(self, slots: int, like: Cache, most_columns: int):
         super().__init__(layers=[SlotLayer(slots, layer) for layer in like.layers])
-        self.columns = 0
+        self.columns, self.most_columns = 0, most_columns
 
     def reserve(self, columns: int) -> None:
-        """Have at least this many columns. Grows by half or more, so that all copying together stays linear."""
+        """Have at least this many columns. Grows by half, so that all copying together stays linear."""
         if columns > self.columns:
-            more = (0, 0, 0, max(columns - self.columns, self.columns // 2))
+            before, self.columns = self.columns, max(columns, min(self.columns * 3 // 2, self.most_columns))
+            more = (0, 0, 0, self.columns - before)
             for layer in self.layers:
                 layer.keys, layer.values = nn.functional.pad(layer.keys, more), nn.functional.pad(layer.values, more)
-            self.columns += more[-1]
 
     def load(self, slots: Tensor, shelf: "Prefilled", prompts: Tensor) -> None:
         """Copy prompts[n] of the shelf into slots[n]."""
@@ -234,8 +238,8 @@ class SlotLayer(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """The model's attention brings keys and values [R, heads, 1, dim] of one new token for each of the first R slots."""
-        rows = torch.arange(len(keys), device=keys.device)
-        self.keys[rows, :, self.position], self.values[rows, :, self.position] = keys.squeeze(2), values.squeeze(2)
+        place = self.rows, slice(None), self.position
+        self.keys[place], self.values[place] = keys.squeeze(2), values.squeeze(2)
         return self.keys[:len(keys), :, :self.width], self.values[:len(keys), :, :self.width]
 
 
@@ -274,8 +278,9 @@ def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int)
     for kind, window in _attention_windows(model).items():
         hidden = (distance < 0) | (distance >= window)
         masks[kind] = torch.zeros_like(hidden, dtype=model.dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
+    rows = torch.arange(len(token), device=token.device)
     for layer in cache.layers:
-        layer.position, layer.width = position, width
+        layer.rows, layer.position, layer.width = rows, position, width
     output = model(input_ids=token.unsqueeze(1), attention_mask=masks if len(masks) > 1 else masks.popitem()[1],
                    position_ids=position.unsqueeze(1), past_key_values=cache, use_cache=True)
     return output.logits[:, -1]

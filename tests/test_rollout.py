@@ -197,7 +197,7 @@ def test_decode_can_be_captured(model):
     storage does not move."""
     with torch.inference_mode():
         shelf = rollout.prefill(model, PROMPTS[:4])
-        cache, wide = rollout.SlotCache(8, shelf.cache), rollout.SlotCache(8, shelf.cache)
+        cache, wide = rollout.SlotCache(8, shelf.cache, 64), rollout.SlotCache(8, shelf.cache, 64)
         for slots in (cache, wide):
             slots.load(torch.tensor([1, 0, 2]), shelf, torch.tensor([0, 1, 3]))
             slots.reserve(64)

@@ -160,7 +160,7 @@ def sample_problems(model, tokenizer, problems: list[Problem], first: int, a, la
 
 
 def check_window(model, tokenizer, path: str, problems: list[Problem], a) -> None:
-    window = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    window = rollout.window(model)
     for p in problems:
         length = len(teacher.encode(tokenizer, teacher.student_messages(p.problem), a.thinking))
         if length + a.max_new_tokens > window:

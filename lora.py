@@ -50,6 +50,10 @@ class LoRALinear(nn.Module):
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
 
 def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, targets: tuple[str, ...] = TARGETS) -> list[str]:
     """Freeze `model` and put an adapter on every nn.Linear whose name ends in one of `targets`.

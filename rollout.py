@@ -5,8 +5,8 @@ The naive way is three lines: run the model on prompt + completion so far, draw 
 
     slots     room for the keys and values of `slots` rows; column t of a slot is the token at position t of the row in it.
               Memory is slots x columns, however many prompts there are
-    prefill   the next prompts go through the model together, each once, and wait on a shelf; every sample of a prompt
-              starts from a copy of its columns
+    prefill   the next prompts go through the model together, each once, and lie on a shelf, which takes memory of its own,
+              until all their samples have started; every sample starts from a copy of its prompt's columns
     decode    one token per row and step, each row at its own position, which is also the column it writes
     look      every LOOK_EVERY steps the host asks which rows drew a stop token; in between nothing waits for the device.
               Finished rows leave and waiting rows take their slots; once none waits, the last rows move into the gaps,
@@ -91,7 +91,7 @@ class _Row:
     index: int  # its place among the results
     prompt: int  # its prompt's place on the shelf
     prompt_length: int
-    age: int = 0  # tokens drawn, among them those after a stop token that nobody has looked at yet
+    age: int = 1  # tokens drawn, among them those after a stop token that nobody has looked at yet; the device counts too
 
 
 class _Batch:
@@ -129,37 +129,39 @@ class _Batch:
         """Prefill the prompts of the next rows, a quarter of the slots at least: a prompt costs less in a larger batch."""
         start, k = self.next_prompt, self.samples_per_prompt
         count = -(-max(rows, self.slots // 4) // k)  # rounded up
-        prompts = self.prompts[start:start + count]
-        while len(prompts) > 1 and len(prompts) * max(map(len, prompts)) > PREFILL_TOKENS:
-            prompts = prompts[:-1]
+        prompts, width = [], 0
+        for prompt in self.prompts[start:start + count]:
+            width = max(width, len(prompt))
+            if prompts and (len(prompts) + 1) * width > PREFILL_TOKENS:
+                break
+            prompts.append(prompt)
         self.shelf = None  # the old one goes before the new one comes
         self.shelf, self.next_prompt = prefill(self.model, prompts), start + len(prompts)
         self.ready += [_Row((start + i) * k + j, i, len(prompt)) for i, prompt in enumerate(prompts) for j in range(k)]
 
-    def start(self, slots: list[int], rows: list[_Row]) -> None:
+    def start(self, free: list[int], rows: list[_Row]) -> None:
+        """Begin these rows, whose prompts are on the shelf, in these slots."""
         tensor = partial(torch.tensor, device=self.model.device)
-        where, prompts = tensor(slots), tensor([row.prompt for row in rows])
+        slots, prompts = tensor(free), tensor([row.prompt for row in rows])
         if self.cache is None:
             self.cache = SlotCache(self.slots, self.shelf.cache, max(map(len, self.prompts)) + self.max_new_tokens)
-        self.cache.load(where, self.shelf, prompts)
+        self.cache.load(slots, self.shelf, prompts)
         streams = [torch.Generator().manual_seed(self.seeds[row.index]) for row in rows]
         uniforms = [torch.rand(self.max_new_tokens, dtype=torch.double, generator=stream) for stream in streams]
-        self.uniforms[where] = torch.stack(uniforms).to(where.device)
-        self.position[where] = tensor([row.prompt_length - 1 for row in rows])
-        self.age[where], self.stopped[where] = 0, False
-        self.append(where, self.shelf.logits[prompts], rows)
-        self.running |= zip(slots, rows)
+        self.uniforms[slots] = torch.stack(uniforms).to(slots.device)
+        self.position[slots] = tensor([row.prompt_length - 1 for row in rows])
+        self.age[slots], self.stopped[slots] = 0, False
+        self.append(slots, self.shelf.logits[prompts])
+        self.running |= zip(free, rows)
 
-    def append(self, slots: Tensor, logits: Tensor, rows: Iterable[_Row]) -> None:
-        """Draw the next token of these rows, which are in these slots."""
+    def append(self, slots: Tensor, logits: Tensor) -> None:
+        """Draw the next token of the rows in these slots, whose logits [n, V] these are."""
         age = self.age[slots]
         token, logprob = self.draw(logits, self.uniforms[slots, age])
         self.token_ids[slots, age], self.logprobs[slots, age], self.token[slots] = token, logprob, token
         self.stopped[slots] |= self.stops[token]
         self.age[slots] += 1
         self.position[slots] += 1
-        for row in rows:
-            row.age += 1
 
     def close_gaps(self) -> None:
         """Move the last rows into the free slots between the others: the first slots are those in use."""
@@ -180,7 +182,9 @@ class _Batch:
             width = -(-width // COLUMNS) * COLUMNS
             self.cache.reserve(width)
             logits = decode(self.model, self.cache, self.token[:len(rows)], self.position[:len(rows)], width)
-            self.append(slots, logits, rows)
+            self.append(slots, logits)
+            for row in rows:
+                row.age += 1
 
     def take_finished(self) -> dict[int, Completion]:
         """Look: the completions of the rows that have ended, by index; their slots are free."""
@@ -239,7 +243,8 @@ class SlotLayer(DynamicLayer):
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """The model's attention brings keys and values [R, heads, 1, dim] of one new token for each of the first R slots."""
         place = self.rows, slice(None), self.position
-        self.keys[place], self.values[place] = keys.squeeze(2), values.squeeze(2)
+        self.keys[place] = keys.squeeze(2).to(self.keys.dtype)  # autocast may have another dtype here than in the prefill
+        self.values[place] = values.squeeze(2).to(self.values.dtype)
         return self.keys[:len(keys), :, :self.width], self.values[:len(keys), :, :self.width]
 
 
@@ -290,7 +295,8 @@ def _attention_windows(model) -> dict[str, float]:
     """How far back each kind of layer in the model sees, in tokens."""
     config = model.config.get_text_config()
     sliding = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"]
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or \
+        ["sliding_attention" if sliding else "full_attention"]
     windows = {"full_attention": torch.inf, "sliding_attention": sliding}
     if set(kinds) - windows.keys() or config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(f"sampling needs a model of full or sliding attention, run by 'sdpa' or 'eager'; this one has "
@@ -339,11 +345,14 @@ def _invert_cdf(probs: Tensor, uniform: Tensor, block: int = 256) -> Tensor:
     blocks = nn.functional.pad(probs, (0, -probs.shape[-1] % block)) if probs.shape[-1] % block else probs
     blocks = blocks.unflatten(-1, (-1, block))  # [R, V / block, block]
     ends = blocks.sum(-1).cumsum(-1, dtype=torch.double)
-    target = uniform.double().unsqueeze(-1) * ends[:, -1:]
-    # The clamps are for nan, which exceeds nothing: any token will do then, its log-prob is nan.
+    # Rounding must not carry the target to an end, behind which there are only tokens of probability 0. The integers are
+    # clamped for nan, which exceeds nothing: any token will do then, its log-prob is nan.
+    zero = ends.new_zeros(())
+    target = (uniform.double().unsqueeze(-1) * ends[:, -1:]).minimum(ends[:, -1:].nextafter(zero))
     which = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[-1] - 1)
     inside = blocks[torch.arange(len(probs), device=probs.device), which.squeeze(-1)].cumsum(-1, dtype=torch.double)
-    target = inside[:, -1:] - (ends.gather(-1, which) - target)  # as far from the block's end as before
+    target = inside[:, -1:] - (ends.gather(-1, which) - target)  # measured from the end, where both sums agree
+    target = target.clamp(min=0).minimum(inside[:, -1:].nextafter(zero))
     return (which * block + torch.searchsorted(inside, target, right=True)).clamp_(max=probs.shape[-1] - 1)
 
 
@@ -369,6 +378,19 @@ def generator_for_rows(seed: Sequence[int], first_row: int) -> torch.Generator:
     return generator
 
 
+def window(model) -> float:
+    """The most tokens that prompt and completion may have together; inf if the config sets no bound.
+
+    For rotary embeddings of type longrope that is the window without extension: beyond it the longest row of a batch
+    would change the embeddings of all others.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return getattr(config, "max_position_embeddings", None) or float("inf")
+
+
 @contextmanager
 def _eval_mode(model):
     """eval() inside: dropout off, and gradient checkpointing, which would switch the KV cache off, asleep."""
@@ -392,10 +414,9 @@ def _check(model, prompts, max_new_tokens, temperature, top_p, top_k, samples_pe
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if top_k < 0:
         raise ValueError(f"top_k must be >= 0, got {top_k}")
-    window = getattr(model.config, "max_position_embeddings", None)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{i}] is empty")
-        if window and len(prompt) + max_new_tokens > window:
+        if len(prompt) + max_new_tokens > window(model):
             raise ValueError(f"prompts[{i}] has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} "
-                             f"that is more than the model's window of {window}")
+                             f"that is more than the model's window of {window(model)}")

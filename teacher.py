@@ -126,7 +126,7 @@ def micro_batches(lengths: Sequence[int], most_tokens: int, most_padding: float 
 
 def score(head, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
     """hidden [N, D], targets [N] -> log-probs [N] and entropies [N] (or None), with CHUNK_LOGITS logits at a time."""
-    size = max(1, CHUNK_LOGITS // head.weight.shape[0])
+    size = max(1, CHUNK_LOGITS // head.out_features)
     if hidden.requires_grad and not entropy and not any(p.requires_grad for p in head.parameters()):
         return _FrozenHead.apply(hidden, head, targets, temperature, size), None
     chunks = [checkpoint(_score_chunk, head, h, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)

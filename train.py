@@ -246,7 +246,7 @@ class Trainer:
 
     def check_window(self, path: str, problems: list[Problem], new_tokens: int, prompts) -> None:
         """Every prompt must fit into the model's window together with its completion."""
-        window = getattr(self.model.config, "max_position_embeddings", None) or float("inf")
+        window = rollout.window(self.model)
         rest = max(len(prompt(Problem("", "", "", 0))) for prompt in prompts) + new_tokens
         for p in problems:
             if len((p.problem + p.solution).encode()) + rest > window:  # a token has at least one byte; now count exactly

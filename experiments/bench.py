@@ -188,18 +188,29 @@ def mixed_lengths(machine: Machine, table: Table, repeats: int) -> None:
         return made[0] / seconds
     sizes = [1, 2, 4, 8, 16, 24, 32]
     running: list[list[int]] = []  # rows in each decode step of ours, per turn
+    spent = {"decode": 0.0, "prefill": 0.0}
 
     def watched(turn):
+        """Ours, with a note of the rows of each step and of the time that the model takes."""
         running.append([])
-        decode = rollout.decode
-        rollout.decode = lambda model, cache, token, *rest: (running[-1].append(len(token)),
-                                                             decode(model, cache, token, *rest))[1]
-        try:
-            return tokens_per_second(ours, turn)
-        finally:
-            rollout.decode = decode
+        originals = {name: getattr(rollout, name) for name in spent}
+
+        def timed(name, *arguments):
+            made = []
+            spent[name] += machine.seconds(lambda: made.append(originals[name](*arguments)))
+            if name == "decode":
+                running[-1].append(len(arguments[2]))
+            return made[0]
+        for name in spent:
+            setattr(rollout, name, partial(timed, name))
+        start = time.perf_counter()
+        ours(model, prompts, turn, **settings)
+        total = time.perf_counter() - start
+        for name, original in originals.items():
+            setattr(rollout, name, original)
+        return total
     columns = 128  # a row has 48 tokens of prompt and, by the lengths' lack of memory, 64 tokens on average
-    made = turns(repeats, ours=watched, peer=partial(tokens_per_second, generate),
+    made = turns(repeats, ours=partial(tokens_per_second, ours), watched=watched, peer=partial(tokens_per_second, generate),
                  **{f"step {n}": lambda turn, n=n: bare_step(machine, model, n, columns) for n in sizes})
     table.add("1 mixed lengths", made["ours"], made["peer"], [slots / s for s in made[f"step {slots}"]], "tokens/s",
               "limit: all slots full all the time")
@@ -211,7 +222,9 @@ def mixed_lengths(machine: Machine, table: Table, repeats: int) -> None:
     table.add("1 mixed lengths, drain counted", made["ours"], [], drained, "tokens/s",
               "limit: the same steps with a bare model, small batches at the end included; no prefill")
     full = [sum(n == slots for n in counts) / len(counts) for counts in running]
-    table.add("1 share of steps with all slots full", full)
+    table.add("1 steps with all slots full", full, unit="share")
+    for name, seconds in spent.items():
+        table.add(f"1 time in {name}", [seconds / sum(made["watched"])], unit="share")
 
 
 def interpolate(n: int, price: dict[int, float]) -> float:

@@ -18,7 +18,7 @@ def test_bench_measures_and_reports(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--rows", "1", "2", "3", "6", "--repeats", "1", "--out", str(tmp_path / "b.json")])
     bench.main()
     rows = {row["row"] + " " + row["unit"]: row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
-    assert len(rows) == 12 and all(len(row["ours"]) >= 1 and min(row["ours"]) >= 0 for row in rows.values())
+    assert len(rows) == 14 and all(len(row["ours"]) >= 1 and min(row["ours"]) >= 0 for row in rows.values())
     mixed = rows["1 mixed lengths tokens/s"]
     assert mixed["peer"][0] > 0 and mixed["limit"][0] > 0
     printed = capsys.readouterr().out

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import random_ids, tiny_qwen3
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig, Olmo3Config, Qwen2Config)
+from transformers import (AutoModelForCausalLM, Gemma3Config, GenerationConfig, LlamaConfig, MistralConfig, Olmo3Config,
+                          Phi3Config, Qwen2Config)
 
 import rollout
 import teacher
@@ -237,6 +238,42 @@ def test_models_that_decode_cannot_serve_are_refused(model):
     model.config._attn_implementation, model.config.layer_types = "sdpa", ["linear_attention", "full_attention"]
     with pytest.raises(ValueError, match="linear_attention"):
         rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1])
+    model.config.layer_types, model.config.attention_layers = None, ["global", "local"]  # GPT-Neo
+    with pytest.raises(ValueError, match="local"):
+        rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(implementation, dtype):
+    """Under autocast keys, values and weights of a layer may differ in dtype, and a prefill's from a decode step's."""
+    model = tiny_qwen3(attn_implementation=implementation).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        completions = rollout.sample(model, PROMPTS, max_new_tokens=12, stop_ids=[1], slots=4)
+        reading = teacher.read(model, PROMPTS, [c.token_ids for c in completions])
+    for completion, scored in zip(completions, reading.logp):
+        torch.testing.assert_close(torch.tensor(completion.logprobs), scored[:len(completion.logprobs)], atol=0.2, rtol=0)
+
+
+def test_no_token_of_probability_zero_is_drawn():
+    """Where sums in float32 and float64 differ, and at the last uniform below 1: the largest that there is."""
+    logits = torch.randn(300, 4096, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, ::256] -= 200  # the first token of each block of the two-stage search
+    logits[:, -40:] = -torch.inf
+    for settings in (dict(), dict(top_p=0.9), dict(top_k=50)):
+        for uniform in (0.0, 0.5761644704592663, 1 - 2**-53):
+            token, logprob = rollout.draw_tokens(logits, torch.full((300,), uniform, dtype=torch.double), **settings)
+            assert logprob.isfinite().all() and (token < 4056).all()
+
+
+def test_window_of_nested_and_of_extended_configs():
+    class Nested:
+        config = Phi3Config(rope_parameters=dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 48,
+                                                 long_factor=[2.0] * 48, original_max_position_embeddings=4096),
+                            max_position_embeddings=131_072)
+    assert rollout.window(Nested) == 4096
+    Nested.config = Gemma3Config(text_config=dict(max_position_embeddings=64))
+    assert rollout.window(Nested) == 64
 
 
 def test_progress_counts_every_token_once(model):

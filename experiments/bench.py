@@ -156,7 +156,7 @@ def generate(model, prompts, seed: int, *, max_new_tokens: int, stop_ids: list[i
 
 
 @torch.inference_mode()
-def bare_step(machine: Machine, model, rows: int, columns: int, steps: int = 20) -> float:
+def bare_step(machine: Machine, model, rows: int, columns: int, steps: int = 60) -> float:
     """Seconds of one decode step of `rows` rows that attend to `columns` columns: the model alone, nothing is drawn."""
     shelf = rollout.prefill(model, random_prompts(1, 8, model.config.vocab_size))
     cache = rollout.SlotCache(rows, shelf.cache, columns)
@@ -210,8 +210,9 @@ def mixed_lengths(machine: Machine, table: Table, repeats: int) -> None:
             setattr(rollout, name, original)
         return total
     columns = 128  # a row has 48 tokens of prompt and, by the lengths' lack of memory, 64 tokens on average
-    made = turns(repeats, ours=partial(tokens_per_second, ours), watched=watched, peer=partial(tokens_per_second, generate),
-                 **{f"step {n}": lambda turn, n=n: bare_step(machine, model, n, columns) for n in sizes})
+    prices = {f"step {n}": lambda turn, n=n: bare_step(machine, model, n, columns) for n in sizes}
+    made = turns(repeats, **prices, ours=partial(tokens_per_second, ours), watched=watched,
+                 peer=partial(tokens_per_second, generate))
     table.add("1 mixed lengths", made["ours"], made["peer"], [slots / s for s in made[f"step {slots}"]], "tokens/s",
               "limit: all slots full all the time")
     drained = []  # what the same steps cost if nothing but the model ran: as the last rows end, steps stay dear

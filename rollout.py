@@ -58,7 +58,8 @@ def sample(model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop
 
     Result i * samples_per_prompt + j belongs to prompt i. Temperature 0 is greedy; top_p = 1 and top_k = 0 are off;
     nothing is taken from the model's generation_config. `slots` bounds the rows decoded together and with them the memory;
-    None: all of them. `progress(tokens, finished)` is called as completions grow; an exception from it ends the sampling.
+    None: all of them. `progress(tokens, finished)` gets the tokens and the finished rows since its last call; an exception
+    from it ends the sampling. Without `generator` torch's global random state seeds the rows.
     The model runs in eval mode without gradients; the mode of every module is restored, whatever happens.
     ValueError if an argument is out of range, if a prompt is empty or, with its completion, longer than the model's window,
     or if the model has layers other than full and sliding attention, or runs them by another code than sdpa or eager.
@@ -221,7 +222,9 @@ class SlotCache(Cache):
         """Copy prompts[n] of the shelf into slots[n]."""
         width = shelf.cache.get_seq_length()
         self.reserve(width)
-        # Left padding has negative columns: it goes to the end of the slot, where it is overwritten before it is seen.
+        # Left padding has negative columns, counted from the slot's end: `decode` masks what lies beyond a row's position,
+        # and the row writes each column anew when it gets there. The indices [n, 1] and [n, width] select
+        # [n, width, heads, dim].
         column = torch.arange(width, device=slots.device) - shelf.padding[prompts].unsqueeze(1)  # [n, width]
         for ours, theirs in zip(self.layers, shelf.cache.layers):
             ours.keys[slots.unsqueeze(1), :, column] = theirs.keys[prompts].transpose(1, 2)
@@ -239,6 +242,7 @@ class SlotLayer(DynamicLayer):
         super().__init__()
         self.keys, self.values = (new.new_zeros(slots, new.shape[1], 0, new.shape[3]) for new in (like.keys, like.values))
         self.is_initialized = True
+        self.rows = self.position = self.width = None  # set by `decode` before the model runs
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """The model's attention brings keys and values [R, heads, 1, dim] of one new token for each of the first R slots."""

@@ -150,7 +150,7 @@ class _FrozenHead(torch.autograd.Function):
         for h, y in zip(hidden.split(size), targets.unsqueeze(-1).split(size)):
             logprobs = (head(h).float() / temperature).log_softmax(-1)  # [n, V]
             logp.append(logprobs.gather(-1, y).squeeze(-1))
-            slope = logprobs.exp_().neg_()  # 1 - p in float32, before anything is rounded to the head's dtype
+            slope = logprobs.exp_().neg_()  # onehot(y) - p, in float32 before it is rounded to the head's dtype
             slope.scatter_add_(-1, y, torch.ones_like(y, dtype=slope.dtype))
             slopes.append(slope.to(head.weight.dtype) @ head.weight / temperature)
         ctx.save_for_backward(torch.cat(slopes))  # [N, D]

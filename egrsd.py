@@ -12,14 +12,11 @@ the teacher p_T is the same weights shown the reference solution. Three signals 
 
 gamma = 0 switches the gate off, eps = 0 the magnitude, window = 0 is EGRSD and window > 0 is CL-EGRSD (8).
 There is no importance ratio, no PPO clip and no KL term: one optimizer step is taken per batch of rollouts.
-
 What the paper leaves open, as decided here: the maximum in (5) is of the raw entropies, also under (8);
 sigma is the population standard deviation; while all earlier rewards are equal the warm-up rule goes on.
 
 Letters: B completions, T tokens of the longest one. A mask [B, T] is True on completion tokens, the stop token
-included; what stands outside the mask is never read. Entropies are in nats.
-
-Copy this file: it needs only torch.
+included; what stands outside the mask is never read. Entropies are in nats. Copy this file: it needs only torch.
 """
 
 import math
@@ -31,9 +28,9 @@ from torch import Tensor
 class RunningAdvantage:
     """A_i = (r_i - mean) / std over all rewards of earlier steps; eq. (9), arXiv 2605.13255.
 
-    In the first `warmup_steps` steps, and for as long as all earlier rewards are equal (std = 0), A_i = r_i -
-    `warmup_baseline`. Warm-up rewards count in mean and std. A step is one call of `update`, which takes the rewards
-    of the whole step (every rank), after the optimizer step. Mean and std are kept by Welford's method in float64.
+    In the first `warmup_steps` steps, and while all earlier rewards are equal (std = 0), A_i = r_i - `warmup_baseline`.
+    Warm-up rewards count in mean and std. A step is one call of `update`, after the optimizer step, with the rewards of
+    all ranks. Mean and std are kept by Welford's method in float64. ValueError if `warmup_steps` < 0.
 
     >>> running = RunningAdvantage(warmup_steps=1)
     >>> running.advantage(torch.tensor([1.0, 0.0])).tolist()    # warm-up: r - 0.5
@@ -55,14 +52,14 @@ class RunningAdvantage:
         return math.sqrt(self.sum_squares / self.count) if self.count else 0.0
 
     def advantage(self, rewards: Tensor) -> Tensor:
-        """rewards [B] -> advantages [B], from earlier steps only: the rewards given here do not count yet."""
+        """rewards [B] -> advantages [B], from earlier steps only: these do not count yet. ValueError if no vector."""
         _require_vector("rewards", rewards)
         if self.steps < self.warmup_steps or self.std == 0:
             return rewards - self.warmup_baseline
         return (rewards - self.mean) / self.std
 
     def update(self, rewards: Tensor) -> None:
-        """Count one finished step with these rewards [B]; ValueError if one of them is not finite."""
+        """Count one finished step with these rewards [B]; ValueError if one is not finite or they are no vector."""
         _require_vector("rewards", rewards)
         values = rewards.tolist()
         if not all(map(math.isfinite, values)):
@@ -79,6 +76,7 @@ class RunningAdvantage:
         return {"steps": self.steps, "count": self.count, "mean": self.mean, "sum_squares": self.sum_squares}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` gave; KeyError if a number is missing."""
         self.steps, self.count = int(state["steps"]), int(state["count"])
         self.mean, self.sum_squares = float(state["mean"]), float(state["sum_squares"])
 
@@ -86,8 +84,8 @@ class RunningAdvantage:
 def magnitude(teacher_logp: Tensor, student_logp: Tensor, advantage: Tensor, eps: float = 0.2) -> Tensor:
     """w = clip(exp(D * (log p_T - log p_S)), 1 - eps, 1 + eps), D = sign(A); eq. (2), arXiv 2605.13255.
 
-    teacher_logp, student_logp [B, T], advantage [B] -> [B, T], detached. A completion with A = 0 gets w = 1.
-    On a rejected completion (A < 0) a token the teacher likes is punished less, one it dislikes more:
+    teacher_logp, student_logp [B, T] in nats, advantage [B] -> [B, T], detached; w = 1 where A = 0. ValueError if `eps`
+    is not in [0, 1) or the shapes differ. If A < 0, a token the teacher likes is punished less, one it dislikes more:
 
     >>> teacher, student = torch.tensor([[0.5, 0.1]]).log(), torch.tensor([[0.4, 0.4]]).log()
     >>> magnitude(teacher, student, torch.tensor([1.0]))         # ratios 1.25 and 0.25
@@ -108,8 +106,9 @@ def magnitude(teacher_logp: Tensor, student_logp: Tensor, advantage: Tensor, eps
 def lookahead_min(entropy: Tensor, mask: Tensor, window: int) -> Tensor:
     """min of H_ij over j in [t, min(t + window, T_i)], 0 outside the mask; eq. (8), arXiv 2605.13255.
 
-    entropy [B, T], mask bool [B, T] -> [B, T], a new tensor. A pivot (uncertain now, certain soon) falls to the
-    entropy of its continuation, a fork (uncertain for longer than the window) stays high:
+    entropy [B, T] in nats, mask bool [B, T], window in tokens -> [B, T] in nats, a new tensor. ValueError if `window`
+    is not an integer >= 0, if the shapes differ, or if the mask is not bool. A pivot (uncertain now, certain soon)
+    falls to the entropy of its continuation, a fork (uncertain for longer than the window) stays high:
 
     >>> H = torch.tensor([[2.0, 0.5, 3.0, 3.0, 9.0]])
     >>> lookahead_min(H, torch.tensor([[True, True, True, True, False]]), window=1).tolist()
@@ -131,6 +130,7 @@ def confidence_gate(entropy: Tensor, mask: Tensor, gamma: float, window: int = 0
     entropy [B, T] is the teacher's, in nats. Hhat = lookahead_min(H) / max(1 nat, max_entropy): at least one nat, so
     that a batch of which the teacher is sure everywhere is not gated on its noise. `max_entropy` is the largest raw
     entropy of the whole step, over all its micro-batches and ranks; None takes that of this batch. -> [B, T].
+    ValueError if `gamma` is not in [0, inf) or `floor` not in (0, 1], and where `lookahead_min` raises it.
 
     >>> H, mask = torch.tensor([[0.0, 1.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool)
     >>> confidence_gate(H, mask, gamma=1.0)
@@ -154,8 +154,8 @@ def token_advantages(advantage: Tensor, teacher_logp: Tensor, student_logp: Tens
                      max_entropy: Tensor | float | None = None) -> Tensor:
     """Ahat = A * w * omega: detached, 0 outside the mask; eq. (7) and (8), arXiv 2605.13255.
 
-    advantage [B]; teacher_logp, student_logp, entropy [B, T]; mask bool [B, T] -> [B, T]. The sign of Ahat is the
-    sign of A: the teacher redistributes the credit, it never turns a reward into a punishment.
+    advantage [B]; teacher_logp, student_logp, entropy [B, T] in nats; mask bool [B, T] -> [B, T] with A's sign: the
+    teacher never turns reward into punishment. ValueError as in `magnitude` and `confidence_gate`, or if shapes differ.
 
     >>> one = torch.ones(1, 2)
     >>> token_advantages(torch.tensor([-2.0]), -one, -one, torch.tensor([[0.0, 2.0]]), one.bool(), gamma=0.5).tolist()
@@ -168,12 +168,13 @@ def token_advantages(advantage: Tensor, teacher_logp: Tensor, student_logp: Tens
 
 
 def policy_loss(student_logp: Tensor, token_advantages: Tensor, mask: Tensor,
-                num_tokens: Tensor | float | None = None) -> Tensor:
+                num_tokens: Tensor | float | None = None, reduction: str = "mean") -> Tensor:
     """L = - sum_it m_it * Ahat_it * log p_theta(y_it) / num_tokens, a scalar; eq. (7), arXiv 2605.13255.
 
-    student_logp [B, T] carries the gradient, token_advantages [B, T] are constants. `num_tokens` is the number of
-    completion tokens of the whole step, so that the losses of its micro-batches and ranks add up to the step's loss;
-    None takes this batch's. An all-masked batch gives an exact 0 with a graph. The loss may well be negative.
+    student_logp [B, T] in nats carries the gradient, token_advantages [B, T] are constants. `num_tokens` counts the
+    completion tokens of the whole step, so that the losses of its micro-batches and ranks add up; None: this batch's.
+    If all is masked, L is an exact 0 with a graph. reduction="none" gives the terms of the sum, [B, T], undivided.
+    ValueError if the shapes differ, the mask is not bool, a number `num_tokens` is not > 0, or `reduction` is unknown.
 
     >>> logp = torch.tensor([[-1.0, -2.0, -7.0]], requires_grad=True)
     >>> loss = policy_loss(logp, torch.tensor([[1.0, 0.5, 9.0]]), torch.tensor([[True, True, False]]))
@@ -183,12 +184,15 @@ def policy_loss(student_logp: Tensor, token_advantages: Tensor, mask: Tensor,
     [[-0.5, -0.25, 0.0]]
     """
     _require_matrices(student_logp=student_logp, token_advantages=token_advantages, mask=mask)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be mean or none, got {reduction}")
     if num_tokens is None:
         num_tokens = mask.sum().clamp(min=1)
     elif not isinstance(num_tokens, Tensor) and not num_tokens > 0:
         raise ValueError(f"num_tokens must be > 0, got {num_tokens}")
     logp = torch.where(mask, student_logp, 0.0)  # before the product: a nan on padding times 0 would stay a nan
-    return -(torch.where(mask, token_advantages.detach(), 0.0) * logp).sum() / num_tokens
+    losses = -torch.where(mask, token_advantages.detach(), 0.0) * logp
+    return losses if reduction == "none" else losses.sum() / num_tokens
 
 
 def _require_vector(name: str, tensor: Tensor, length: int | None = None) -> None:

@@ -10,8 +10,9 @@ base model again, which is EGRSD's frozen teacher (arXiv 2605.13255): two models
 A and B are kept in float32 whatever the dtype of W: at a learning rate of 5e-6 most updates of a bfloat16 weight would
 round to nothing. Under autocast the products still run in bfloat16.
 
-Adapters on disk are in the format of the PEFT library (adapter_config.json, adapter_model.safetensors), so that PEFT and
-vLLM load them unchanged. There is no dropout, no bias and no per-layer rank: a file that needs them is refused.
+Adapters on disk are in the format of the PEFT library (adapter_config.json, adapter_model.safetensors). PEFT 0.21.2
+was tried and reads and writes the same files (tests/test_lora.py); vLLM, which reads the same format, was not tried.
+There is no dropout, no bias and no per-layer rank: a file that needs them is refused.
 
 Copy this file: it needs torch and safetensors (which transformers brings).
 """
@@ -29,14 +30,14 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRALinear(nn.Module):
-    """base(x) + scale * B A x, with `base` frozen: x [..., in] -> [..., out] in the dtype of base(x)."""
+    """base(x) + (alpha / rank) * B A x, with `base` frozen: x [..., in] -> [..., out] in the dtype of base(x)."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
-        float32 = {"dtype": torch.float32, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **float32))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **float32))
+        self.out_features = base.out_features
+        self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features, dtype=torch.float32))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in the authors' code: nn.Linear's own default
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,15 +45,7 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return y
         low = nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A)  # [..., rank]
-        return y + (self.scale * nn.functional.linear(low, self.lora_B)).to(y.dtype)
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
+        return y + (self.alpha / self.rank * nn.functional.linear(low, self.lora_B)).to(y.dtype)
 
 
 def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, targets: tuple[str, ...] = TARGETS) -> list[str]:
@@ -75,40 +68,39 @@ def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, targets: tupl
     return names
 
 
-@contextmanager
 def disabled(model: nn.Module):
-    """Inside, `model` is the base model: the teacher."""
-    layers = [layer for _, layer in _adapted(model) if layer.enabled]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
+    """Inside `with disabled(model):` the adapter is off: `model` is the base model, the teacher."""
+    layers = [layer for _, layer in _adapted(model)]
+    return _temporarily(layers, "enabled", [False] * len(layers))
+
+
+def replaced(model: nn.Module, tensors: list[Tensor]):
+    """Inside, `tensors` are the adapter's weights: those of an older or an averaged student.
+
+    They come in the order and the shapes of `lora_parameters`; ValueError if they are more or fewer.
+    """
+    return _temporarily(lora_parameters(model), "data", tensors)
 
 
 @contextmanager
-def replaced(model: nn.Module, tensors: list[Tensor]):
-    """Inside, `tensors` are the adapter's weights, in the order of `lora_parameters`: an older or an averaged student."""
-    parameters = lora_parameters(model)
-    own = [parameter.data for parameter in parameters]
-    for parameter, tensor in zip(parameters, tensors, strict=True):
-        parameter.data = tensor
+def _temporarily(objects: list, attribute: str, values: list):
+    before = [getattr(item, attribute) for item in objects]
+    for item, value in zip(objects, values, strict=True):
+        setattr(item, attribute, value)
     try:
         yield
     finally:
-        for parameter, tensor in zip(parameters, own):
-            parameter.data = tensor
+        for item, value in zip(objects, before, strict=True):
+            setattr(item, attribute, value)
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A and B of every adapted layer, in the model's order: all that is trained."""
-    return [parameter for _, layer in _adapted(model) for parameter in (layer.lora_A, layer.lora_B)]
+    return list(_by_peft_name(model).values())
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
-    """Write the adapter into the directory `path` in PEFT's format, in float32."""
+    """Write the adapter into the directory `path` in PEFT's format, in float32; ValueError if there is none."""
     layers = dict(_adapted(model))
     if not layers:
         raise ValueError("model has no adapter to save: call add_lora first")
@@ -120,14 +112,14 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
               "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
               "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)}
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({_peft_key(name, part): getattr(layer, f"lora_{part}").detach().cpu().contiguous()
-               for name, layer in layers.items() for part in "AB"}, path / "adapter_model.safetensors")
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in _by_peft_name(model).items()}
+    save_file(tensors, path / "adapter_model.safetensors")
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Read a PEFT LoRA directory into `model`, adding the adapter first if the model has none.
 
-    ValueError if the files use a feature this file lacks or do not fit the model, FileNotFoundError if they are missing.
+    ValueError if the files use an unsupported feature or do not fit the model, FileNotFoundError if one is missing.
     """
     path = Path(path)
     config = json.loads((path / "adapter_config.json").read_text())
@@ -141,14 +133,14 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     tensors = load_file(path / "adapter_model.safetensors")
     if not any(_adapted(model)):
         add_lora(model, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
-    wanted = {_peft_key(name, part): getattr(layer, f"lora_{part}") for name, layer in _adapted(model) for part in "AB"}
+    wanted = _by_peft_name(model)
     wrong = sorted(wanted.keys() ^ tensors.keys()) or [k for k in wanted if wanted[k].shape != tensors[k].shape]
     if wrong:
         raise ValueError(f"{path}/adapter_model.safetensors does not fit the model: {len(wrong)} tensors are missing, "
                          f"left over or of another shape, first {wrong[0]}")
     with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
     for _, layer in _adapted(model):
         layer.alpha = config["lora_alpha"]
 
@@ -158,7 +150,7 @@ def merge(model: nn.Module) -> None:
     for name, layer in list(_adapted(model)):
         with torch.no_grad():
             weight = layer.base.weight
-            weight.copy_(weight.float() + layer.scale * layer.lora_B @ layer.lora_A)  # rounded to weight's dtype once
+            weight.copy_(weight.float() + layer.alpha / layer.rank * layer.lora_B @ layer.lora_A)  # rounded once
         model.set_submodule(name, layer.base)
 
 
@@ -166,5 +158,6 @@ def _adapted(model: nn.Module):
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
 
 
-def _peft_key(name: str, part: str) -> str:
-    return f"base_model.model.{name}.lora_{part}.weight"
+def _by_peft_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {f"base_model.model.{name}.lora_{part}.weight": getattr(layer, f"lora_{part}")
+            for name, layer in _adapted(model) for part in "AB"}

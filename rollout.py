@@ -1,29 +1,29 @@
 """Sampling completions from a transformers causal LM: continuous batching over a KV cache with a fixed number of slots.
 
 The naive way is three lines: run the model on prompt + completion so far, draw a token from the last logits, repeat
-(tests/test_rollout.py keeps it as the reference). It recomputes every earlier token at each step. What is done here:
+(see tests/test_rollout.py). Each step recomputes all earlier tokens. Here, where a row is one sample of one prompt:
 
-    slots     room for the keys and values of `slots` rows; column t of a slot is the token at position t of the row in it.
-              Memory is slots x columns, however many prompts there are
-    prefill   the next prompts go through the model together, each once, and lie on a shelf, which takes memory of its own,
-              until all their samples have started; every sample starts from a copy of its prompt's columns
+    slots     the cache has room for the keys and values of `slots` rows. Column t of a slot belongs to the token at
+              position t of its row. Memory is slots x columns, however many prompts there are
+    prefill   the next prompts go through the model together, each once. Their keys and values are kept, in memory of
+              their own, until all their samples have started: every sample starts from a copy of its prompt's columns
     decode    one token per row and step, each row at its own position, which is also the column it writes
-    look      every LOOK_EVERY steps the host asks which rows drew a stop token; in between nothing waits for the device.
-              Finished rows leave and waiting rows take their slots; once none waits, the last rows move into the gaps,
-              and the batch gets smaller
+    poll      every POLL_EVERY steps the host asks which rows drew a stop token; between two polls it never waits for
+              the device. Finished rows leave and waiting rows take their slots; when no row is left to wait, the last
+              rows move into the free slots, and the batch gets smaller
 
-The token that a row draws depends on its own random stream and on the logits, not on which rows are decoded beside it:
-up to the rounding of a matrix product, the same generator gives the same completions for any `slots`, and for one process
-or many (`generator_for_rows`).
+Every row has a random stream of its own, so that its tokens do not depend on the rows decoded beside it: the same
+generator gives the same completions for any `slots`, and for one process or many (`generator_for_rows`), up to the
+rounding of matrix products, which depends on the size of the batch.
 
 Copy this file: it needs torch, transformers and numpy. It knows token ids only: no chat template, no reward.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-LOOK_EVERY = 2  # decode steps between two looks for finished rows; a look synchronises the host with the device
-PREFILL_TOKENS = 2**14  # most prompt tokens, padding included, that go through the model together; bounds its activations
-COLUMNS = 32  # attention reads a multiple of this many columns, so that the shapes of `decode` repeat
+POLL_EVERY = 2  # decode steps between two polls for finished rows; a poll synchronises the host with the device
+PREFILL_TOKENS = 2**14  # most prompt tokens, with padding, that go through the model together; bounds its activations
+COLUMNS = 32  # attention reads a multiple of this many columns, so that `decode` sees few different shapes
 
 
 @dataclass
@@ -57,12 +57,12 @@ def sample(model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop
     """Draw `samples_per_prompt` completions of each prompt (token ids, any lengths).
 
     Result i * samples_per_prompt + j belongs to prompt i. Temperature 0 is greedy; top_p = 1 and top_k = 0 are off;
-    nothing is taken from the model's generation_config. `slots` bounds the rows decoded together and with them the memory;
-    None: all of them. `progress(tokens, finished)` gets the tokens and the finished rows since its last call; an exception
-    from it ends the sampling. Without `generator` torch's global random state seeds the rows.
-    The model runs in eval mode without gradients; the mode of every module is restored, whatever happens.
-    ValueError if an argument is out of range, if a prompt is empty or, with its completion, longer than the model's window,
-    or if the model has layers other than full and sliding attention, or runs them by another code than sdpa or eager.
+    nothing is taken from the model's generation_config. At most `slots` rows are decoded together, which bounds the
+    memory; None: all of them. `progress(tokens, finished)` gets the tokens and the finished rows since its last call;
+    an exception from it ends the sampling. Without `generator` torch's global random state seeds the rows. The model
+    runs in eval mode without gradients; the mode of every module is restored, whatever happens. ValueError if an
+    argument is out of range, if a prompt is empty or, with its completion, longer than the model's window, or if the
+    model has layers other than full and sliding attention, or an attention implementation other than sdpa and eager.
     """
     _check(model, prompts, max_new_tokens, temperature, top_p, top_k, samples_per_prompt, slots)
     total = len(prompts) * samples_per_prompt
@@ -75,7 +75,7 @@ def sample(model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop
         while len(completions) < total:
             batch.start_rows()
             batch.close_gaps()
-            batch.decode_until_look()
+            batch.decode_until_poll()
             finished = batch.take_finished()
             completions |= finished
             done += sum(len(c.token_ids) for c in finished.values())
@@ -90,9 +90,9 @@ class _Row:
     """What the host knows of a row."""
 
     index: int  # its place among the results
-    prompt: int  # its prompt's place on the shelf
+    prompt: int  # its prompt's place in _Batch.prefilled
     prompt_length: int
-    age: int = 1  # tokens drawn, among them those after a stop token that nobody has looked at yet; the device counts too
+    age: int = 1  # tokens drawn, with those after a stop token until the next poll; equals the device's `age`
 
 
 class _Batch:
@@ -101,15 +101,15 @@ class _Batch:
     def __init__(self, model, prompts, samples_per_prompt, seeds, slots, max_new_tokens, stop_ids, draw):
         self.model, self.draw, self.seeds, self.max_new_tokens = model, draw, seeds, max_new_tokens
         self.prompts, self.samples_per_prompt, self.next_prompt = prompts, samples_per_prompt, 0
-        self.shelf: Prefilled | None = None
-        self.ready: deque[_Row] = deque()  # rows whose prompts are on the shelf
+        self.prefilled: Prefilled | None = None
+        self.ready: list[_Row] = []  # waiting rows whose prompts are in self.prefilled
         self.running: dict[int, _Row] = {}  # slot -> row
         self.slots, self.cache = slots, None
         zeros = partial(torch.zeros, device=model.device)
         self.stop_ids = set(stop_ids)
         vocabulary = range(model.config.get_text_config().vocab_size)
         self.stops = torch.tensor([token in self.stop_ids for token in vocabulary], device=model.device)  # bool [V]
-        self.token, self.position, self.age = zeros(3, slots, dtype=torch.long)  # of the token drawn last; number drawn
+        self.token, self.position, self.age = zeros(3, slots, dtype=torch.long)  # of the last token drawn; tokens drawn
         self.stopped = zeros(slots, dtype=torch.bool)
         self.token_ids, self.logprobs = zeros(slots, max_new_tokens, dtype=torch.long), zeros(slots, max_new_tokens)
         self.uniforms = zeros(slots, max_new_tokens, dtype=torch.double)
@@ -119,44 +119,42 @@ class _Batch:
         free = [slot for slot in range(self.slots) if slot not in self.running]
         while free and (self.ready or self.next_prompt < len(self.prompts)):
             if not self.ready:
-                self.fill_shelf(len(free))
-            count = min(len(free), len(self.ready))
-            self.start(free[:count], [self.ready.popleft() for _ in range(count)])
-            free = free[count:]
+                self.prefill_next(len(free))
+            rows, self.ready = self.ready[:len(free)], self.ready[len(free):]
+            self.start(free[:len(rows)], rows)
+            free = free[len(rows):]
         if not self.ready:
-            self.shelf = None
+            self.prefilled = None
 
-    def fill_shelf(self, rows: int) -> None:
-        """Prefill the prompts of the next rows, a quarter of the slots at least: a prompt costs less in a larger batch."""
+    def prefill_next(self, rows: int) -> None:
+        """Prefill the prompts of the next `rows` rows, or slots / 4 rows if that is more: large batches are cheaper."""
         start, k = self.next_prompt, self.samples_per_prompt
         count = -(-max(rows, self.slots // 4) // k)  # rounded up
-        prompts, width = [], 0
-        for prompt in self.prompts[start:start + count]:
-            width = max(width, len(prompt))
-            if prompts and (len(prompts) + 1) * width > PREFILL_TOKENS:
-                break
-            prompts.append(prompt)
-        self.shelf = None  # the old one goes before the new one comes
-        self.shelf, self.next_prompt = prefill(self.model, prompts), start + len(prompts)
+        prompts = self.prompts[start:start + count]
+        sizes = [n * width for n, width in enumerate(accumulate(map(len, prompts), max), 1)]  # of the first n, padded
+        prompts = prompts[:max(1, sum(size <= PREFILL_TOKENS for size in sizes))]
+        self.prefilled = None  # the old ones are freed before the new ones take memory
+        self.prefilled, self.next_prompt = prefill(self.model, prompts), start + len(prompts)
         self.ready += [_Row((start + i) * k + j, i, len(prompt)) for i, prompt in enumerate(prompts) for j in range(k)]
 
     def start(self, free: list[int], rows: list[_Row]) -> None:
-        """Begin these rows, whose prompts are on the shelf, in these slots."""
+        """Begin these rows, whose prompts are prefilled, in these slots."""
         tensor = partial(torch.tensor, device=self.model.device)
         slots, prompts = tensor(free), tensor([row.prompt for row in rows])
         if self.cache is None:
-            self.cache = SlotCache(self.slots, self.shelf.cache, max(map(len, self.prompts)) + self.max_new_tokens)
-        self.cache.load(slots, self.shelf, prompts)
+            most_columns = max(map(len, self.prompts)) + self.max_new_tokens
+            self.cache = SlotCache(self.slots, self.prefilled.cache, most_columns)
+        self.cache.load(slots, self.prefilled, prompts)
         streams = [torch.Generator().manual_seed(self.seeds[row.index]) for row in rows]
         uniforms = [torch.rand(self.max_new_tokens, dtype=torch.double, generator=stream) for stream in streams]
         self.uniforms[slots] = torch.stack(uniforms).to(slots.device)
         self.position[slots] = tensor([row.prompt_length - 1 for row in rows])
         self.age[slots], self.stopped[slots] = 0, False
-        self.append(slots, self.shelf.logits[prompts])
-        self.running |= zip(free, rows)
+        self.append(slots, self.prefilled.logits[prompts])
+        self.running |= zip(free, rows, strict=True)
 
     def append(self, slots: Tensor, logits: Tensor) -> None:
-        """Draw the next token of the rows in these slots, whose logits [n, V] these are."""
+        """Draw the next token of the rows in these n slots from their logits [n, V]."""
         age = self.age[slots]
         token, logprob = self.draw(logits, self.uniforms[slots, age])
         self.token_ids[slots, age], self.logprobs[slots, age], self.token[slots] = token, logprob, token
@@ -165,34 +163,33 @@ class _Batch:
         self.position[slots] += 1
 
     def close_gaps(self) -> None:
-        """Move the last rows into the free slots between the others: the first slots are those in use."""
+        """Move the last rows into the free slots between the others, so that the slots in use are the first ones."""
         count = len(self.running)
         gaps, last = [s for s in range(count) if s not in self.running], [s for s in self.running if s >= count]
         if gaps:
-            self.cache.copy(gaps, last)
-            for state in (self.token, self.position, self.age, self.stopped, self.token_ids, self.logprobs, self.uniforms):
+            cached = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
+            for state in (self.token, self.position, self.age, self.stopped, self.token_ids, self.logprobs,
+                          self.uniforms, *cached):
                 state[gaps] = state[last]
-            self.running |= {gap: self.running.pop(slot) for gap, slot in zip(gaps, last)}
+            self.running |= {gap: self.running.pop(slot) for gap, slot in zip(gaps, last, strict=True)}
 
-    def decode_until_look(self) -> None:
-        """LOOK_EVERY tokens for every row; fewer if a row reaches max_new_tokens before."""
+    def decode_until_poll(self) -> None:
+        """Draw POLL_EVERY tokens for every row; fewer if a row reaches max_new_tokens before."""
         rows = self.running.values()
         slots = torch.arange(len(rows), device=self.model.device)
-        for _ in range(min(LOOK_EVERY, self.max_new_tokens - max(row.age for row in rows))):
-            width = max(row.prompt_length + row.age for row in rows)
-            width = -(-width // COLUMNS) * COLUMNS
+        for _ in range(min(POLL_EVERY, self.max_new_tokens - max(row.age for row in rows))):
+            width = -(-max(row.prompt_length + row.age for row in rows) // COLUMNS) * COLUMNS  # rounded up
             self.cache.reserve(width)
-            logits = decode(self.model, self.cache, self.token[:len(rows)], self.position[:len(rows)], width)
-            self.append(slots, logits)
+            self.append(slots, decode(self.model, self.cache, self.token[:len(rows)], self.position[:len(rows)], width))
             for row in rows:
                 row.age += 1
 
     def take_finished(self) -> dict[int, Completion]:
-        """Look: the completions of the rows that have ended, by index; their slots are free."""
+        """Poll: the completions of the rows that have ended, by index; their slots become free."""
         stopped = self.stopped.tolist()  # here the host waits for the device
         done = [slot for slot, row in self.running.items() if stopped[slot] or row.age == self.max_new_tokens]
         completions = {}
-        for slot, ids, logprobs in zip(done, self.token_ids[done].tolist(), self.logprobs[done].tolist()):
+        for slot, ids, logprobs in zip(done, self.token_ids[done].tolist(), self.logprobs[done].tolist(), strict=True):
             row = self.running.pop(slot)
             length = next((i + 1 for i in range(row.age) if ids[i] in self.stop_ids), row.age)
             completions[row.index] = Completion(ids[:length], logprobs[:length], stopped[slot])
@@ -202,8 +199,8 @@ class _Batch:
 class SlotCache(Cache):
     """Keys and values [slots, heads, columns, dim] per layer, with the heads and the dtype of `like`.
 
-    A slot is never cleared: a row sees the columns up to its own position, and those it has all written itself. Zeros to
-    begin with, because a masked column counts 0 times its value and 0 times nan is nan.
+    A slot is never cleared: a row sees only the columns up to its own position, all of which it has written itself.
+    New columns are zeros, because a masked column counts 0 times its value, and 0 times nan is nan.
     """
 
     def __init__(self, slots: int, like: Cache, most_columns: int):
@@ -211,28 +208,23 @@ class SlotCache(Cache):
         self.columns, self.most_columns = 0, most_columns
 
     def reserve(self, columns: int) -> None:
-        """Have at least this many columns. Grows by half, so that all copying together stays linear."""
+        """Have at least this many columns. Grows by half, so that the copying of all growth together is linear."""
         if columns > self.columns:
             before, self.columns = self.columns, max(columns, min(self.columns * 3 // 2, self.most_columns))
             more = (0, 0, 0, self.columns - before)
             for layer in self.layers:
                 layer.keys, layer.values = nn.functional.pad(layer.keys, more), nn.functional.pad(layer.values, more)
 
-    def load(self, slots: Tensor, shelf: "Prefilled", prompts: Tensor) -> None:
-        """Copy prompts[n] of the shelf into slots[n]."""
-        width = shelf.cache.get_seq_length()
+    def load(self, slots: Tensor, prefilled: "Prefilled", prompts: Tensor) -> None:
+        """Copy prompts[n] of `prefilled` into slots[n]."""
+        width = prefilled.cache.get_seq_length()
         self.reserve(width)
-        # Left padding has negative columns, counted from the slot's end: `decode` masks what lies beyond a row's position,
-        # and the row writes each column anew when it gets there. The indices [n, 1] and [n, width] select
-        # [n, width, heads, dim].
-        column = torch.arange(width, device=slots.device) - shelf.padding[prompts].unsqueeze(1)  # [n, width]
-        for ours, theirs in zip(self.layers, shelf.cache.layers):
+        # Left padding gets negative columns, which count from the slot's end: there `decode` masks it, until the row
+        # overwrites it. The indices [n, 1] and [n, width] select [n, width, heads, dim].
+        column = torch.arange(width, device=slots.device) - prefilled.padding[prompts].unsqueeze(1)  # [n, width]
+        for ours, theirs in zip(self.layers, prefilled.cache.layers, strict=True):
             ours.keys[slots.unsqueeze(1), :, column] = theirs.keys[prompts].transpose(1, 2)
             ours.values[slots.unsqueeze(1), :, column] = theirs.values[prompts].transpose(1, 2)
-
-    def copy(self, targets: list[int], sources: list[int]) -> None:
-        for layer in self.layers:
-            layer.keys[targets], layer.values[targets] = layer.keys[sources], layer.values[sources]
 
 
 class SlotLayer(DynamicLayer):
@@ -240,32 +232,30 @@ class SlotLayer(DynamicLayer):
 
     def __init__(self, slots: int, like: DynamicLayer):
         super().__init__()
-        self.keys, self.values = (new.new_zeros(slots, new.shape[1], 0, new.shape[3]) for new in (like.keys, like.values))
+        self.keys, self.values = (t.new_zeros(slots, t.shape[1], 0, t.shape[3]) for t in (like.keys, like.values))
         self.is_initialized = True
         self.rows = self.position = self.width = None  # set by `decode` before the model runs
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """The model's attention brings keys and values [R, heads, 1, dim] of one new token for each of the first R slots."""
+        """Called by the model's attention with keys and values [R, heads, 1, dim] of one new token for each of the
+        first R slots; returns all that these rows have, [R, heads, width, dim]."""
         place = self.rows, slice(None), self.position
-        self.keys[place] = keys.squeeze(2).to(self.keys.dtype)  # autocast may have another dtype here than in the prefill
+        self.keys[place] = keys.squeeze(2).to(self.keys.dtype)  # under autocast `keys` may have another dtype
         self.values[place] = values.squeeze(2).to(self.values.dtype)
         return self.keys[:len(keys), :, :self.width], self.values[:len(keys), :, :self.width]
 
 
 @dataclass
 class Prefilled:
-    """N prompts that the model has read: cache, padded on the left; logits [N, V] after each; padding [N] in columns."""
+    """N prompts that the model has read."""
 
     cache: Cache
-    logits: Tensor
-    padding: Tensor
+    logits: Tensor  # [N, V], of the next token
+    padding: Tensor  # [N], in columns, on the left
 
 
 def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
-    """Run N prompts in one batch. Padding goes on the left: the logits wanted are then those of the last column.
-
-    The padding id is never looked at: the mask comes from lengths.
-    """
+    """Run N prompts in one batch. Padding, by any id, goes on the left: the last column then has the logits wanted."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     padding = torch.tensor([width - len(prompt) for prompt in prompts], device=model.device)
@@ -279,10 +269,10 @@ def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
 def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int) -> Tensor:
     """One token for each of the first R slots: token [R], position [R] < width -> logits [R, V] of the next.
 
-    Shapes come from R and `width` alone, nothing is asked of the device, and what is read and written stays where it is
-    until `reserve` widens the cache: this is the function to capture in a CUDA graph per (R, width).
+    Shapes come from R and `width` alone, the host never waits for the device, and the memory read and written stays in
+    place until `reserve` widens the cache: this is the function to capture in a CUDA graph per (R, width).
     """
-    distance = position.unsqueeze(1) - torch.arange(width, device=position.device)  # [R, width], negative beyond the row
+    distance = position.unsqueeze(1) - torch.arange(width, device=position.device)  # [R, width], negative: the future
     masks = {}
     for kind, window in attention_windows(model).items():
         hidden = (distance < 0) | (distance >= window)
@@ -303,7 +293,7 @@ def attention_windows(model) -> dict[str, float]:
         ["sliding_attention" if sliding else "full_attention"]
     windows = {"full_attention": torch.inf, "sliding_attention": sliding}
     if set(kinds) - windows.keys() or config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(f"sampling needs a model of full or sliding attention, run by 'sdpa' or 'eager'; this one has "
+        raise ValueError("sampling needs a model of full or sliding attention, run by 'sdpa' or 'eager'; this one has "
                          f"{', '.join(sorted(set(kinds)))} by {config._attn_implementation!r}")
     return {kind: windows[kind] for kind in set(kinds)}
 
@@ -324,8 +314,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p
     (0, 0.625)
     """
     if temperature == 0:
-        token = logits.argmax(-1)
-        return token, torch.zeros(len(token), device=logits.device)
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
     logits = logits.float() / temperature
     ids = None
     if top_k > 0 or top_p < 1:  # sorted: likeliest first; top_p needs the order, and only inside top_k if both are set
@@ -343,14 +332,14 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p
 def _invert_cdf(probs: Tensor, uniform: Tensor, block: int = 256) -> Tensor:
     """The first token at which the running sum of probs [R, V] exceeds uniform [R]; [R, 1]. Probs may sum to nearly 1.
 
-    In float64, or the rare tokens of a large vocabulary would round off. First the block of tokens, then the token in the
-    block: a running sum over all of V takes several times as long.
+    In float64, because in float32 the rare tokens of a large vocabulary would be lost to rounding. First the block of
+    tokens is found, then the token in the block: a running sum over all of V takes several times as long.
     """
     blocks = nn.functional.pad(probs, (0, -probs.shape[-1] % block)) if probs.shape[-1] % block else probs
     blocks = blocks.unflatten(-1, (-1, block))  # [R, V / block, block]
     ends = blocks.sum(-1).cumsum(-1, dtype=torch.double)
-    # Rounding must not carry the target to an end, behind which there are only tokens of probability 0. The integers are
-    # clamped for nan, which exceeds nothing: any token will do then, its log-prob is nan.
+    # Rounding must not carry the target to an end, behind which there are only tokens of probability 0. The integers
+    # are clamped for nan, which exceeds nothing: any token will do then, its log-prob is nan.
     zero = ends.new_zeros(())
     target = (uniform.double().unsqueeze(-1) * ends[:, -1:]).minimum(ends[:, -1:].nextafter(zero))
     which = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[-1] - 1)
@@ -361,13 +350,14 @@ def _invert_cdf(probs: Tensor, uniform: Tensor, block: int = 256) -> Tensor:
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """Every end-of-sequence id known to the tokenizer, the config or the generation_config, which do not always agree."""
+    """Every end-of-sequence id in tokenizer, config and generation_config: they may disagree. ValueError if none is."""
     found = set()
     for source in (tokenizer, model.config, getattr(model, "generation_config", None)):
         ids = getattr(source, "eos_token_id", None)
         found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} - {None}
     if not found:
-        raise ValueError("neither tokenizer, config nor generation_config names an eos_token_id: sampling would never stop")
+        raise ValueError("neither tokenizer, config nor generation_config names an eos_token_id: sampling would never "
+                         "stop")
     return sorted(found)
 
 
@@ -409,15 +399,14 @@ def _eval_mode(model):
 
 def _check(model, prompts, max_new_tokens, temperature, top_p, top_k, samples_per_prompt, slots):
     attention_windows(model)
-    for name, value in dict(max_new_tokens=max_new_tokens, samples_per_prompt=samples_per_prompt, slots=slots).items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("samples_per_prompt", samples_per_prompt, 1),
+                               ("slots", slots, 1), ("top_k", top_k, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be in [0, inf), got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be >= 0, got {top_k}")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{i}] is empty")

@@ -7,14 +7,10 @@ Reading means: run prompt + completion through the model once and report, for ev
     logp     log p(y_t | prompt, y_<t)
     entropy  H_t = - sum_v p(v) log p(v) of the whole next-token distribution, in nats            eq. (4)
 
-The logits of a whole batch would be B x T x V floats, 20 GB for 32 completions of 1,024 tokens and Qwen3's vocabulary of
-151,936. They never exist. The head is applied to completion positions only, a chunk of tokens at a time. A frozen head
-(LoRA) gets its backward pass done on the spot: the gradient of log p(y) with respect to the hidden state is W[y] - p W, and
-p is at hand. For a head that is trained the chunk is recomputed in the backward pass instead of kept.
-
-`compare` puts both whole distributions side by side, chunk by chunk, for divergences such as the KL (baselines.py).
-
-`micro_batches` deals rows of unequal lengths into batches that waste little on padding.
+The logits of a whole batch would be B x T x V floats, 20 GB for 32 completions of 1,024 tokens and Qwen3's vocabulary
+of 151,936. They never exist. The head is applied to completion positions only, a chunk of tokens at a time. For a
+frozen head (LoRA) the backward pass is done on the spot: the gradient of log p(y) with respect to the hidden state is
+W[y] - p W, and p is at hand. For a head that is trained the chunk is recomputed in the backward pass instead of kept.
 
 Prompts and completions stay token ids from end to end; nothing is decoded and encoded again.
 
@@ -37,13 +33,13 @@ class Reading:
     """What a model thinks of B completions of up to T tokens: float32, 0 outside the mask.
 
     logp [B, T] in nats; entropy [B, T] in nats, or None if it was not asked for; mask bool [B, T], from lengths;
-    hidden [N, D], in the model's dtype: the states that predict the N completion tokens, row after row.
+    hidden, or None: for each completion the states [T_i, D] that predict its tokens, in the model's dtype.
     """
 
     logp: Tensor
     entropy: Tensor | None
     mask: Tensor
-    hidden: Tensor
+    hidden: list[Tensor] | None = None
 
 
 def student_messages(problem: str) -> list[dict]:
@@ -73,46 +69,73 @@ def encode(tokenizer, messages: list[dict], thinking: bool = False) -> list[int]
 
 
 def read(model, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, temperature: float = 1.0,
-         entropy: bool = False) -> Reading:
+         entropy: bool = False, hidden: bool = False) -> Reading:
     """Score completions[i] as the continuation of prompts[i]; token ids in, `Reading` out.
 
     log-probs and entropies are those of softmax(logits / temperature), in float32 whatever the model's dtype.
-    Gradients flow iff they are enabled. Eq. (4), arXiv 2605.13255. ValueError on an empty prompt or completion, on a
-    temperature <= 0, and for models that change their logits after the head.
+    `entropy` and `hidden` ask for these fields. Gradients flow iff they are enabled. Eq. (4), arXiv 2605.13255.
+    ValueError on an empty prompt or completion, on a temperature <= 0, and for models that `check_head` refuses.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if len(prompts) != len(completions) or not prompts or not all(map(len, prompts)) or not all(map(len, completions)):
         raise ValueError("prompts and completions must be equally many, at least one, and none of them empty")
-    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, option, None):
-            raise ValueError(f"this model's config sets {option}, which `read` does not apply after the head")
+    check_head(model)
 
     device = model.device
-    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions)]
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # padding goes on the right
     column = torch.arange(width, device=device)
     starts = torch.tensor([[len(prompt)] for prompt in prompts], device=device)  # [B, 1]
     ends = torch.tensor([[len(row)] for row in rows], device=device)
-    hidden = model.base_model(input_ids=ids, attention_mask=(column < ends).long(), use_cache=False).last_hidden_state
-    # The state at column c predicts the token at c + 1. Prompt ab, completion CD, padding 0: row a b C D 0, the states at
-    # b and C predict the targets C and D.
+    states = model.base_model(input_ids=ids, attention_mask=(column < ends).long(), use_cache=False).last_hidden_state
+    # The state at column c predicts the token at c + 1. Prompt ab, completion CD, padding 0: row a b C D 0, the states
+    # at b and C predict the targets C and D.
     predicts = (column >= starts - 1) & (column < ends - 1)
-    hidden, targets = hidden[predicts], ids.roll(-1, 1)[predicts]  # [N, D], [N]: all completion tokens, row after row
+    states, targets = states[predicts], ids.roll(-1, 1)[predicts]  # [N, D], [N]: completion tokens, row after row
 
-    lengths = ends - starts
+    lengths = ends - starts  # [B, 1]
     mask = torch.arange(lengths.max(), device=device) < lengths  # [B, T]
-    logp, token_entropy = score(model.get_output_embeddings(), hidden, targets, temperature, entropy)
-    unpack = lambda flat: logp.new_zeros(mask.shape).masked_scatter(mask, flat)  # noqa: E731
-    return Reading(unpack(logp), unpack(token_entropy) if entropy else None, mask, hidden)
+    logp, entropies = score(model.get_output_embeddings(), states, targets, temperature, entropy)
+    return Reading(_unpack(logp, mask), _unpack(entropies, mask) if entropy else None, mask,
+                   list(states.split(list(map(len, completions)))) if hidden else None)
+
+
+def _unpack(flat: Tensor, mask: Tensor) -> Tensor:  # [N] -> [B, T], 0 outside the mask
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def check_head(model) -> None:
+    """ValueError for a model whose config changes the logits after the head, which `read` does not do."""
+    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config.get_text_config(), option, None):
+            raise ValueError(f"this model's config sets {option}, which scoring does not apply after the head")
+
+
+@torch.no_grad()
+def read_in_batches(model, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], most_tokens: int, *,
+                    temperature: float = 1.0, hidden: bool = False) -> Reading:
+    """`read` with entropies and without gradients, for as many completions as you like: `micro_batches` of at most
+    `most_tokens` tokens each, put together to one `Reading` of all B completions in their order."""
+    logp, entropy = torch.zeros(2, len(completions), max(map(len, completions)), device=model.device)  # [B, T] each
+    mask, states = torch.zeros_like(logp, dtype=torch.bool), [None] * len(completions)
+    rows = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    for batch in micro_batches(rows, most_tokens):
+        reading = read(model, [prompts[i] for i in batch], [completions[i] for i in batch], temperature=temperature,
+                       entropy=True, hidden=hidden)
+        width = reading.mask.shape[1]
+        logp[batch, :width], entropy[batch, :width], mask[batch, :width] = reading.logp, reading.entropy, reading.mask
+        for place, i in enumerate(batch if hidden else []):
+            states[i] = reading.hidden[place]
+    return Reading(logp, entropy, mask, states if hidden else None)
 
 
 def micro_batches(lengths: Sequence[int], most_tokens: int, most_padding: float = 0.1) -> list[list[int]]:
     """Deal rows of these lengths in tokens into batches: indices, longest rows first, every row once.
 
-    A batch is padded to its longest row. It has at most `most_tokens` tokens with padding (a row that is longer is alone),
-    of which at most the share `most_padding` is padding.
+    A batch is padded to its longest row. It has at most `most_tokens` tokens with padding (a row that is longer is
+    alone), of which at most the share `most_padding` is padding.
 
     >>> micro_batches([30, 100, 95, 31, 29], most_tokens=300)
     [[1, 2], [3, 0, 4]]
@@ -134,27 +157,27 @@ def score(head, hidden: Tensor, targets: Tensor, temperature: float, entropy: bo
     if hidden.requires_grad and not entropy and not any(p.requires_grad for p in head.parameters()):
         return _FrozenHead.apply(hidden, head, targets, temperature, size), None
     chunks = [checkpoint(_score_chunk, head, h, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
-              for h, t in zip(hidden.split(size), targets.split(size))]
-    logp, entropies = zip(*chunks)
+              for h, t in zip(hidden.split(size), targets.split(size), strict=True)]
+    logp, entropies = zip(*chunks, strict=True)
     return torch.cat(logp), torch.cat(entropies) if entropy else None
 
 
-def compare(head, student: Tensor, teacher: Tensor, mask: Tensor, f: Callable[[Tensor, Tensor], Tensor],
-            temperature: float = 1.0) -> Tensor:
+def per_token_divergence(head, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor,
+                         f: Callable[[Tensor, Tensor], Tensor], temperature: float = 1.0) -> Tensor:
     """f(log p_T [n, V], log p_S [n, V]) -> [n], applied to every completion token: float32 [B, T], 0 outside the mask.
 
-    student and teacher [N, D] are the `hidden` of two readings of the same completions, mask [B, T] is theirs, and `head`
-    serves both. Gradients flow to `student` only. Logits are made for a chunk of tokens at a time, and made again in the
-    backward pass.
+    student and teacher are the `hidden` of two readings of the same completions, mask [B, T] is theirs, and `head`
+    serves both. Gradients flow to `student` only. Logits are made for a chunk of tokens at a time, and made again in
+    the backward pass.
     """
     size = max(1, CHUNK_LOGITS // 4 // head.out_features)  # two distributions, and what f makes of them
-    chunks = [checkpoint(_compare_chunk, head, s, t, f, temperature, use_reentrant=False, preserve_rng_state=False)
-              for s, t in zip(student.split(size), teacher.detach().split(size))]
-    values = torch.cat(chunks)
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    chunks = zip(torch.cat(list(student)).split(size), torch.cat(list(teacher)).detach().split(size), strict=True)
+    values = [checkpoint(_divergence_chunk, head, s, t, f, temperature, use_reentrant=False, preserve_rng_state=False)
+              for s, t in chunks]
+    return _unpack(torch.cat(values), mask)
 
 
-def _compare_chunk(head, student: Tensor, teacher: Tensor, f, temperature: float) -> Tensor:
+def _divergence_chunk(head, student: Tensor, teacher: Tensor, f, temperature: float) -> Tensor:
     log_p_student, log_p_teacher = ((head(h).float() / temperature).log_softmax(-1) for h in (student, teacher))
     return f(log_p_teacher, log_p_student)
 
@@ -166,12 +189,12 @@ def _score_chunk(head, hidden: Tensor, targets: Tensor, temperature: float, entr
 
 
 class _FrozenHead(torch.autograd.Function):
-    """log p(y) [N] and, in the same visit to the logits, its derivative by the hidden state: (W[y] - p W) / temperature."""
+    """log p(y) [N] and, from the same logits, its derivative by the hidden state: (W[y] - p W) / temperature."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head, targets: Tensor, temperature: float, size: int) -> Tensor:
         logp, slopes = [], []
-        for h, y in zip(hidden.split(size), targets.unsqueeze(-1).split(size)):
+        for h, y in zip(hidden.split(size), targets.unsqueeze(-1).split(size), strict=True):
             logprobs = (head(h).float() / temperature).log_softmax(-1)  # [n, V]
             logp.append(logprobs.gather(-1, y).squeeze(-1))
             slope = logprobs.exp_().neg_()  # onehot(y) - p, in float32 before it is rounded to the head's dtype

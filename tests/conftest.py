@@ -38,7 +38,10 @@ def model():
 
 @pytest.fixture(scope="session")
 def tiny_toy(tmp_path_factory):
-    """A toy that is made in seconds: the problems have one number, the traces are its box; half learned, so that some are right."""
+    """A toy that is made in seconds: the problems have one number, the traces are its box.
+
+    It is half learned, so that some answers are right.
+    """
     import toy
     patch = pytest.MonkeyPatch()
     patch.setattr(toy, "make_problem", lambda rng: rng.integers(100, 1000, size=1).tolist())
@@ -62,9 +65,10 @@ def in_background(command, log, **keywords):
 
 def train_arguments(tiny_toy, out, **changes):
     """Flags of a run of a few seconds on `tiny_toy`."""
-    settings = {"model": tiny_toy / "model", "data": tiny_toy / "train.jsonl", "out": out, "steps": 4, "prompts-per-step": 8,
-                "micro-batch": 8, "max-new-tokens": 12, "temperature": 1.0, "top-p": 1.0, "top-k": 0, "lr": 1e-2, "lora-rank": 4,
-                "lora-alpha": 8, "checkpoint-every": 2, "eval-data": "", "preset": "paper-4b"} | changes
+    settings = {"model": tiny_toy / "model", "data": tiny_toy / "train.jsonl", "out": out, "steps": 4,
+                "prompts-per-step": 8, "micro-batch": 8, "max-new-tokens": 12, "temperature": 1.0, "top-p": 1.0,
+                "top-k": 0, "lr": 1e-2, "lora-rank": 4, "lora-alpha": 8, "checkpoint-every": 2, "eval-data": "",
+                "preset": "paper-4b"} | changes
     flags = []
     for name, value in settings.items():
         flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
@@ -74,6 +78,7 @@ def train_arguments(tiny_toy, out, **changes):
 def train_here(*flags):
     """train.py in this process; the signal handlers that it sets are taken off again."""
     import signal
+
     import train
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -87,5 +92,6 @@ def train_here(*flags):
 def tiny_run(tiny_toy, tmp_path_factory):
     """The directory of a finished run of four steps, with evaluations."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    train_here(*train_arguments(tiny_toy, out, **{"eval-data": tiny_toy / "test.jsonl", "eval-samples": 1, "eval-top-p": 1.0}))
+    evaluated = {"eval-data": tiny_toy / "test.jsonl", "eval-samples": 1, "eval-top-p": 1.0}
+    train_here(*train_arguments(tiny_toy, out, **evaluated))
     return out

@@ -1,12 +1,14 @@
-"""data.py: what a user can get wrong in a data file, and what the message says."""
+"""support/data.py: what a user can get wrong in a data file, and what the message says."""
 
 import json
 import shutil
 
 import pytest
 import torch
+from conftest import tiny_qwen3
 
-from data import InputError, Problem, load_model, load_problems
+import toy
+from support.data import InputError, Problem, load_model, load_problems
 
 GOOD = {"problem": "What is 2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}
 
@@ -18,12 +20,13 @@ def write(tmp_path, *lines):
 
 
 def test_accepted_forms(tmp_path):
-    path = write(tmp_path, GOOD, b"", {"question": "q", "solution": "\\boxed{7}"}, {"prompt": "p", "solution": "s", "answer": 0.5},
+    path = write(tmp_path, GOOD, b"", {"question": "q", "solution": "\\boxed{7}"},
+                 {"prompt": "p", "solution": "s", "answer": 0.5},
                  {"problem": "line\u2028separator", "solution": "s", "answer": "1"})
     problems, left_out = load_problems(path)
-    assert left_out == 0 and problems[:3] == [Problem(GOOD["problem"], GOOD["solution"], "5", 1), Problem("q", "\\boxed{7}", "7", 3),
-                                              Problem("p", "s", "0.5", 4)]
-    assert problems[3].problem == "line\u2028separator"
+    assert left_out == 0 and problems == [
+        Problem(GOOD["problem"], GOOD["solution"], "5", 1), Problem("q", "\\boxed{7}", "7", 3),
+        Problem("p", "s", "0.5", 4), Problem("line\u2028separator", "s", "1", 5)]
 
 
 def test_evaluation_needs_no_solution(tmp_path):
@@ -34,7 +37,8 @@ def test_evaluation_needs_no_solution(tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    (b'{"problem": "p"', "line 2: not valid JSON"), (b"\xff\xfe", "line 2: not valid JSON"), (b"[1, 2]", "line 2: a JSON list"),
+    (b'{"problem": "p"', "line 2: not valid JSON"), (b"\xff\xfe", "line 2: not valid JSON"),
+    (b"[1, 2]", "line 2: a JSON list"),
     ({"solution": "s", "answer": "1"}, "line 2: field 'problem' is missing"),
     ({"question": 5, "solution": "s", "answer": "1"}, "line 2: field 'question' must be text"),
     ({"problem": " ", "solution": "s", "answer": "1"}, "line 2: field 'problem' is empty"),
@@ -74,3 +78,16 @@ def test_a_model_that_cannot_be_sampled_is_refused_in_one_line(tiny_toy, tmp_pat
     with pytest.raises(InputError, match="chunked_attention by 'sdpa': choose another --model") as error:
         load_model(str(tmp_path / "model"), torch.float32, torch.device("cpu"))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_cannot_be_scored_is_refused_in_one_line_where_it_would_be(tmp_path):
+    """Gemma 2 squashes its logits after the head, which `teacher.read` does not do; evaluation only samples."""
+    tiny_qwen3(vocab_size=len(toy.make_tokenizer())).save_pretrained(tmp_path)
+    toy.make_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 30.0}))
+    with pytest.raises(InputError, match="final_logit_softcapping.*: choose another --model") as error:
+        load_model(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    model, tokenizer = load_model(str(tmp_path), torch.float32, torch.device("cpu"), scored=False)
+    assert model.config.final_logit_softcapping == 30.0 and tokenizer.chat_template

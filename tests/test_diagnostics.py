@@ -1,4 +1,4 @@
-"""diagnostics.py against plain loops and transformers' generate, and the page made of its output."""
+"""experiments.diagnostics against plain loops and transformers' generate, and the page made of its output."""
 
 import doctest
 import html.parser
@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +14,13 @@ import torch
 from conftest import random_ids, tiny_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import diagnostics
+import lora
 import reward
 import teacher
-from data import load_problems
+from experiments import diagnostics, token_view
+from support.data import load_problems
 
-sys.path.insert(0, str(diagnostics.Path(diagnostics.__file__).parent / "experiments"))
-import token_view  # noqa: E402
+ROOT = Path(diagnostics.__file__).parent.parent
 
 
 def test_doctests():
@@ -28,12 +29,14 @@ def test_doctests():
 
 def test_markers_count_as_the_authors_do_and_by_words():
     found = diagnostics.markers(["Hmm, maybe. Let me CHECK: 2+3=5. Checking again, likely right."], tokens=20)
-    assert found["markers_per_response"] == 5 and found["markers_per_1000_tokens"] == 1000 * 4 / 20  # "checking" is no marker
+    assert found["markers_per_response"] == 5
+    assert found["markers_per_1000_tokens"] == 1000 * 4 / 20  # the word "checking" is no marker
 
 
 def test_repetition_is_that_of_the_tail():
     prose = " ".join(str(n * n % 977) for n in range(2000))
-    assert diagnostics.repetition_rate([prose + "again " * 400]) == 1 and diagnostics.repetition_rate(["again " * 400 + prose]) == 0
+    assert diagnostics.repetition_rate([prose + "again " * 400]) == 1
+    assert diagnostics.repetition_rate(["again " * 400 + prose]) == 0
 
 
 def test_top_overlap_equals_sets():
@@ -45,21 +48,12 @@ def test_top_overlap_equals_sets():
     assert diagnostics.top_overlap(log_t[:, :5], log_s[:, :5]).tolist() == [1.0] * 9  # a vocabulary below k
 
 
-def test_kinds_equal_a_loop():
-    H, lengths = torch.rand(5, 12, generator=torch.Generator().manual_seed(0)), [12, 1, 7, 3, 9]
-    mask = torch.arange(12) < torch.tensor(lengths).unsqueeze(1)
-    found = diagnostics.kinds(H, mask, window=2, high=0.6, low=0.3)
-    for i, length in enumerate(lengths):
-        for t in range(length):
-            soon = min(H[i, t:min(t + 3, length)].tolist())
-            assert found[i, t] == (0 if H[i, t] < 0.6 else 1 if soon < 0.3 else 2)
-
-
 def test_auroc():
     rng = np.random.default_rng(0)
     scores, labels = rng.integers(0, 6, size=40) / 5.0, rng.random(40) < 0.3
     pairs = [(p, n) for p in scores[labels] for n in scores[~labels]]
-    assert diagnostics.auroc(scores, labels) == pytest.approx(sum((p > n) + (p == n) / 2 for p, n in pairs) / len(pairs))
+    expected = sum((p > n) + (p == n) / 2 for p, n in pairs) / len(pairs)
+    assert diagnostics.auroc(scores, labels) == pytest.approx(expected)
     value, low, high = diagnostics.auroc_interval(scores, labels)
     assert low < value < high and value == diagnostics.auroc(scores, labels)
     assert diagnostics.auroc_interval(labels.astype(float), labels) == [1, 1, 1]
@@ -81,17 +75,9 @@ def test_the_bootstrap_covers():
     assert 85 <= hits <= 100
 
 
-def test_deciles():
-    H = np.random.default_rng(0).random(105)
-    parts = diagnostics.deciles(H, {"entropy": H, "double": 2 * H})
-    assert sum(part["tokens"] for part in parts) == 105 and len(parts) == 10
-    ordered = sorted(H)
-    assert parts[0]["entropy"] == pytest.approx(np.mean(ordered[:11])) and parts[9]["double"] == pytest.approx(2 * np.mean(ordered[-10:]))
-
-
 def run(tiny_toy, out, *flags):
-    arguments = ["--model", tiny_toy / "model", "--data", tiny_toy / "test.jsonl", "--out", out, "--problems", 12, "--samples", 2,
-                 "--max-new-tokens", 12, *flags]
+    arguments = ["--model", tiny_toy / "model", "--data", tiny_toy / "test.jsonl", "--out", out, "--problems", 12,
+                 "--samples", 2, "--max-new-tokens", 12, *flags]
     return diagnostics.diagnose(diagnostics.parse_arguments(list(map(str, arguments))))
 
 
@@ -118,85 +104,97 @@ def test_a_run_adds_up(diagnosed):
     assert result["kinds"]["lock"]["cl_gate"] == pytest.approx(columns["gate"][H < 0.5].mean(), abs=1e-3)
     assert result["kinds"]["lock"]["gate"] == pytest.approx((1 - 0.3 * H / max(1, H.max()))[H < 0.5].mean(), abs=1e-3)
     assert result["kinds"]["lock"]["gate"] < result["kinds"]["lock"]["cl_gate"]
+    for row in rows:  # kinds against a loop
+        for t, (kind, entropy) in enumerate(zip(row["kind"], row["entropy"], strict=True)):
+            assert kind == (0 if entropy < 0.5 else 1 if min(row["entropy"][t:t + 4]) < 0.2 else 2)
     for row in rows:  # the sign of a token's advantage is that of its completion
         assert all(x * row["A"] >= 0 for x in row["advantage"]) and (row["A"] > 0) == row["correct"]
 
 
 def test_readings_are_those_of_student_and_teacher(diagnosed, tiny_toy, tiny_run):
-    import lora
     row = json.loads((diagnosed / "tokens.jsonl").read_text().splitlines()[5])
     model, tokenizer = (kind.from_pretrained(tiny_toy / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
     problem = load_problems(tiny_toy / "test.jsonl")[0][2]
     ids = tokenizer.encode("".join(row["tokens"]))
     assert problem.problem == row["problem"] and [tokenizer.decode([i]) for i in ids] == row["tokens"]
     with torch.no_grad():
-        seen = teacher.read(model, [teacher.encode(tokenizer, teacher.teacher_messages(problem.problem, problem.solution))], [ids],
-                            entropy=True)
+        privileged = teacher.encode(tokenizer, teacher.teacher_messages(problem.problem, problem.solution))
+        seen = teacher.read(model, [privileged], [ids], entropy=True)
         lora.load_adapter(model, tiny_run / "checkpoints" / "step-000004" / "adapter")
         own = teacher.read(model, [teacher.encode(tokenizer, teacher.student_messages(problem.problem))], [ids])
     assert row["entropy"] == pytest.approx(seen.entropy[0].tolist(), abs=2e-4)
     assert row["delta"] == pytest.approx((seen.logp - own.logp)[0].tolist(), abs=2e-3)
 
 
+def places_by_generate(row, model, tokenizer):
+    """(token, viability of its branches) of a row of tokens.jsonl, greedily: by plain forward passes and generate."""
+    messages = teacher.teacher_messages(row["problem"], row["solution"])
+    privileged, prompt = teacher.encode(tokenizer, messages), tokenizer.encode(row["prompt"], add_special_tokens=False)
+    ids = tokenizer.encode("".join(row["tokens"]))
+    with torch.no_grad():
+        p = model(torch.tensor([privileged + ids])).logits[0, len(privileged) - 1:-1].softmax(-1)
+    p[:, tokenizer.eos_token_id] = 0
+    for t in range(len(ids)):
+        branches = [v for v in p[t].argsort(descending=True).tolist()[:4] if p[t, v] >= 0.02]
+        ends = []
+        for v in branches if len(branches) >= 2 else []:
+            start = torch.tensor([prompt + ids[:t] + [v]])
+            end = model.generate(start, max_new_tokens=12, do_sample=False)[0, len(prompt):].tolist()
+            text = tokenizer.decode(end, skip_special_tokens=True)
+            ends.append(float(end[-1] == tokenizer.eos_token_id and reward.grade(text, row["answer"])))
+        if ends:
+            yield t, ends
+
+
 def test_branch_viability_equals_generate(tiny_toy, tmp_path):
     """Greedy, every branch ends in one way only: as transformers' generate goes on from it."""
-    result = run(tiny_toy, tmp_path / "out", "--temperature", 0, "--branches", 10_000, "--branch-probability", 0.02, "--problems", 15)["branches"]
+    result = run(tiny_toy, tmp_path / "out", "--temperature", 0, "--branches", 10_000, "--branch-probability", 0.02,
+                 "--problems", 15)["branches"]
     assert result["positions"] == result["candidates"] > 5
     rows = [json.loads(line) for line in (tmp_path / "out" / "tokens.jsonl").read_text().splitlines()]
     model, tokenizer = (kind.from_pretrained(tiny_toy / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    viability, places = [], []
-    for row in [row for row in rows if row["correct"]]:
-        prompts = [tokenizer.encode(teacher_text, add_special_tokens=False) for teacher_text in (
-            row["prompt"], tokenizer.decode(teacher.encode(tokenizer, teacher.teacher_messages(row["problem"], row["solution"]))))]
-        ids = tokenizer.encode("".join(row["tokens"]))
-        with torch.no_grad():
-            p = model(torch.tensor([prompts[1] + ids])).logits[0, len(prompts[1]) - 1:-1].softmax(-1)
-        p[:, tokenizer.eos_token_id] = 0
-        for t in range(len(ids)):
-            branches = [v for v in p[t].argsort(descending=True).tolist()[:4] if p[t, v] >= 0.02]
-            if len(branches) >= 2:
-                ends = []
-                for v in branches:
-                    start = prompts[0] + ids[:t] + [v]
-                    end = model.generate(torch.tensor([start]), max_new_tokens=12, do_sample=False)[0, len(prompts[0]):].tolist()
-                    text = tokenizer.decode(end, skip_special_tokens=True)
-                    ends.append(float(end[-1] == tokenizer.eos_token_id and reward.grade(text, row["answer"])))
-                viability.append(ends)
-                places.append((row, t))
+    found = [(row, t, ends) for row in rows if row["correct"] for t, ends in places_by_generate(row, model, tokenizer)]
+    viability = [ends for _, _, ends in found]
     assert len(viability) == result["positions"] and sum(map(len, viability)) == result["branches"]
     assert result["mean_viability"] == pytest.approx(np.mean([x for v in viability for x in v]))
     assert result["unreliable"] == sum(max(v) == 0 for v in viability)
     assert result["benign"] == sum(sum(v) >= 2 for v in viability)
     labels = np.array([max(v) == 0 for v in viability])
-    if labels.any() and not labels.all():
-        scores = {"position": [(t + 0.5) / len(row["tokens"]) for row, t in places],
-                  "entropy": [row["entropy"][t] for row, t in places], "|d|": [abs(row["delta"][t]) for row, t in places],
-                  "lookahead": [min(row["entropy"][t:t + 4]) for row, t in places]}
-        for name, values in scores.items():
-            assert result["auroc"][name][0] == pytest.approx(diagnostics.auroc(np.array(values), labels), abs=0.05)
-    else:
+    if labels.all() or not labels.any():
         assert set(result["auroc"].values()) == {None}
+        return
+    scores = {"position": [(t + 0.5) / len(row["tokens"]) for row, t, _ in found],
+              "entropy": [row["entropy"][t] for row, t, _ in found],
+              "|d|": [abs(row["delta"][t]) for row, t, _ in found],
+              "lookahead": [min(row["entropy"][t:t + 4]) for row, t, _ in found]}
+    for name, values in scores.items():
+        assert result["auroc"][name][0] == pytest.approx(diagnostics.auroc(np.array(values), labels), abs=0.05)
 
 
-def test_compare_in_a_reading_is_the_overlap_of_whole_distributions():
+def test_overlap_in_a_reading_is_that_of_full_distributions():
     model, completions = tiny_qwen3(), random_ids([6, 3], seed=1)
-    readings = [teacher.read(model, random_ids([4, 5], seed=seed), completions) for seed in (2, 3)]
-    found = teacher.compare(model.lm_head, readings[0].hidden, readings[1].hidden, readings[0].mask, diagnostics.top_overlap)
-    logs = [model.lm_head(reading.hidden).log_softmax(-1) for reading in readings]
-    assert torch.equal(found[readings[0].mask], diagnostics.top_overlap(logs[1], logs[0]))
+    by_teacher, by_student = (teacher.read(model, random_ids([4, 5], seed=seed), completions, hidden=True)
+                              for seed in (3, 2))
+    found = teacher.per_token_divergence(model.lm_head, by_student.hidden, by_teacher.hidden, by_student.mask,
+                                         diagnostics.top_overlap)
+    logs = [model.lm_head(torch.cat(reading.hidden)).log_softmax(-1) for reading in (by_teacher, by_student)]
+    assert torch.equal(found[by_student.mask], diagnostics.top_overlap(*logs))
 
 
 @pytest.mark.parametrize("flags,complaint", [
-    (["--problems", 0], "--problems must be at least 1"), (["--low", 2], "--low at most --high"), (["--top-p", 0], "--top-p"),
-    (["--adapter", "nowhere"], "nowhere: cannot load the adapter"), (["--max-new-tokens", 4000], "lower --max-new-tokens"),
+    (["--problems", 0], "--problems must be in [1, inf), got 0"), (["--low", 2], "--low must be at most --high"),
+    (["--data", ""], "--model and --data are needed"), (["--window"], "expected one argument; see --help"),
+    (["--top-p", 0], "--top-p"), (["--adapter", "nowhere"], "nowhere: cannot load the adapter"),
+    (["--max-new-tokens", 4000], "lower --max-new-tokens"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file")])
 def test_mistakes_end_in_one_line(tiny_toy, tmp_path, flags, complaint, capsys, monkeypatch):
-    arguments = ["diagnostics.py", "--model", tiny_toy / "model", "--data", tiny_toy / "test.jsonl", "--out", tmp_path / "out", *flags]
-    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    arguments = ["--model", tiny_toy / "model", "--data", tiny_toy / "test.jsonl", "--out", tmp_path / "out", *flags]
+    monkeypatch.setattr(sys, "argv", ["diagnostics", *map(str, arguments)])
     with pytest.raises(SystemExit, match="1"):
         diagnostics.main()
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("diagnostics.py: ") and complaint in message and not (tmp_path / "out").exists()
+    assert message.startswith("python -m experiments.diagnostics: ") and complaint in message
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the page
@@ -223,22 +221,30 @@ class Parsed(html.parser.HTMLParser):
             self.text += data
 
 
+def make_page(*arguments):
+    return subprocess.run([sys.executable, "-m", "experiments.token_view", *map(str, arguments)], cwd=ROOT,
+                          capture_output=True, text=True)
+
+
 def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
-    subprocess.run([sys.executable, token_view.__file__, str(diagnosed / "tokens.jsonl"), "--out", str(tmp_path / "v.html")], check=True)
+    assert make_page(diagnosed / "tokens.jsonl", "--out", tmp_path / "v.html").returncode == 0
     text = (tmp_path / "v.html").read_text()
     rows = [json.loads(line) for line in (diagnosed / "tokens.jsonl").read_text().splitlines()]
     parsed = Parsed(text)
-    assert not {"src", "href"} & {key for _, attributes in parsed.tags for key in attributes} and "url(" not in text and "http" not in text
-    assert json.loads(parsed.script["data"]) == [{name: row[name] for name in ("tokens", *token_view.COLUMNS)} for row in rows]
+    assert not {"src", "href"} & {key for _, attributes in parsed.tags for key in attributes}
+    assert "url(" not in text and "http" not in text and "prefers-color-scheme: dark" in text
+    shown = [{name: row[name] for name in ("tokens", *token_view.COLUMNS)} for row in rows]
+    assert json.loads(parsed.script["data"]) == shown
     spans = [attributes for tag, attributes in parsed.tags if tag == "span" and "data-t" in attributes]
-    assert [attributes["class"].split()[1] for attributes in spans] == [token_view.KINDS[k] for row in rows for k in row["kind"]]
-    assert rows[0]["problem"] in parsed.text and rows[0]["solution"] in parsed.text and "prefers-color-scheme: dark" in text
+    kinds = [token_view.KINDS[k] for row in rows for k in row["kind"]]
+    assert [attributes["class"].split()[1] for attributes in spans] == kinds
+    assert rows[0]["problem"] in parsed.text and rows[0]["solution"] in parsed.text
 
 
 def test_page_cannot_be_broken_by_a_completion():
     evil = "</script><script>alert(1)</script><!--"
-    row = {"tokens": [evil, "\n"], "problem": evil, "prompt": evil, "solution": evil, "answer": evil, "correct": True, "reward": 1.0,
-           "A": 0.5} | {name: [0, 1] for name in token_view.COLUMNS}
+    row = dict.fromkeys(("problem", "prompt", "solution", "answer"), evil) | dict.fromkeys(token_view.COLUMNS, [0, 1])
+    row |= {"tokens": [evil, "\n"], "correct": True, "reward": 1.0, "A": 0.5}
     parsed = Parsed(token_view.page([row], evil))
     assert [attributes.get("id") for tag, attributes in parsed.tags if tag == "script"] == ["data", None]
     assert json.loads(parsed.script["data"])[0]["tokens"] == [evil, "\n"] and "alert" not in parsed.script[""]
@@ -246,5 +252,5 @@ def test_page_cannot_be_broken_by_a_completion():
 
 def test_page_refuses_other_files(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"problem": "p"}\n')
-    done = subprocess.run([sys.executable, token_view.__file__, str(tmp_path / "other.jsonl")], capture_output=True, text=True)
+    done = make_page(tmp_path / "other.jsonl")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "not a tokens.jsonl" in done.stderr

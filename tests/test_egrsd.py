@@ -68,6 +68,20 @@ def test_gradient_equals_finite_differences():
     torch.testing.assert_close(student.grad, -Ahat / mask.sum())
 
 
+def test_terms_without_reduction_add_up_to_the_loss_and_carry_the_gradient():
+    A, teacher, student, H, mask, _ = random_step(4)
+    student.requires_grad_()
+    Ahat = egrsd.token_advantages(A, teacher, student, H, mask, gamma=0.3, window=2)
+    garbage = torch.where(mask, 0.0, torch.nan)
+    terms = egrsd.policy_loss(student + garbage, Ahat + garbage, mask, num_tokens=7, reduction="none")
+    assert terms.shape == mask.shape and (terms[~mask] == 0).all() and (terms[mask] != 0).any()
+    torch.testing.assert_close(terms.sum(), 7 * egrsd.policy_loss(student, Ahat, mask, num_tokens=7))
+    torch.testing.assert_close(terms.sum() / mask.sum(), egrsd.policy_loss(student, Ahat, mask))
+    weights = torch.rand_like(terms)  # as a method that weighs single tokens would
+    (terms * weights).sum().backward()
+    torch.testing.assert_close(student.grad, -Ahat * weights)
+
+
 def test_micro_batches_add_up_and_padding_changes_nothing():
     """Six public trainers divide per micro-batch: a mean of means, 0.5 instead of 0.2 in a toy."""
     A, teacher, student, H, mask, lengths = random_step(5)
@@ -81,14 +95,15 @@ def test_micro_batches_add_up_and_padding_changes_nothing():
         parts += egrsd.policy_loss(part[1], Ahat, part[3], num_tokens=mask.sum())
     torch.testing.assert_close(parts, whole)
     wider = [torch.nn.functional.pad(x, (0, 3)) for x in (teacher, student, H, mask)]
-    torch.testing.assert_close(egrsd.policy_loss(wider[1], egrsd.token_advantages(A, *wider, **settings), wider[3]), whole)
+    Ahat = egrsd.token_advantages(A, *wider, **settings)
+    torch.testing.assert_close(egrsd.policy_loss(wider[1], Ahat, wider[3]), whole)
 
 
 def test_arguments_are_not_written_to():
     A, teacher, student, H, mask, _ = random_step(1)
     before = [x.clone() for x in (A, teacher, student, H, mask)]
     egrsd.policy_loss(student, egrsd.token_advantages(A, teacher, student, H, mask, gamma=0.3, window=3), mask)
-    assert all(torch.equal(x, y) for x, y in zip(before, (A, teacher, student, H, mask)))
+    assert all(torch.equal(x, y) for x, y in zip(before, (A, teacher, student, H, mask), strict=True))
 
 
 def test_masked_rows_and_batches():
@@ -146,15 +161,19 @@ def test_bad_arguments_are_named(name, change):
         egrsd.token_advantages(**(arguments | change))
 
 
-def test_bad_rewards_and_counts_are_named():
+def test_bad_rewards_counts_and_reductions_are_named():
     for call in (egrsd.RunningAdvantage().advantage, egrsd.RunningAdvantage().update):
         with pytest.raises(ValueError, match="rewards"):
             call(torch.ones(2, 2))
     with pytest.raises(ValueError, match="rewards"):
         egrsd.RunningAdvantage().update(torch.tensor([math.nan]))
+    with pytest.raises(ValueError, match="warmup_steps"):
+        egrsd.RunningAdvantage(warmup_steps=-1)
     one = torch.ones(1, 1)
     with pytest.raises(ValueError, match="num_tokens"):
         egrsd.policy_loss(one, one, one.bool(), num_tokens=0)
+    with pytest.raises(ValueError, match="reduction .* got sum"):
+        egrsd.policy_loss(one, one, one.bool(), reduction="sum")
 
 
 def test_doctests():

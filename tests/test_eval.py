@@ -13,6 +13,7 @@ from conftest import in_background
 
 import eval as evaluation
 import reward
+import rollout
 
 
 def test_pass_at_k_equals_counting_all_subsets():
@@ -27,7 +28,8 @@ def test_majority_votes_over_equivalence_classes():
     """A vote on raw strings splits 1/2 and \\frac12, and lets "no answer" win nothing or everything."""
     assert evaluation.majority_accuracy(["1/2", "\\frac12", "3", "3", "0.5"], "0.5") == 1
     assert evaluation.majority_accuracy(["1/2", "\\frac12", "3", "3"], "0.5") == 0.5
-    assert evaluation.majority_accuracy([None, None, "3"], "3") == 0 and evaluation.majority_accuracy([None, "3"], "3") == 0.5
+    assert evaluation.majority_accuracy([None, None, "3"], "3") == 0
+    assert evaluation.majority_accuracy([None, "3"], "3") == 0.5
 
 
 def test_bootstrap_interval_covers_what_it_should():
@@ -39,12 +41,14 @@ def test_bootstrap_interval_covers_what_it_should():
 def test_two_checkpoints_on_two_files(tiny_run, tiny_toy, tmp_path, monkeypatch, capsys):
     """The whole command: a table, and samples that grade again to the same figures."""
     lines = (tiny_toy / "test.jsonl").read_text().splitlines()[:60]
-    (tmp_path / "test.jsonl").write_text("\n".join(lines) + "\n")
-    (tmp_path / "other.jsonl").write_text(lines[0] + "\n" + json.dumps({"question": "Is it \\frac{1}{2}?", "answer": "1"}) + "\n")
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(tiny_toy / "model"), "--model", str(tiny_toy / "model"), "--adapter",
-                                      str(tiny_run / "checkpoints/step-000004/adapter"), "--data", str(tmp_path / "test.jsonl"),
-                                      "--data", str(tmp_path / "other.jsonl"), "--samples", "3", "--max-new-tokens", "12",
-                                      "--no-thinking", "--out", str(tmp_path / "out")])
+    test, other, model = tmp_path / "test.jsonl", tmp_path / "other.jsonl", tiny_toy / "model"
+    question = {"question": "Is it \\frac{1}{2}?", "answer": "1"}
+    test.write_text("\n".join(lines) + "\n")
+    other.write_text(lines[0] + "\n" + json.dumps(question) + "\n")
+    argv = ["eval.py", "--model", model, "--model", model, "--adapter", tiny_run / "checkpoints/step-000004/adapter",
+            "--data", test, "--data", other, "--samples", 3, "--max-new-tokens", 12, "--no-thinking",
+            "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
     evaluation.main()
     table = capsys.readouterr().out
     assert table.count("macro average") == 2 and table.count("step-000004/adapter") == 3
@@ -52,7 +56,8 @@ def test_two_checkpoints_on_two_files(tiny_run, tiny_toy, tmp_path, monkeypatch,
     assert len(rows) == 2 * 3 * (len(lines) + 2)
     assert all(row["correct"] == (row["finished"] and reward.grade(row["completion"], row["gold"])) for row in rows)
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
-    mine = [row for row in rows if row["checkpoint"] == results[0]["checkpoint"] and row["data"] == str(tmp_path / "test.jsonl")]
+    first = results[0]["checkpoint"]
+    mine = [row for row in rows if row["checkpoint"] == first and row["data"] == str(test)]
     assert results[0]["avg"] > 0 and results[0]["avg"] == pytest.approx(sum(row["correct"] for row in mine) / len(mine))
     assert results[0]["length"] == pytest.approx(sum(row["tokens"] for row in mine) / len(mine))
     assert results[2]["avg"] == pytest.approx((results[0]["avg"] + results[1]["avg"]) / 2)  # macro, not micro
@@ -80,9 +85,14 @@ def test_two_processes_write_the_samples_of_one(two_processes, monkeypatch):
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--data", "nothing.jsonl"], "nothing.jsonl: no such data file"), (["--model", "./nothing"], "./nothing: no such model"),
-    (["--samples", "0"], "--samples"), (["--adapter", "a", "--adapter", "b"], "--adapter"), (["--adapter", "a"], "a: cannot load"),
-    (["--max-new-tokens", "5000"], "line 1: field 'problem'"), (["--top-p", "2"], "--top-p"), (["--sampels", "2"], "--sampels")])
+    (["--data", "nothing.jsonl"], "nothing.jsonl: no such data file"),
+    (["--model", "./nothing"], "./nothing: no such model"),
+    (["--samples", "0"], "--samples"),
+    (["--adapter", "a", "--adapter", "b"], "--adapter"),
+    (["--adapter", "a"], "a: cannot load"),
+    (["--max-new-tokens", "5000"], "line 1: field 'problem'"),
+    (["--top-p", "2"], "--top-p"),
+    (["--sampels", "2"], "--sampels")])
 def test_mistakes_are_one_line(tiny_toy, tmp_path, monkeypatch, capsys, change, message):
     argv = ["eval.py", "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
     for name, value in (("--model", "model"), ("--data", "test.jsonl")):
@@ -96,9 +106,10 @@ def test_mistakes_are_one_line(tiny_toy, tmp_path, monkeypatch, capsys, change, 
 
 
 def test_no_free_memory_names_the_flag_to_lower(tiny_toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation.rollout, "sample", lambda *args, **kwargs: torch.empty(2**60))
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(tiny_toy / "model"), "--data", str(tiny_toy / "test.jsonl"),
-                                      "--max-new-tokens", "4", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(rollout, "sample", lambda *args, **kwargs: torch.empty(2**60))
+    argv = ["eval.py", "--model", tiny_toy / "model", "--data", tiny_toy / "test.jsonl", "--max-new-tokens", 4,
+            "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
     with pytest.raises(SystemExit) as exit:
         evaluation.main()
     assert exit.value.code == 1 and "--slots" in capsys.readouterr().err.splitlines()[-1]

@@ -16,9 +16,9 @@ PROMPTS = random_ids([5, 11, 1, 7, 23, 2])
 def test_greedy_tokens_equal_generate():
     model = tiny_qwen3().cuda()
     ours = rollout.sample(model, PROMPTS, max_new_tokens=30, stop_ids=[1], temperature=0)
-    for prompt, completion in zip(PROMPTS, ours):
-        theirs = model.generate(torch.tensor([prompt], device="cuda"), max_new_tokens=30, do_sample=False)[0, len(prompt):]
-        assert completion.token_ids == theirs.tolist()
+    for prompt, completion in zip(PROMPTS, ours, strict=True):
+        theirs = model.generate(torch.tensor([prompt], device="cuda"), max_new_tokens=30, do_sample=False)
+        assert completion.token_ids == theirs[0, len(prompt):].tolist()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.5)])
@@ -27,7 +27,7 @@ def test_sampled_logprobs_equal_scored_logprobs(dtype, tolerance):
     completions = rollout.sample(model, PROMPTS, max_new_tokens=25, stop_ids=[1])
     with torch.no_grad():
         reading = teacher.read(model, PROMPTS, [c.token_ids for c in completions])
-    for c, scored in zip(completions, reading.logp.cpu()):
+    for c, scored in zip(completions, reading.logp.cpu(), strict=True):
         torch.testing.assert_close(torch.tensor(c.logprobs), scored[:len(c.logprobs)], atol=tolerance, rtol=0)
 
 

@@ -2,13 +2,22 @@
 
 import doctest
 import gc
+from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import random_ids, tiny_qwen3
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AutoModelForCausalLM, Gemma3Config, GenerationConfig, LlamaConfig, MistralConfig, Olmo3Config,
-                          Phi3Config, Qwen2Config)
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo3Config,
+    Phi3Config,
+    Qwen2Config,
+)
 
 import rollout
 import teacher
@@ -22,6 +31,16 @@ def naive_greedy(model, prompt, max_new_tokens, stop):
     return ids[len(prompt):]
 
 
+@contextmanager
+def input_shapes(model):
+    """A list of (rows, width), one for each time that `model` runs inside."""
+    shapes = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+                                           with_kwargs=True)
+    yield shapes
+    hook.remove()
+
+
 PROMPTS = random_ids([5, 11, 1, 7, 23, 2])
 
 
@@ -30,9 +49,10 @@ def test_greedy_equals_naive_and_generate(model, slots):
     stop = [1, 8, 13, 40]
     ours = rollout.sample(model, PROMPTS, max_new_tokens=30, stop_ids=stop, temperature=0, slots=slots)
     assert {c.finished for c in ours} == {True, False}  # both ways to end are covered
-    for prompt, completion in zip(PROMPTS, ours):
-        config = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=stop, pad_token_id=0)
-        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=config)
+    config = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=stop, pad_token_id=0)
+    for prompt, completion in zip(PROMPTS, ours, strict=True):
+        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
+                                generation_config=config)
         assert completion.token_ids == theirs[0, len(prompt):].tolist() == naive_greedy(model, prompt, 30, stop)
         assert completion.finished == (completion.token_ids[-1] in stop) and len(set(completion.logprobs)) == 1
 
@@ -73,10 +93,12 @@ def test_frequencies_equal_exact_probabilities(settings):
 
 def test_completions_depend_neither_on_slots_nor_on_the_split_over_processes(model):
     settings = dict(max_new_tokens=20, stop_ids=[1, 2, 3, 4], temperature=1.1, top_p=0.95, top_k=20)
+
     def run(prompts, first_row=0, slots=None):
         generator = rollout.generator_for_rows((3, 5), first_row)
         return [c.token_ids for c in rollout.sample(model, prompts, samples_per_prompt=2, generator=generator,
                                                     slots=slots, **settings)]
+
     whole = run(PROMPTS)
     assert whole == run(PROMPTS, slots=5) == run(PROMPTS[:3]) + run(PROMPTS[3:], first_row=6)
     assert whole[0] != whole[1]  # two samples of one prompt have streams of their own
@@ -86,31 +108,27 @@ def test_every_prompt_is_prefilled_once_and_decoding_uses_the_cache(model):
     """Gradient checkpointing in train mode switches transformers' cache off silently; eval mode has to prevent it."""
     model.train()
     model.gradient_checkpointing_enable()
-    shapes = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
-                                           with_kwargs=True)
-    rollout.sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], samples_per_prompt=4)
-    hook.remove()
+    with input_shapes(model) as shapes:
+        rollout.sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], samples_per_prompt=4)
     assert shapes == [(6, 23)] + [(24, 1)] * 5
     assert model.training
 
 
 def test_finished_rows_leave_the_batch(model):
-    sizes = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
-    completions = rollout.sample(model, PROMPTS * 4, max_new_tokens=64, stop_ids=range(1, 12))
-    hook.remove()
-    lengths = [len(c.token_ids) for c in completions]
-    longest = max(lengths)
-    assert sizes[-1] < len(lengths) / 2 and len(sizes) <= longest + rollout.LOOK_EVERY
-    assert sum(sizes) <= sum(lengths) + rollout.LOOK_EVERY * len(lengths)
+    with input_shapes(model) as shapes:
+        completions = rollout.sample(model, PROMPTS * 4, max_new_tokens=64, stop_ids=range(1, 12))
+    sizes, lengths = [rows for rows, _ in shapes], [len(c.token_ids) for c in completions]
+    assert sizes[-1] < len(lengths) / 2 and len(sizes) <= max(lengths) + rollout.POLL_EVERY
+    assert sum(sizes) <= sum(lengths) + rollout.POLL_EVERY * len(lengths)
 
 
 def test_greedy_depends_neither_on_slots_nor_on_the_order_of_prompts(model):
     prompts = random_ids([5, 11, 1, 7, 23, 2] * 6, seed=3)
+
     def run(prompts, slots):
-        return [c.token_ids for c in rollout.sample(model, prompts, max_new_tokens=25, stop_ids=range(1, 9), temperature=0,
-                                                    slots=slots)]
+        return [c.token_ids for c in rollout.sample(model, prompts, max_new_tokens=25, stop_ids=range(1, 9),
+                                                    temperature=0, slots=slots)]
+
     alone = [run([prompt], None)[0] for prompt in prompts]
     assert run(prompts, 1) == run(prompts, 5) == run(prompts, 64) == alone
     assert run(prompts[::-1], 5) == alone[::-1]
@@ -120,7 +138,7 @@ def test_a_used_slot_gives_the_logprobs_of_a_fresh_one(model):
     """Prompts of all lengths follow each other in three slots; each has the tokens and log-probs that it has alone."""
     prompts, settings = random_ids([40, 3, 17, 1, 29, 8] * 4, seed=4), dict(max_new_tokens=30, stop_ids=range(1, 5))
     together = rollout.sample(model, prompts, slots=3, generator=rollout.generator_for_rows((9,), 0), **settings)
-    for row, (prompt, completion) in enumerate(zip(prompts, together)):
+    for row, (prompt, completion) in enumerate(zip(prompts, together, strict=True)):
         alone = rollout.sample(model, [prompt], generator=rollout.generator_for_rows((9,), row), **settings)[0]
         assert completion.token_ids == alone.token_ids
         assert completion.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
@@ -128,41 +146,40 @@ def test_a_used_slot_gives_the_logprobs_of_a_fresh_one(model):
 
 @pytest.mark.parametrize("slots, samples", [(2, 3), (5, 4), (3, 1)])
 def test_no_prompt_is_prefilled_twice(model, slots, samples):
-    columns = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: columns.append(kwargs["input_ids"].shape), with_kwargs=True)
-    rollout.sample(model, PROMPTS[:2] + PROMPTS[3:], max_new_tokens=9, stop_ids=range(1, 9), slots=slots,
-                   samples_per_prompt=samples)
-    hook.remove()
-    assert sum(rows for rows, width in columns if width > 1) == 5
+    with input_shapes(model) as shapes:
+        rollout.sample(model, PROMPTS[:2] + PROMPTS[3:], max_new_tokens=9, stop_ids=range(1, 9), slots=slots,
+                       samples_per_prompt=samples)
+    assert sum(rows for rows, width in shapes if width > 1) == 5
 
 
 def test_prefill_is_bounded(model, monkeypatch):
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", 40)
-    widths = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True)
-    rollout.sample(model, PROMPTS, max_new_tokens=2, stop_ids=[])
-    hook.remove()
-    assert [shape for shape in widths if shape[1] > 1] == [(3, 11), (1, 7), (1, 23), (1, 2)]
+    with input_shapes(model) as shapes:
+        rollout.sample(model, PROMPTS, max_new_tokens=2, stop_ids=[])
+    assert [shape for shape in shapes if shape[1] > 1] == [(3, 11), (1, 7), (1, 23), (1, 2)]
 
 
 def test_thousands_of_refills_do_not_grow_memory(model):
-    """All tensors alive, counted every 500 completions: the storage is that of the slots, whatever has passed through it."""
+    """All tensors alive, measured every 500 completions: their storage is that of the slots and does not grow."""
     sizes, done = [], 0
+
     def count(tokens, finished):
         nonlocal done
         done += finished
         if done // 500 > len(sizes):
-            alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor}
-            sizes.append(sum(alive.values()))
-    rollout.sample(model, random_ids([3, 9, 5] * 1000), max_new_tokens=8, stop_ids=range(1, 30), slots=16, progress=count)
+            storages = [t.untyped_storage() for t in gc.get_objects() if type(t) is torch.Tensor]
+            sizes.append(sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
+
+    rollout.sample(model, random_ids([3, 9, 5] * 1000), max_new_tokens=8, stop_ids=range(1, 30), slots=16,
+                   progress=count)
     assert len(sizes) == 6 and max(sizes[1:]) <= sizes[0] + 10_000
 
 
-class Asked(TorchDispatchMode):
-    """Notes every operation that makes the host wait for a CUDA device, because it needs a value or a size from there."""
+class Waits(TorchDispatchMode):
+    """Lists the operations that make the host wait for a CUDA device, because they need a value or a size from it."""
 
-    WAITING = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "isin",  # isin: unique inside
-               "resolve_neg")  # tolist and numpy begin with it
+    # isin calls unique; tolist and numpy begin with resolve_neg
+    WAITING = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "isin", "resolve_neg")
 
     def __init__(self):
         super().__init__()
@@ -177,30 +194,32 @@ class Asked(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(temperature=0), dict(top_k=5, top_p=0.9)])
-def test_nothing_waits_for_the_device_between_looks(model, monkeypatch, settings):
-    asked, between = Asked(), []
-    decode_until_look = rollout._Batch.decode_until_look
+def test_nothing_waits_for_the_device_between_polls(model, monkeypatch, settings):
+    waits, calls = Waits(), []
+    decode_until_poll = rollout._Batch.decode_until_poll
+
     def watched(batch):
-        with asked:
-            decode_until_look(batch)
-        between.append(len(asked.operations))
-    monkeypatch.setattr(rollout._Batch, "decode_until_look", watched)
+        with waits:
+            decode_until_poll(batch)
+        calls.append(batch)
+
+    monkeypatch.setattr(rollout._Batch, "decode_until_poll", watched)
     rollout.sample(model, PROMPTS, max_new_tokens=12, stop_ids=range(1, 40), slots=4, **settings)
-    assert between and asked.operations == []
-    with torch.inference_mode(), asked:  # the detector does detect
+    assert calls and waits.operations == []
+    with torch.inference_mode(), waits:  # the detector does detect
         x = torch.ones(3)
-        x.max().item(), x.tolist(), x[x > 2], torch.isin(x, x), bool(x[0])
-    assert len(asked.operations) == 5
+        _ = x.max().item(), x.tolist(), x[x > 2], torch.isin(x, x), bool(x[0])
+    assert len(waits.operations) == 5
 
 
 def test_decode_can_be_captured(model):
-    """What a CUDA graph needs: with more rows and columns than are in use the rows in use get the same logits, and the
-    storage does not move."""
+    """What a CUDA graph needs: more rows and columns than are in use do not change the logits of the rows in use, and
+    the storage does not move."""
     with torch.inference_mode():
-        shelf = rollout.prefill(model, PROMPTS[:4])
-        cache, wide = rollout.SlotCache(8, shelf.cache, 64), rollout.SlotCache(8, shelf.cache, 64)
+        prefilled = rollout.prefill(model, PROMPTS[:4])
+        cache, wide = rollout.SlotCache(8, prefilled.cache, 64), rollout.SlotCache(8, prefilled.cache, 64)
         for slots in (cache, wide):
-            slots.load(torch.tensor([1, 0, 2]), shelf, torch.tensor([0, 1, 3]))
+            slots.load(torch.tensor([1, 0, 2]), prefilled, torch.tensor([0, 1, 3]))
             slots.reserve(64)
         addresses = [layer.keys.data_ptr() for layer in wide.layers]
         token, position = torch.tensor([9, 8, 7, 0, 0, 0]), torch.tensor([11, 5, 7, 0, 0, 0])
@@ -225,7 +244,7 @@ def test_other_models(kind, windows, implementation):
                   initializer_range=0.3, **windows)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
     ours = rollout.sample(model, PROMPTS, max_new_tokens=20, stop_ids=[1], temperature=0, slots=3)
-    for prompt, completion in zip(PROMPTS, ours):
+    for prompt, completion in zip(PROMPTS, ours, strict=True):
         theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20,
                                 do_sample=False)
         assert completion.token_ids == theirs[0, len(prompt):].tolist()
@@ -251,8 +270,9 @@ def test_autocast(implementation, dtype):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         completions = rollout.sample(model, PROMPTS, max_new_tokens=12, stop_ids=[1], slots=4)
         reading = teacher.read(model, PROMPTS, [c.token_ids for c in completions])
-    for completion, scored in zip(completions, reading.logp):
-        torch.testing.assert_close(torch.tensor(completion.logprobs), scored[:len(completion.logprobs)], atol=0.2, rtol=0)
+    for completion, scored in zip(completions, reading.logp, strict=True):
+        logprobs = torch.tensor(completion.logprobs)
+        torch.testing.assert_close(logprobs, scored[:len(logprobs)], atol=0.2, rtol=0)
 
 
 def test_no_token_of_probability_zero_is_drawn():
@@ -271,6 +291,7 @@ def test_window_of_nested_and_of_extended_configs():
         config = Phi3Config(rope_parameters=dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 48,
                                                  long_factor=[2.0] * 48, original_max_position_embeddings=4096),
                             max_position_embeddings=131_072)
+
     assert rollout.window(Nested) == 4096
     Nested.config = Gemma3Config(text_config=dict(max_position_embeddings=64))
     assert rollout.window(Nested) == 64
@@ -288,9 +309,11 @@ def test_mode_is_restored_whatever_happens(model):
     model.train()
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
+
     def stop(tokens, finished):
         assert not model.training and not torch.is_grad_enabled()
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         rollout.sample(model, PROMPTS, max_new_tokens=8, stop_ids=[], progress=stop)
     assert [module.training for module in model.modules()] == before and torch.is_grad_enabled()
@@ -299,7 +322,9 @@ def test_mode_is_restored_whatever_happens(model):
 def test_generation_config_does_not_leak_in(model):
     """A checkpoint's generation_config (top_k = 20 in Qwen3's) silently truncates the rollouts of other trainers."""
     def run():
-        return rollout.sample(model, PROMPTS, max_new_tokens=9, stop_ids=[1], generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        return rollout.sample(model, PROMPTS, max_new_tokens=9, stop_ids=[1], generator=generator)
+
     plain = run()
     model.generation_config.update(top_k=1, temperature=0.1, do_sample=False)
     assert run() == plain
@@ -309,6 +334,7 @@ def test_stop_ids_are_the_union(model):
     """Qwen3's base checkpoints disagree: the tokenizer says <|im_end|>, the config says <|endoftext|>."""
     class Tokenizer:
         eos_token_id = 7
+
     model.config.eos_token_id, model.generation_config.eos_token_id = 3, [3, 5]
     assert rollout.stop_ids(model, Tokenizer) == [3, 5, 7]
     Tokenizer.eos_token_id = model.config.eos_token_id = model.generation_config.eos_token_id = None
@@ -316,8 +342,9 @@ def test_stop_ids_are_the_union(model):
         rollout.stop_ids(model, Tokenizer)
 
 
-@pytest.mark.parametrize("name, change", [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1),
-                                          ("top_k", -1), ("samples_per_prompt", 0), ("slots", 0), ("max_new_tokens", 250)])
+@pytest.mark.parametrize("name, change", [
+    ("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1),
+    ("samples_per_prompt", 0), ("slots", 0), ("max_new_tokens", 250)])
 def test_bad_arguments_are_named(model, name, change):
     with pytest.raises(ValueError, match=name):
         rollout.sample(model, PROMPTS, **(dict(max_new_tokens=4, stop_ids=[1]) | {name: change}))

@@ -1,10 +1,12 @@
 """teacher.py against one-by-one scoring with plain logits, and the prompts against what a solution may contain."""
 
 import doctest
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import random_ids, tiny_qwen3
+from transformers import Gemma3Config
 
 import lora
 import teacher
@@ -24,7 +26,7 @@ def test_ragged_batch_equals_one_by_one(model, temperature):
     """Right-padded prompts with the completion behind the pads, and no position ids, are off by 0.1 to 0.3 nats."""
     reading = teacher.read(model, PROMPTS, COMPLETIONS, temperature=temperature, entropy=True)
     assert reading.mask.dtype == torch.bool and reading.mask.sum(1).tolist() == [9, 1, 14, 3]
-    for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS)):
+    for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         logp, entropy = plain(model, prompt, completion, temperature)
         torch.testing.assert_close(reading.logp[i, :len(completion)].double(), logp, atol=1e-5, rtol=0)
         torch.testing.assert_close(reading.entropy[i, :len(completion)].double(), entropy, atol=1e-5, rtol=0)
@@ -58,8 +60,9 @@ def test_chunked_head_equals_plain_in_values_and_gradients(model, monkeypatch, c
     (reading.logp * weights)[reading.mask].sum().backward()
     chunked = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    sum((plain(model, p, c)[0] * w[:len(c)]).sum() for p, c, w in zip(PROMPTS, COMPLETIONS, weights)).backward()
-    for ours, parameter in zip(chunked, model.parameters()):
+    rows = zip(PROMPTS, COMPLETIONS, weights, strict=True)
+    sum((plain(model, prompt, completion)[0] * w[:len(completion)]).sum() for prompt, completion, w in rows).backward()
+    for ours, parameter in zip(chunked, model.parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad, atol=2e-4, rtol=1e-4)
 
 
@@ -74,20 +77,20 @@ def test_whole_logits_never_exist(model, monkeypatch):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("chunk_tokens, temperature", [(1, 1.0), (4, 0.7), (1000, 1.3)])
-def test_frozen_head_differentiates_in_one_visit(monkeypatch, chunk_tokens, temperature, dtype, tolerance):
-    """Against autograd through the whole float64 logits; the head runs once per chunk, forward and backward together."""
+def test_frozen_head_runs_once_per_chunk(monkeypatch, chunk_tokens, temperature, dtype, tolerance):
+    """Forward and backward together, with the values and gradients of autograd through the whole float64 logits."""
     monkeypatch.setattr(teacher, "CHUNK_LOGITS", chunk_tokens * 61)
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 61, bias=False).requires_grad_(False).to(dtype)
     hidden, targets, upstream = torch.randn(27, 16).to(dtype), torch.randint(61, (27,)), torch.randn(27)
-    visits = []
-    head.register_forward_hook(lambda *_: visits.append(1))
+    runs = []
+    head.register_forward_hook(lambda *_: runs.append(1))
     ours, plain_hidden = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     logp, _ = teacher.score(head, ours, targets, temperature, entropy=False)
     (logp * upstream).sum().backward()
     exact = (plain_hidden @ head.weight.double().T / temperature).log_softmax(-1)[range(27), targets]
     (exact * upstream).sum().backward()
-    assert len(visits) == -(-27 // chunk_tokens) and logp.dtype == torch.float32 and ours.grad.dtype == dtype
+    assert len(runs) == -(-27 // chunk_tokens) and logp.dtype == torch.float32 and ours.grad.dtype == dtype
     torch.testing.assert_close(logp.double(), exact, atol=tolerance, rtol=0)
     torch.testing.assert_close(ours.grad.double(), plain_hidden.grad, atol=tolerance, rtol=0)
 
@@ -116,11 +119,12 @@ def test_an_adapted_head_is_scored(model):
 
 @pytest.mark.parametrize("rows, mean, budget", [(4, 600, 10**9), (32, 64, 2000), (128, 64, 10**9), (512, 1000, 8192)])
 def test_micro_batches_waste_little_on_geometric_lengths(rows, mean, budget):
-    lengths = torch.empty(rows).geometric_(1 / mean, generator=torch.Generator().manual_seed(rows)).long().clamp(max=4096).tolist()
+    generator = torch.Generator().manual_seed(rows)
+    lengths = torch.empty(rows).geometric_(1 / mean, generator=generator).long().clamp(max=4096).tolist()
     batches = teacher.micro_batches(lengths, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(rows))
     padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
-    assert all(size <= budget or len(batch) == 1 for size, batch in zip(padded, batches))
+    assert all(size <= budget or len(batch) == 1 for size, batch in zip(padded, batches, strict=True))
     assert 1 - sum(lengths) / sum(padded) <= 0.1
     assert rows < 100 or len(batches) < rows / 3  # one row at a time would waste nothing either
 
@@ -128,6 +132,33 @@ def test_micro_batches_waste_little_on_geometric_lengths(rows, mean, budget):
 def test_micro_batches_of_equal_and_of_too_long_rows():
     assert [len(batch) for batch in teacher.micro_batches([50] * 10, 200)] == [4, 4, 2]
     assert teacher.micro_batches([900, 10, 10], 100) == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize("most_tokens", [1, 20, 35, 10**6])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_read_in_batches_equals_read(model, most_tokens, hidden):
+    """Nine ragged rows; the batches are narrower and change their order. With most_tokens = 1 every row is alone."""
+    prompts, completions = random_ids([5, 11, 1, 7, 3, 19, 2, 8, 4]), random_ids([9, 1, 14, 3, 6, 2, 25, 5, 1], seed=1)
+    with torch.no_grad():
+        whole = teacher.read(model, prompts, completions, temperature=0.8, entropy=True, hidden=hidden)
+    reading = teacher.read_in_batches(model, prompts, completions, most_tokens, temperature=0.8, hidden=hidden)
+    assert torch.equal(reading.mask, whole.mask) and not reading.logp.requires_grad
+    for ours, theirs in ((reading.logp, whole.logp), (reading.entropy, whole.entropy)):
+        assert ours.dtype == torch.float32 and (ours[~whole.mask] == 0).all()
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    if hidden:
+        assert [len(states) for states in reading.hidden] == list(map(len, completions))
+        torch.testing.assert_close(reading.hidden, whole.hidden, atol=1e-5, rtol=1e-5)
+    else:
+        assert reading.hidden is None
+
+
+def test_hidden_states_are_kept_only_if_asked_for_and_give_the_logp(model):
+    assert teacher.read(model, PROMPTS, COMPLETIONS).hidden is None
+    reading = teacher.read(model, PROMPTS, COMPLETIONS, hidden=True)
+    for states, completion, logp in zip(reading.hidden, COMPLETIONS, reading.logp, strict=True):
+        exact = model.lm_head(states).log_softmax(-1)[range(len(completion)), completion]
+        torch.testing.assert_close(logp[:len(completion)], exact, atol=1e-5, rtol=0)
 
 
 def test_gradients_flow_iff_enabled(model):
@@ -152,9 +183,21 @@ def test_bad_arguments(model):
             teacher.read(model, prompts, completions)
     with pytest.raises(ValueError, match="temperature"):
         teacher.read(model, PROMPTS, COMPLETIONS, temperature=0)
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
-        teacher.read(model, PROMPTS, COMPLETIONS)
+
+
+@pytest.mark.parametrize("option", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
+def test_heads_that_are_not_the_end_of_the_model_are_refused(model, option):
+    """Gemma 2, Cohere and Granite change the logits after the head: scored without that, they would be wrong."""
+    teacher.check_head(model)
+    setattr(model.config, option, 30.0)
+    for check in (lambda: teacher.check_head(model), lambda: teacher.read(model, PROMPTS, COMPLETIONS)):
+        with pytest.raises(ValueError, match=option):
+            check()
+    nested = SimpleNamespace(config=Gemma3Config())  # text and images: the language model has a config of its own
+    teacher.check_head(nested)
+    setattr(nested.config.text_config, option, 30.0)
+    with pytest.raises(ValueError, match=option):
+        teacher.check_head(nested)
 
 
 def test_latex_and_braces_survive_in_the_prompts():

@@ -4,10 +4,13 @@ import doctest
 import json
 
 import numpy as np
+import pytest
+import torch
 
 import reward
 import toy
-from data import load_problems
+from support import distributed
+from support.data import load_problems
 
 
 def test_same_seed_same_files(tmp_path, monkeypatch):
@@ -15,10 +18,11 @@ def test_same_seed_same_files(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "accuracy", lambda *args: 0.0)
     paths = [toy.build(seed, tmp_path / name) for seed, name in ((0, "a"), (0, "b"), (1, "a"))]
     assert paths[0].name == paths[1].name != paths[2].name and toy.build(0, tmp_path / "a") == paths[0]
-    contents = [{file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()} for path in paths]
-    assert contents[0] == contents[1] and contents[0].keys() == contents[2].keys()
-    assert all(contents[0][name] != contents[2][name] for name in contents[0] if name.suffix in (".safetensors", ".jsonl"))
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted({paths[0].name, paths[2].name})  # nothing left over
+    first, same, other = ({file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+                          for path in paths)
+    assert first == same and first.keys() == other.keys()
+    assert all(first[name] != other[name] for name in first if name.suffix in (".safetensors", ".jsonl"))
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {paths[0].name, paths[2].name}  # nothing left over
 
 
 def test_problems_grade_and_held_out_ones_are_held_out(tiny_toy):
@@ -27,9 +31,9 @@ def test_problems_grade_and_held_out_ones_are_held_out(tiny_toy):
     assert all(reward.grade(p.solution, p.answer) for p in train + test)
 
 
-def test_habits_make_wrong_and_repeated_steps():
+def test_traces_have_wrong_and_repeated_steps():
     rng = np.random.default_rng(0)
-    traces = [toy.make_trace(toy.make_problem(rng), rng, wrong=0.2, again=0.5) for _ in range(200)]
+    traces = [toy.make_trace(toy.make_problem(rng), rng, wrong=0.2, repeat=0.5) for _ in range(200)]
     assert any("wait" in trace for trace in traces)
     right = 0
     for trace in traces:
@@ -43,10 +47,45 @@ def test_tokenizer_encodes_any_text_and_its_template_knows_thinking():
     for text in ("What is 7+5?", "\\frac{1}{2} {x} é ∑ 😀\n\t", "Janet’s ducks"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     messages = [{"role": "user", "content": "hi"}]
-    closed, opened = (tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=thinking)
-                      for thinking in (False, True))
+    closed, opened = (tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
+                                                    enable_thinking=thinking) for thinking in (False, True))
     assert closed == opened + "<think>\n\n</think>\n\n" and opened.endswith("<|im_start|>assistant\n")
     assert len(tokenizer.encode("117")) == 3  # digits stay single
+
+
+@pytest.fixture
+def three_threads():
+    """Starts with three threads, which no test asks for; restores the number of before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_small_models_get_one_thread_and_large_ones_the_default(monkeypatch, three_threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(distributed, "DEFAULT_THREADS", 2)
+    chosen = []
+    for parameters in (300_000, distributed.SMALL_MODEL - 1, distributed.SMALL_MODEL, 4_000_000_000):
+        distributed.choose_threads(parameters)
+        chosen.append(torch.get_num_threads())
+    assert chosen == [1, 1, 2, 2]
+
+
+def test_omp_num_threads_wins(monkeypatch, three_threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    for parameters in (300_000, 4_000_000_000):
+        distributed.choose_threads(parameters)
+        assert torch.get_num_threads() == 3
+
+
+def test_the_toy_is_made_with_the_threads_of_a_small_model(monkeypatch, three_threads, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = []
+    monkeypatch.setattr(toy, "_warm_up", lambda *args: threads.append(torch.get_num_threads()))
+    monkeypatch.setattr(toy, "accuracy", lambda *args: threads.append(torch.get_num_threads()) or 0.0)
+    toy.build(0, tmp_path)
+    assert threads == [1, 1, 1]
 
 
 def test_doctests():

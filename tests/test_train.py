@@ -17,12 +17,12 @@ from conftest import in_background, random_ids, tiny_qwen3, train_arguments, tra
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
+import family
 import lora
 import rollout
-import settings
 import teacher
 import train
+from support import checkpoint, run, settings
 
 ROOT = Path(train.__file__).parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -65,30 +65,36 @@ def assert_same_run(a, b, step=4):
 def test_a_run_leaves_what_it_promises(tiny_run, tiny_toy):
     rows = metrics(tiny_run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert {"loss", "grad_norm", "reward", "accuracy", "length", "truncated", "no_answer", "entropy", "max_entropy", "gate", "clipped",
-            "advantage", "sampling_gap", "tokens", "rollout_s", "teacher_s", "student_s", "step_s", "memory_gib", "lr"} <= rows[0].keys()
+    promised = {"loss", "grad_norm", "lr", "reward", "accuracy", "advantage", "length", "truncated", "no_answer",
+                "entropy", "max_entropy", "gate", "clipped", "sampling_gap", "tokens",
+                "rollout_s", "teacher_s", "student_s", "step_s", "memory_gib"}
+    assert promised <= rows[0].keys()
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[0]["lr"] == 1e-2 and 0 < sum(row["accuracy"] for row in rows) < 4
     assert all(row["sampling_gap"] < 1e-4 for row in rows)  # T = 1, no truncation: sampled and trained policy are one
-    assert len((tiny_run / "samples.jsonl").read_text().splitlines()) == 4 * train.SAMPLES_PER_STEP
+    assert len((tiny_run / "samples.jsonl").read_text().splitlines()) == 4 * run.SAMPLES_PER_STEP
     config = json.loads((tiny_run / "config.json").read_text())
-    assert config["settings"]["lora_rank"] == 4 and config["derived"]["completions_per_step"] == 8 and config["world_size"] == 1
+    assert config["settings"]["lora_rank"] == 4 and config["world_size"] == 1
+    assert config["derived"]["completions_per_step"] == 8
     results = json.loads((tiny_run / "evaluation.json").read_text())
-    assert 0 < results["before"]["accuracy"] < 1 and results["after"]["completions"] == results["before"]["completions"] > 50
+    assert 0 < results["before"]["accuracy"] < 1
+    assert results["after"]["completions"] == results["before"]["completions"] > 50
     state = torch.load(tiny_run / "checkpoints/step-000004/state.pt", weights_only=True)
-    assert {moments["step"].item() for moments in state["optimizer"]["state"].values()} == {4.0}  # optimizer steps, counted
+    optimizer_steps = {moments["step"].item() for moments in state["optimizer"]["state"].values()}
+    assert optimizer_steps == {4.0}
 
 
 def test_exported_model_is_an_ordinary_checkpoint(tiny_run, tiny_toy):
-    exported, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_run / "model"), AutoTokenizer.from_pretrained(tiny_run / "model")
+    exported = AutoModelForCausalLM.from_pretrained(tiny_run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "model")
     adapted = AutoModelForCausalLM.from_pretrained(tiny_toy / "model")
     base = [parameter.clone() for parameter in adapted.parameters()]
     lora.load_adapter(adapted, tiny_run / "checkpoints/step-000004/adapter")
-    assert any((a - b).abs().max() > 1e-3 for a, b in zip(base, exported.parameters()))
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(base, exported.parameters(), strict=True))
     assert exported.generation_config.eos_token_id == tokenizer.eos_token_id
     prompts = [teacher.encode(tokenizer, teacher.student_messages(f"What is {n}?")) for n in (11, 58, 90)]
     ours = rollout.sample(adapted, prompts, max_new_tokens=12, stop_ids=[tokenizer.eos_token_id], temperature=0)
-    for prompt, completion in zip(prompts, ours):
+    for prompt, completion in zip(prompts, ours, strict=True):
         theirs = exported.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt):].tolist()
         assert theirs == completion.token_ids
 
@@ -117,8 +123,9 @@ def reference(tiny_toy, tmp_path_factory):
 def assert_close_run(run, reference):
     for name, tensor in adapter(reference).items():
         torch.testing.assert_close(adapter(run)[name], tensor, atol=1e-5, rtol=0)
+    same = ("loss", "grad_norm", "reward", "accuracy", "entropy", "max_entropy", "gate", "clipped", "advantage",
+            "tokens")
     for a, b in zip(metrics(run), metrics(reference), strict=True):
-        same = ("loss", "grad_norm", "reward", "accuracy", "entropy", "max_entropy", "gate", "clipped", "advantage", "tokens")
         assert [a[name] for name in same] == pytest.approx([b[name] for name in same], abs=1e-5)
 
 
@@ -157,9 +164,10 @@ def test_two_processes_change_nothing(two_processes, reference):
 def two_nodes(tiny_toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("two-nodes")
     flags, port = train_arguments(tiny_toy, out / "run", **COMPARED), 20000 + os.getpid() % 20000
-    one, other = (command(*flags, nproc=1, extra=("--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1",
-                                                  f"--master-port={port}")) for rank in (0, 1))
-    with in_background(one, out / "log0", env=ENVIRONMENT) as first, in_background(other, out / "log1", env=ENVIRONMENT) as second:
+    rendezvous = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}")
+    one, other = (command(*flags, nproc=1, extra=(*rendezvous, f"--node-rank={rank}")) for rank in (0, 1))
+    with (in_background(one, out / "log0", env=ENVIRONMENT) as first,
+          in_background(other, out / "log1", env=ENVIRONMENT) as second):
         yield first, second, out
 
 
@@ -200,20 +208,6 @@ def test_bf16_run(tiny_toy, tmp_path):
     assert 0 < metrics(tmp_path / "run")[0]["sampling_gap"] < 0.05
 
 
-def test_group_advantage():
-    rewards = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    std = math.sqrt(0.5)
-    assert train.group_advantage(rewards, 2).tolist() == pytest.approx([0.5 / (std + 1e-4), -0.5 / (std + 1e-4), 0, 0])
-
-
-def test_group_baseline_runs_without_any_signal(tiny_toy, tmp_path):
-    """Ranks that skip backward when all advantages are 0 hang the others; here a zero is a gradient like any other."""
-    train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=1, preset="grpo-group",
-                                **{"rollouts-per-prompt": 4, "prompts-per-step": 2, "temperature": 0}))
-    row = metrics(tmp_path / "run")[0]
-    assert row["advantage"] == row["grad_norm"] == 0 and row["tokens"] > 0
-
-
 # ---- killed, stopped, resumed
 
 
@@ -244,26 +238,40 @@ def test_kill_and_resume_equals_never_stopping_bitwise(tiny_toy, tmp_path, refer
     for path in (killed / "checkpoints").glob("step-*"):  # the steps that it was faster than the kill
         if path.name != "step-000002":
             shutil.rmtree(path)
-    subprocess.run(command("--out", killed, "--resume", "--steps", 4, nproc=nproc), env=ENVIRONMENT, check=True, timeout=120)
+    resume = command("--out", killed, "--resume", "--steps", 4, nproc=nproc)
+    subprocess.run(resume, env=ENVIRONMENT, check=True, timeout=120)
     assert_same_run(whole, killed)
+
+
+KILLED_WHILE_WRITING = """
+import os, sys
+sys.argv[0] = "train.py"
+import train
+from support import checkpoint
+flush = checkpoint._flush
+def kill(path):
+    flush(path)
+    if "step-000004.tmp" in str(path):
+        os.kill(os.getpid(), 9)
+checkpoint._flush = kill
+train.main()
+"""
 
 
 def test_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tiny_toy, tmp_path, tiny_run):
     """A checkpoint that is written in place is half a file after a crash."""
-    script = ("import os, sys; sys.argv[0] = 'train.py'; import checkpoint, train; flush = checkpoint._flush\n"
-              "def kill(path):\n    flush(path)\n    if 'step-000004.tmp' in str(path): os.kill(os.getpid(), 9)\n"
-              "checkpoint._flush = kill; train.main()")
     flags = [str(flag) for flag in train_arguments(tiny_toy, tmp_path / "run")]
-    killed = subprocess.run([sys.executable, "-c", script, *flags], env=ENVIRONMENT, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, *flags], env=ENVIRONMENT, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000004.tmp"]
     train_here("--out", tmp_path / "run", "--resume")
-    assert (tmp_path / "run" / "model").is_dir() and without_seconds(metrics(tmp_path / "run")) == without_seconds(metrics(tiny_run))
+    assert (tmp_path / "run" / "model").is_dir()
+    assert without_seconds(metrics(tmp_path / "run")) == without_seconds(metrics(tiny_run))
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tiny_toy, tmp_path):
-    process = subprocess.Popen(command(*train_arguments(tiny_toy, tmp_path / "run", steps=1000, **{"checkpoint-every": 1000})),
-                               env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    flags = train_arguments(tiny_toy, tmp_path / "run", steps=1000, **{"checkpoint-every": 1000})
+    process = subprocess.Popen(command(*flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
     code = kill_when(process, lambda: log.exists() and log.read_text().count("\n") >= 2, signal.SIGINT)
     steps, error = len(metrics(tmp_path / "run")), process.stderr.read()
@@ -284,7 +292,8 @@ def test_stopping_in_the_middle_of_a_step_changes_nothing(tiny_toy, tmp_path, mo
     monkeypatch.setattr(rollout, "sample", sample)
     with pytest.raises(SystemExit) as exit:
         train_here(*train_arguments(tiny_toy, tmp_path / "run"))
-    assert exit.value.code == 128 + signal.SIGTERM and checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-000002"
+    assert exit.value.code == 128 + signal.SIGTERM
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-000002"
     train_here("--out", tmp_path / "run", "--resume")
     assert without_seconds(metrics(tmp_path / "run")) == without_seconds(metrics(tiny_run))
 
@@ -302,13 +311,21 @@ def main_fails(capsys, monkeypatch, *flags):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"data": "nothing.jsonl"}, "nothing.jsonl: no such data file"), ({"data": ""}, "--data is missing"),
+    ({"data": "nothing.jsonl"}, "nothing.jsonl: no such data file"),
+    ({"data": ""}, "--data is missing"),
     ({"eval-data": "nothing.jsonl"}, "nothing.jsonl: no such data file"),
-    ({"model": "./nothing"}, "./nothing: no such model directory"), ({"model": "no/such/model"}, "no such model directory"),
+    ({"model": "./nothing"}, "./nothing: no such model directory"),
+    ({"model": "no/such/model"}, "no such model directory"),
     ({"model": "nobody/nothing"}, "nobody/nothing: cannot load the model"),
-    ({"max-new-tokens": 5000}, "train.jsonl: line 1: field 'problem'"), ({"eps": 1.0}, "--eps must be in [0, 1), got 1.0"),
-    ({"floor": 0.0}, "--floor"), ({"steps": 0}, "--steps"), ({"gamma": "inf"}, "--gamma"), ({"gamma": "nan"}, "--gamma"),
-    ({"lr": "fast"}, "--lr"), ({"advantage": "group"}, "--rollouts-per-prompt"), ({"preset": "large"}, "--preset"), ({"sed": 1}, "--sed")])
+    ({"max-new-tokens": 5000}, "train.jsonl: line 1: field 'problem'"),
+    ({"eps": 1.0}, "--eps must be in [0, 1), got 1.0"),
+    ({"floor": 0.0}, "--floor"),
+    ({"steps": 0}, "--steps"),
+    ({"gamma": "inf"}, "--gamma"),
+    ({"gamma": "nan"}, "--gamma"),
+    ({"lr": "fast"}, "--lr"),
+    ({"preset": "large"}, "--preset"),
+    ({"sed": 1}, "--sed")])
 def test_mistakes_in_the_flags(tiny_toy, tmp_path, capsys, monkeypatch, changes, message):
     assert message in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
@@ -322,15 +339,16 @@ def test_prompts_that_cannot_be_shared_equally(monkeypatch):
 def test_tokenizer_without_chat_template(tiny_toy, tmp_path, capsys, monkeypatch):
     shutil.copytree(tiny_toy / "model", tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
-    assert "no chat template" in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run", model=tmp_path / "model"))
+    flags = train_arguments(tiny_toy, tmp_path / "run", model=tmp_path / "model")
+    assert "no chat template" in main_fails(capsys, monkeypatch, *flags)
     assert not (tmp_path / "run").exists()
 
 
 def test_damaged_model_file(tiny_toy, tmp_path, capsys, monkeypatch):
     shutil.copytree(tiny_toy / "model", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"half a fi")
-    assert "cannot load the model" in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run",
-                                                                                       model=tmp_path / "model"))
+    flags = train_arguments(tiny_toy, tmp_path / "run", model=tmp_path / "model")
+    assert "cannot load the model" in main_fails(capsys, monkeypatch, *flags)
 
 
 def test_output_is_a_file(tiny_toy, tmp_path, capsys, monkeypatch):
@@ -370,7 +388,8 @@ def test_no_free_memory_names_the_flag_to_lower(tiny_toy, tmp_path, capsys, monk
 
 
 def test_loss_that_is_not_finite_stops_the_run(tiny_toy, tmp_path, capsys, monkeypatch):
-    error = main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run", lr=1e30, **{"checkpoint-every": 1}))
+    flags = train_arguments(tiny_toy, tmp_path / "run", lr=1e30, **{"checkpoint-every": 1})
+    error = main_fails(capsys, monkeypatch, *flags)
     assert "not finite" in error and "--lr" in error and "step-00000" in error
     assert all(tensor.isfinite().all() for tensor in adapter(tmp_path / "run", 1).values())
 
@@ -380,7 +399,8 @@ def test_help_has_a_sentence_for_every_flag(capsys, monkeypatch):
         train.parse_arguments(["--help"])
     text = capsys.readouterr().out
     assert exit.value.code == 0
-    for field in fields(settings.Settings):
+    assert "neighbouring methods and ablations (family/)" in text
+    for field in fields(family.FamilySettings):
         assert f"--{field.name.replace('_', '-')}" in text and len(field.metadata["help"].split()) >= 3
 
 
@@ -388,8 +408,9 @@ def test_presets():
     assert train.parse_arguments([])[0].model == "toy" and train.parse_arguments(["--steps", "3"])[0].steps == 3
     paper = train.parse_arguments(["--model", "Qwen/Qwen3-4B", "--data", "d.jsonl"])[0]
     assert (paper.gamma, paper.window, paper.lr, paper.lora_rank, paper.prompts_per_step) == (0.3, 3, 5e-6, 64, 32)
-    assert (train.parse_arguments(["--preset", "paper-8b"])[0].gamma, train.parse_arguments(["--preset", "paper-8b"])[0].window) == (1.0, 5)
+    larger = train.parse_arguments(["--preset", "paper-8b"])[0]
+    assert (larger.gamma, larger.window) == (1.0, 5)
     own = train.parse_arguments(["--data", "mine.jsonl"])[0]
     assert (own.model, own.data, own.eval_data) == ("toy", "mine.jsonl", "")  # not the toy's held-out problems
-    both = train.parse_arguments(["--preset", "toy", "grpo", "--lr", "1"])[0]
-    assert (both.model, both.method, both.lr) == ("toy", "grpo", 1.0)
+    both = train.parse_arguments(["--preset", "toy", "paper-8b", "--lr", "1"])[0]
+    assert (both.model, both.steps, both.gamma, both.lr) == ("Qwen/Qwen3-8B", 64, 1.0, 1.0)  # later ones win

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or not there at all, and JSONL logs that agree with them after a resume.
 
     run/checkpoints/step-000025/adapter/      the LoRA adapter, in PEFT's format                     (lora.py)
-                                state.pt      optimizer, every rank's random state, the teacher's adapter if it is not frozen
-                                state.json    step, running advantage, median entropies
+                                state.pt      optimizer, every rank's random state, other tensors of the method
+                                state.json    step, running advantage, other numbers of the method
 
 A directory is filled under another name, flushed to disk and renamed, so that a kill at any moment leaves the earlier
 checkpoints as they were. Nothing is unpickled: tensors are read with weights_only, numbers from JSON.
@@ -12,12 +12,15 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 import lora
+from support.data import InputError
+from support.distributed import Ranks
 
 
 @contextmanager
@@ -69,25 +72,40 @@ def drop_later_steps(path: Path, step: int) -> None:
     os.replace(partial, path)
 
 
-def save(path: Path, model, optimizer, tensors: dict, state: dict) -> None:
-    """Write adapter, optimizer, `tensors` and `state` (plain numbers); a checkpoint that is there is left alone."""
-    if path.exists():
+def save(path: Path, model, optimizer, ranks: Ranks, tensors: dict, numbers: dict) -> None:
+    """Write adapter, optimizer, random states, `tensors` and `numbers`; a checkpoint that is there is left alone.
+
+    Every rank calls it, rank 0 writes. The random state matters to models with dropout: sampling and the order of
+    problems are functions of seed and step.
+    """
+    rng = {"cpu": ranks.gather(torch.get_rng_state())}
+    if ranks.device.type == "cuda":
+        rng["cuda"] = ranks.gather(torch.cuda.get_rng_state())
+    if ranks.rank == 0 and not path.exists():
+        with atomic_directory(path) as work:
+            lora.save_adapter(model, work / "adapter")
+            torch.save({"optimizer": optimizer.state_dict(), "rng": rng, **tensors}, work / "state.pt")
+            write_json(work / "state.json", numbers)
+    ranks.barrier()
+
+
+def load_latest(directory: Path, model, optimizer, ranks: Ranks, load_state: Callable[[dict, dict], None]) -> None:
+    """Put adapter, optimizer and this rank's random state back from the last complete checkpoint, if there is one, and
+    give the tensors and numbers of `save` to `load_state`. InputError if the checkpoint is damaged."""
+    path = latest(directory)
+    if path is None:
         return
-    with atomic_directory(path) as work:
-        lora.save_adapter(model, work / "adapter")
-        torch.save({"optimizer": optimizer.state_dict(), **tensors}, work / "state.pt")
-        write_json(work / "state.json", state)
-
-
-def load(path: Path, model, optimizer) -> tuple[dict, dict]:
-    """Put adapter and optimizer back; returns (tensors, state). ValueError if the checkpoint is damaged."""
     try:
         lora.load_adapter(model, path / "adapter")
-        saved = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(saved.pop("optimizer"))
-        return saved, json.loads((path / "state.json").read_text())
+        tensors = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(tensors["optimizer"])
+        torch.set_rng_state(tensors["rng"]["cpu"][ranks.rank].clone())  # torch crashes on a view into a larger tensor
+        if "cuda" in tensors["rng"]:
+            torch.cuda.set_rng_state(tensors["rng"]["cuda"][ranks.rank].clone())
+        load_state(tensors, json.loads((path / "state.json").read_text()))
     except Exception as error:  # torch and safetensors raise a dozen types for a damaged file
-        raise ValueError(f"{path}: damaged checkpoint ({type(error).__name__}: {error})") from error
+        raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}: {error}): remove this directory to "
+                         "resume from the checkpoint before it") from None
 
 
 def latest(directory: Path) -> Path | None:

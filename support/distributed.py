@@ -1,4 +1,4 @@
-"""The processes of a run: torch.distributed for whoever torchrun started, a group of one for whoever it did not.
+"""The processes of a run and their threads: torch.distributed under torchrun, a group of one without it.
 
 nccl between GPUs, gloo between CPUs. Every method is a collective: all ranks call it, in the same order.
 
@@ -13,6 +13,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+SMALL_MODEL = 10_000_000  # parameters, up to which a second thread on the CPU costs more than it saves
+DEFAULT_THREADS = torch.get_num_threads()
+
+
+def choose_threads(parameters: int) -> None:
+    """On the CPU: one thread for a small model, torch's own choice for others; OMP_NUM_THREADS wins over both. Threads
+    wait for each other after every operation: with small matrices, or beside a busy process, longer than they work."""
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it when it starts several processes
+        torch.set_num_threads(1 if parameters < SMALL_MODEL else DEFAULT_THREADS)
 
 
 class Ranks:
@@ -49,6 +59,14 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor)
         return torch.stack(parts).cpu()
+
+    def gather_lists(self, items: list) -> list:
+        """The lists of all ranks, one after the other, on every rank."""
+        if not self.distributed:
+            return items
+        parts: list = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
     def share(self, count: int) -> range:
         """This rank's part of range(count): contiguous, in the order of ranks, sizes differing by at most one."""

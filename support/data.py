@@ -4,8 +4,8 @@ A data file has one JSON object per line:
 
     {"problem": "What is 2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}
 
-`question` or `prompt` may stand for `problem`; without an `answer` the last box of the solution is taken; evaluation does
-not need a solution. A user's mistake raises InputError, whose text is one line: file, line, field, and what to do.
+`question` or `prompt` may stand for `problem`; without an `answer` the last box of the solution is taken; evaluation
+does not need a solution. A user's mistake raises InputError, whose text is one line: file, line, field, and what to do.
 """
 
 import json
@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora
 import reward
 import rollout
+import teacher
+from support.distributed import choose_threads
 
 
 class InputError(Exception):
@@ -34,7 +36,8 @@ class Problem:
     line: int
 
 
-def load_problems(path: str | Path, need_solution: bool = True, skip_ungradable: bool = False) -> tuple[list[Problem], int]:
+def load_problems(path: str | Path, need_solution: bool = True,
+                  skip_ungradable: bool = False) -> tuple[list[Problem], int]:
     """(problems of a JSONL file, number of rows left out); blank lines are passed over.
 
     A gold answer that does not equal itself under reward.is_equal could never be rewarded. Such rows raise InputError
@@ -51,8 +54,8 @@ def load_problems(path: str | Path, need_solution: bool = True, skip_ungradable:
         (problems if reward.is_equal(problem.answer, problem.answer) else ungradable).append(problem)
     if ungradable and not skip_ungradable:
         lines = ", ".join(str(problem.line) for problem in ungradable[:20]) + (", ..." if len(ungradable) > 20 else "")
-        raise InputError(f"{path}: line {lines}: field 'answer': {len(ungradable)} gold answers that the verifier cannot "
-                         "grade: correct them or leave these rows out with --skip-ungradable")
+        raise InputError(f"{path}: line {lines}: field 'answer': {len(ungradable)} gold answers that the verifier "
+                         "cannot grade: correct them or leave these rows out with --skip-ungradable")
     if not problems:
         raise InputError(f"{path}: no problem in this file: it needs one JSON object per line")
     return problems, len(ungradable)
@@ -71,11 +74,12 @@ def _parse(path: Path, number: int, line: bytes, need_solution: bool) -> Problem
     problem, solution, answer = row.get(name), row.get("solution"), row.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
-    for field, value, needed in ((name, problem, True), ("solution", solution, need_solution), ("answer", answer, False)):
+    checks = (name, problem, True), ("solution", solution, need_solution), ("answer", answer, False)
+    for field, value, needed in checks:
         if value is None and needed:
             raise InputError(f"{where}: field '{field}' is missing: add it")
         if value is not None and not isinstance(value, str):
-            raise InputError(f"{where}: field '{field}' must be text, got a JSON {type(value).__name__}: put it in quotes")
+            raise InputError(f"{where}: field '{field}' must be text, got {type(value).__name__}: put it in quotes")
         if needed and not value.strip():
             raise InputError(f"{where}: field '{field}' is empty: fill it in or remove the line")
     if answer is None:
@@ -85,10 +89,11 @@ def _parse(path: Path, number: int, line: bytes, need_solution: bool) -> Problem
     return Problem(problem, solution or "", answer, number)
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device):
+def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool = True):
     """(model, tokenizer) from a checkpoint directory or a hub id; no code from the hub is run.
 
-    InputError if there is no such model, `rollout.sample` cannot run it, or its tokenizer has no chat template.
+    InputError if there is no such model, `rollout.sample` cannot run it, `teacher.read` cannot score with it (unless it
+    need not: `scored`), or its tokenizer has no chat template. Also chooses the number of threads that suits it.
     """
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError(f"{name}: no such model directory: check the path (--model)")
@@ -97,15 +102,18 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
     except Exception as error:  # a missing, damaged, foreign or too large model: libraries raise a dozen types
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(f"{name}: cannot load the model ({type(error).__name__}: {reason}): check --model, a checkpoint "
-                         "directory or a hub id") from None
+        raise InputError(f"{name}: cannot load the model ({type(error).__name__}: {reason}): check --model, a "
+                         "checkpoint directory or a hub id") from None
     try:
         rollout.attention_windows(model)
+        if scored:
+            teacher.check_head(model)
     except ValueError as error:
         raise InputError(f"{name}: {error}: choose another --model") from None
     if not tokenizer.chat_template:
         raise InputError(f"{name}: the tokenizer has no chat template: take an instruction-tuned model, or set "
                          "tokenizer.chat_template and save the tokenizer (--model)")
+    choose_threads(sum(parameter.numel() for parameter in model.parameters()))
     return model, tokenizer
 
 
@@ -114,5 +122,5 @@ def load_adapter(model, path: str | Path) -> None:
     try:
         lora.load_adapter(model, path)
     except Exception as error:  # a missing, foreign or damaged adapter: libraries raise a dozen types
-        raise InputError(f"{path}: cannot load the adapter ({type(error).__name__}: {error}): check --adapter, a directory "
-                         "with adapter_config.json and adapter_model.safetensors") from None
+        raise InputError(f"{path}: cannot load the adapter ({type(error).__name__}: {error}): check --adapter, a "
+                         "directory with adapter_config.json and adapter_model.safetensors") from None

@@ -1,0 +1,9 @@
+"""EGRSD's neighbours: methods on the same rollouts and the same teacher pass, and flags for ablations.
+
+train.py works without this package. It imports it to parse flags, and neighbour.py only when one of them is used.
+"""
+
+from family.methods import METHODS
+from family.settings import FamilySettings, bring, check, is_used, without_effect
+
+__all__ = ["METHODS", "FamilySettings", "bring", "check", "is_used", "without_effect"]

@@ -1,0 +1,299 @@
+r"""EGRSD's neighbours: each method is one short function over the same rollouts and the same teacher pass.
+
+    python train.py --method rlsd              train.py --help lists the names
+
+A method turns a micro-batch into a loss per token [B, T]; the step takes the mean over its tokens and drops what
+stands outside the mask. Two shapes occur, and they add up:
+
+    policy(batch, c)         -c_t log p_theta(y_t)           policy gradient with a coefficient c, a constant
+    batch.divergence(f)      f(log p_T, log p_S) per token   a function of both full distributions, with its gradient
+
+A_i is the advantage, d_t = log p_T(y_t) - log p_S(y_t) without gradient, H_t the teacher's entropy in nats, t counts
+from 1. A completion whose teacher has nothing to be shown has d = H = 0 and no divergence.
+
+Grade of evidence in every docstring: P read in the paper or its authors' code, S second-hand notes that quote the
+equations. Optimizer, LoRA, sampling and length reward are those of the run, not of each source, and there is never an
+importance ratio or a PPO clip: rollouts are used once, so the ratio is 1. docs/family.md says what is left out.
+
+Copy this file: it needs torch and egrsd.py.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import egrsd
+
+
+@dataclass
+class Batch:
+    """What a method may use: B completions of up to T tokens of one micro-batch, and what is known of the step.
+
+    Log-probs and entropies are in nats, 0 outside the mask.
+    """
+
+    logp: Tensor  # [B, T] log p_theta(y_t), carries the gradient
+    teacher_logp: Tensor  # [B, T] log p_T(y_t)
+    entropy: Tensor  # [B, T] H of the teacher
+    mask: Tensor  # bool [B, T]
+    advantage: Tensor  # [B]
+    correct: Tensor  # bool [B], the verifier's word
+    is_reference: Tensor  # bool [B]: the reference solution, not a rollout
+    divergence: Callable[[Callable], Tensor]  # f(log p_T [n, V], log p_S [n, V]) -> [n], at every token: [B, T]
+    max_entropy: float  # of the step
+    num_tokens: float  # rollout tokens of the step
+    num_completions: float  # rollouts of the step
+    step: int  # steps done before this one
+    median_entropies: Sequence[float]  # of H in every step so far, this one included
+    gamma: float = 0.3
+    window: int = 3
+    eps: float = 0.2
+    floor: float = 0.1
+
+    @property
+    def d(self) -> Tensor:
+        """log p_T - log p_S [B, T], a constant."""
+        return (self.teacher_logp - self.logp).detach()
+
+    @property
+    def A(self) -> Tensor:
+        """The advantages as [B, 1]."""
+        return self.advantage.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss, and what the training step has to provide for it."""
+
+    loss: Callable[[Batch], Tensor]
+    summary: str
+    needs: dict = field(default_factory=dict)  # settings it is defined by: other values are refused
+    recipe: dict = field(default_factory=dict)  # settings its source uses: flags may change them
+    uses: tuple[str, ...] = ()  # which of advantage, eps, gamma, window, floor its formula reads
+    teacher: bool = True  # the teacher's pass is made
+    full_distributions: bool = False  # batch.divergence is available
+    groups: bool = False  # several rollouts per problem
+    rollouts: bool = True  # the student samples
+    reference: bool = False  # every problem's reference solution is one more completion
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, summary: str, **declared):
+    """Register the decorated function as `--method name`; `declared` are fields of `Method`."""
+    def register(loss: Callable[[Batch], Tensor]):
+        METHODS[name] = Method(loss, summary, **declared)
+        return loss
+    return register
+
+
+def policy(batch: Batch, coefficient: Tensor) -> Tensor:
+    """-c_t log p_theta(y_t): [B, T], 0 outside the mask; c [B, T] or [B, 1] is held constant. 2605.13255 eq. (7)."""
+    return egrsd.policy_loss(batch.logp, coefficient.expand_as(batch.logp), batch.mask, reduction="none")
+
+
+@method("sft", "supervised: log-likelihood of the reference solution, no rollouts", rollouts=False, reference=True,
+        teacher=False)
+def sft(batch: Batch) -> Tensor:
+    """-log p_theta(s*_t) on the reference solution s* and a stop token. Grade P."""
+    return -batch.logp
+
+
+@method("grpo", "policy gradient with the running baseline of the EGRSD paper, no teacher",
+        needs=dict(advantage="running"), uses=("advantage",), teacher=False)
+def grpo(batch: Batch) -> Tensor:
+    """c = A, from the rewards of earlier steps: the EGRSD paper's baseline with one rollout, 2605.13255. Grade P."""
+    return policy(batch, batch.A)
+
+
+@method("grpo-group", "policy gradient with group advantages, no teacher", needs=dict(advantage="group"),
+        uses=("advantage",), groups=True, teacher=False)
+def grpo_group(batch: Batch) -> Tensor:
+    """c = (r - mean) / (std + 1e-4) within a problem's rollouts, 2402.03300. Grade P. Without its KL term."""
+    return policy(batch, batch.A)
+
+
+# Advantages with the teacher's log-ratio mixed in
+
+
+@method("rlsd", "RLSD: magnitude mixed in at a weight that falls to 0, teacher sees the answer", groups=True,
+        needs=dict(advantage="group"), uses=("advantage",),
+        recipe=dict(teacher_context="answer", teacher_schedule="copy", teacher_every=10))
+def rlsd(batch: Batch, lam: float = 0.5, decay_steps: int = 50) -> Tensor:
+    """c = A * ((1 - lam) + lam * clip(exp(sign(A) d), 0.8, 1.2)), lam from 0.5 to 0 linearly, 2604.03128. Grade P.
+
+    Equal to direction-aware, 2605.13255 eq. (3), at lam = 1.
+    """
+    lam *= max(0.0, 1 - batch.step / decay_steps)
+    weight = egrsd.magnitude(batch.teacher_logp, batch.logp, batch.advantage, 0.2)
+    return policy(batch, batch.A * ((1 - lam) + lam * weight))
+
+
+@method("rlrt", "RLRT: on correct rollouts, more weight where the teacher disagrees; teacher sees a correct peer",
+        groups=True, needs=dict(advantage="group"), uses=("advantage",),
+        recipe=dict(teacher_context="peer", beta_length=0.0))
+def rlrt(batch: Batch, lam: float = 0.5, eps: float = 0.2) -> Tensor:
+    """Correct: c = A * ((1 - lam) + lam * clip(exp(-sign(A) d), 1 - eps, 1 + eps)); wrong: c = A; rewards 0 and 1.
+    2605.10781. Grade S. Without a correct peer d = 0, so c = A."""
+    reversed_weight = egrsd.magnitude(batch.logp, batch.teacher_logp, batch.advantage, eps)  # the roles exchanged: -d
+    return policy(batch, batch.A * torch.where(batch.correct.unsqueeze(-1), (1 - lam) + lam * reversed_weight, 1.0))
+
+
+@method("antisd", "AntiSD: an advantage bonus that ascends the divergence from the teacher", groups=True,
+        needs=dict(advantage="group"), uses=("advantage",), recipe=dict(teacher_context="feedback"))
+def antisd(batch: Batch, weight: float = 0.5, warmup: int = 5) -> Tensor:
+    """c = A - g * weight * 0.5 * (softplus(d) - log 2), 2605.11609. Grade P. Its expectation ascends weight * JSD.
+
+    g is 0 in the warm-up steps; then 1, to 0 once the median of H is below 0.93 of its warm-up value, to 1 again when
+    it is back at that value (between the two it stays as it is, also right after the warm-up). Simplified: the warm-up
+    value is the median of its steps, the median of a step that over completions of their median H.
+    """
+    g = 0.0
+    if len(batch.median_entropies) > warmup:
+        reference = sorted(batch.median_entropies[:warmup])[warmup // 2]
+        g = 1.0
+        for median in batch.median_entropies[warmup:]:
+            g = 0.0 if median < 0.93 * reference else 1.0 if median >= reference else g
+    return policy(batch, batch.A - g * weight * 0.5 * (torch.nn.functional.softplus(batch.d) - math.log(2)))
+
+
+# Coefficients from the teacher alone: on-policy distillation by policy gradient
+
+
+@method("reopold", "REOPOLD: the log-ratio as the coefficient, floored, later on uncertain tokens only",
+        full_distributions=True)
+def reopold(batch: Batch, switch_step: int = 50, share: float = 0.2) -> Tensor:
+    """c = max(d, log(0.1) / 0.9); before `switch_step` without the tokens at that bound, later only on the 20 % with
+    the student's highest entropies. 2603.11137. Grade P (code). Simplified: 20 % of a completion, not of the batch."""
+    bound = math.log(0.1) / 0.9
+    keep = batch.d > bound
+    if batch.step >= switch_step:
+        H = batch.divergence(student_entropy).detach().masked_fill(~batch.mask, -math.inf)
+        rank = H.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the most uncertain token
+        keep = rank < (share * batch.mask.sum(1, keepdim=True)).ceil()
+    return policy(batch, batch.d.clamp(min=bound) * keep)
+
+
+@method("vopd", "vOPD: the log-ratio plus the KL as a baseline, same expected gradient, less variance",
+        full_distributions=True)
+def vopd(batch: Batch) -> Tensor:
+    """c = d + KL(p_S || p_T), held constant: E over p_S of c is 0. 2605.07865. Grade P."""
+    return policy(batch, batch.d + batch.divergence(reverse_kl))
+
+
+@method("eopd", "EOPD: the log-ratio, plus forward KL where the teacher is uncertain", full_distributions=True)
+def eopd(batch: Batch, nats: float = 0.8) -> Tensor:
+    """c = d, plus 1[H > 0.8] * KL(p_T || p_S) on the teacher's top 16, both renormalised. 2603.07079. Grade S."""
+    return policy(batch, batch.d) + (batch.entropy > nats) * batch.divergence(partial(forward_kl_top, k=16))
+
+
+@method("stable-opd", "StableOPD: the log-ratio, plus SFT, plus reverse KL to the base model; teacher sees no solution",
+        full_distributions=True, reference=True, needs=dict(teacher_context="none", teacher_schedule="frozen"))
+def stable_opd(batch: Batch, sft_weight: float = 0.1, kl_weight: float = 0.1) -> Tensor:
+    """c = d, plus SFT on s*, plus reverse KL to the base model. 2604.08527. Grade S.
+
+    Its coefficients are not published: 0.1 and 0.1 are our choice. Its teacher is another, larger model; here a teacher
+    that sees no solution is the base model itself, so that only the SFT term teaches and the others hold back.
+    """
+    rollouts = policy(batch, batch.d) + kl_weight * batch.divergence(reverse_kl)
+    return torch.where(batch.is_reference.unsqueeze(-1), -sft_weight * batch.logp, rollouts)
+
+
+@method("opsd", "OPSD: clipped forward KL to the teacher", full_distributions=True)
+def opsd(batch: Batch) -> Tensor:
+    """sum_v min(p_T log(p_T / p_S), 0.05), 2601.18734. Grade P. Clipped per vocabulary entry, from above only, so that
+    it can be negative."""
+    return batch.divergence(clipped_forward_kl)
+
+
+@method("pw-opsd", "PW-OPSD: OPSD's divergence, weighted by position", full_distributions=True)
+def pw_opsd(batch: Batch) -> Tensor:
+    """OPSD's divergence times `position_weight`, mean per completion, then over completions. 2605.21606. Grade P."""
+    lengths = batch.mask.sum(1, keepdim=True)
+    per_completion = batch.num_tokens / (batch.num_completions * lengths)  # the step divides by num_tokens
+    return position_weight(batch.mask) * per_completion * batch.divergence(clipped_forward_kl)
+
+
+@method("topk-opd", "top-k OPD: reverse KL on the student's 16 likeliest tokens", full_distributions=True)
+def topk_opd(batch: Batch) -> Tensor:
+    """Sum over the student's top 16 of q * (log p_S - log p_T), q being p_S renormalised there. 2604.13016. Grade P."""
+    return batch.divergence(partial(reverse_kl_top, k=16))
+
+
+@method("sdpo", "SDPO: Jensen-Shannon divergence to a teacher that sees a correct peer", full_distributions=True,
+        groups=True, recipe=dict(teacher_context="peer"))
+def sdpo(batch: Batch) -> Tensor:
+    """JSD on the student's top 100 tokens and one bucket for the rest; nothing without a correct peer. 2601.20802.
+    Grade P. Of its two divergences (JSD, reverse KL) the first. Simplified: the mean is over all tokens of the step,
+    also those left out."""
+    return batch.divergence(partial(jensen_shannon_top, k=100))
+
+
+@method("mopd", "MOPD: SDPO's divergence to a teacher that sees two correct peers and a failed one",
+        full_distributions=True, groups=True, recipe=dict(teacher_context="peers"))
+def mopd(batch: Batch) -> Tensor:
+    """SDPO's divergence, the peers labelled; with fewer peers the teacher sees those there are. 2605.12652. Grade P."""
+    return sdpo(batch)
+
+
+# Divergences: log p_T and log p_S [n, V] of the same n tokens -> [n] in nats, with the gradient by log p_S. Rows must
+# be normalised: sum exp = 1. k is cut to V.
+
+
+def clipped_forward_kl(teacher: Tensor, student: Tensor, most: float = 0.05) -> Tensor:
+    """sum_v min(p_T log(p_T / p_S), most): [n, V] twice -> [n], nats; may be negative. OPSD, 2601.18734."""
+    return (teacher.exp() * (teacher - student)).clamp(max=most).sum(-1)
+
+
+def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(p_S || p_T): [n, V] twice -> [n], nats, >= 0."""
+    return (student.exp() * (student - teacher)).sum(-1)
+
+
+def student_entropy(teacher: Tensor, student: Tensor) -> Tensor:
+    """-sum_v p_S log p_S: [n, V] twice -> [n], nats; the teacher is not used."""
+    return -(student.exp() * student).sum(-1)
+
+
+def forward_kl_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
+    """KL(p_T || p_S) on the teacher's k likeliest tokens, both renormalised there: [n, V] twice -> [n], nats."""
+    top = teacher.topk(min(k, teacher.shape[-1])).indices
+    p, q = (x.gather(-1, top).log_softmax(-1) for x in (teacher, student))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def reverse_kl_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
+    """sum_v q (log p_S - log p_T) on the student's k likeliest tokens, q being p_S renormalised there, the logs not:
+    [n, V] twice -> [n], nats; may be negative. 2604.13016."""
+    top = student.topk(min(k, student.shape[-1])).indices
+    q, p = student.gather(-1, top), teacher.gather(-1, top)
+    return (q.softmax(-1) * (q - p)).sum(-1)
+
+
+def jensen_shannon_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
+    """JSD on the student's k likeliest tokens and one bucket for the rest: [n, V] twice -> [n], nats, in [0, log 2].
+    2601.20802."""
+    top = student.topk(min(k, student.shape[-1])).indices
+
+    def with_rest(x):
+        x = x.gather(-1, top)
+        return torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()], -1)  # [n, k + 1]
+
+    p, q = with_rest(teacher), with_rest(student)
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1) / 2
+
+
+def position_weight(mask: Tensor, least: float = 0.25, middle: float = 0.30, width: float = 0.10) -> Tensor:
+    """least + (1 - least) * sigmoid(((t - 0.5) / T_i - middle) / width), low at the start; PW-OPSD, 2605.21606.
+
+    Grade P. mask bool [B, T] -> [B, T]. Its mean over a completion is 0.77, and it is not renormalised.
+    """
+    t = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    place = (t - 0.5) / mask.sum(1, keepdim=True)
+    return least + (1 - least) * torch.sigmoid((place - middle) / width)

@@ -1,0 +1,181 @@
+"""What the methods of the family, and the ablations of EGRSD that its flags make, change in train.Trainer's step."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import egrsd
+import lora
+import rollout
+import teacher
+import train
+from family.contexts import CONTEXTS
+from family.methods import METHODS, Batch, Method, position_weight
+from family.settings import FamilySettings
+from support.data import Problem
+from support.distributed import Ranks
+from support.sampling import Rollout
+
+EGRSD = Method(train.Trainer.loss, "with a flag of the family", uses=("advantage", "gamma", "window", "eps", "floor"))
+
+
+class GroupAdvantage(egrsd.RunningAdvantage):
+    """GRPO, arXiv 2402.03300: A = (r - mean) / (std + 1e-4) within each problem's `group` rollouts."""
+
+    def __init__(self, group: int):
+        super().__init__()
+        self.group = group
+
+    def advantage(self, rewards: Tensor) -> Tensor:
+        """rewards [B] -> advantages [B]; rollouts of one problem stand beside each other.
+
+        The sample standard deviation (n - 1), as torch.std has it. In float64, so that equal rewards give 0 and not
+        the rounding of their mean.
+        """
+        groups = rewards.double().view(-1, self.group)
+        centred = groups - groups.mean(1, keepdim=True)
+        return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten().to(rewards.dtype)
+
+
+class Neighbour(train.Trainer):
+    """A Trainer whose method, teacher or gate is the family's."""
+
+    def __init__(self, s: FamilySettings, ranks: Ranks):
+        self.method, self.context = METHODS.get(s.method, EGRSD), CONTEXTS[s.teacher_context]
+        self.full_distributions, self.quoted_completions = self.method.full_distributions, self.context.most_peers
+        self.needs_solution = self.method.reference or self.method.teacher and self.context.needs_solution
+        super().__init__(s, ranks)
+        self.median_entropies: list[float] = []
+        self.teacher_adapter = [] if s.teacher_schedule == "frozen" else [p.detach().clone() for p in self.parameters]
+        if s.advantage == "group":
+            self.baseline = GroupAdvantage(s.rollouts_per_prompt)
+        long = [p for p in self.problems if self.method.reference and len(p.solution.encode()) >= s.max_new_tokens]
+        cut = sum(not self.reference(p).finished for p in long)
+        if cut and ranks.rank == 0:
+            print(f"--method {s.method}: {cut} of {len(self.problems)} reference solutions are longer than "
+                  f"--max-new-tokens {s.max_new_tokens} and are cut there", flush=True)
+
+    # ---- rows
+
+    def rollouts(self, problems: list[Problem]) -> list[Rollout]:
+        return super().rollouts(problems) if self.method.rollouts else []
+
+    def other_rows(self, problems: list[Problem]) -> list[Rollout]:
+        """The reference solutions, for methods that learn from them."""
+        rows = [self.reference(problem) for problem in problems] if self.method.reference else []
+        self.num_reference, = self.ranks.sum([sum(len(row.token_ids) for row in rows)])
+        return rows
+
+    def reference(self, problem: Problem) -> Rollout:
+        """The reference solution and a stop token as a completion; not finished if it is cut at --max-new-tokens."""
+        cap, stop = self.s.max_new_tokens, rollout.stop_ids(self.model, self.tokenizer)[0]
+        if self.tokenizer.eos_token_id is not None:
+            stop = self.tokenizer.eos_token_id
+        ids = self.tokenizer.encode(problem.solution, add_special_tokens=False) + [stop]
+        return Rollout(ids[:cap], [0.0] * len(ids[:cap]), len(ids) <= cap, problem, self.student_prompt(problem),
+                       problem.solution, problem.answer, True, is_reference=True)
+
+    # ---- the teacher
+
+    def teacher_prompts(self, rows: list[Rollout]) -> list[list[int]]:
+        """What --teacher-context says. A row whose teacher has nothing to be shown gets the student's prompt."""
+        prompts, group = [], self.s.rollouts_per_prompt
+        for i, row in enumerate(rows):
+            shown = None
+            if self.method.teacher and not row.is_reference:
+                others = [other for other in rows[i - i % group:i - i % group + group] if other is not row]
+                shown = self.context.text(row.problem, [other.text for other in others if other.correct],
+                                          [other.text for other in others if not other.correct], row.correct)
+            prompts.append(row.prompt if shown is None else self.teacher_prompt(row.problem, shown))
+            row.has_context = not row.is_reference and (shown is not None or self.context.is_bare)
+        return prompts
+
+    def as_teacher(self):
+        """The base model, or what --teacher-schedule made of the student."""
+        return lora.replaced(self.model, self.teacher_adapter) if self.teacher_adapter else super().as_teacher()
+
+    def read_as_teacher(self, rows: list[Rollout]) -> teacher.Reading:
+        """H is 0 where the teacher has nothing to be shown. Also notes the median of H over the step's rollouts."""
+        if not self.method.teacher:
+            nothing = torch.zeros(len(rows), max(len(row.token_ids) for row in rows), device=self.ranks.device)
+            return teacher.Reading(nothing, nothing, nothing.bool())
+        reading = super().read_as_teacher(rows)
+        reading.entropy *= self.has_context(rows)
+        medians = [reading.entropy[i, :len(row.token_ids)].median().item() if row.has_context else torch.nan
+                   for i, row in enumerate(rows) if not row.is_reference]
+        self.median_entropies.append(self.ranks.gather(torch.tensor(medians)).nanmedian().nan_to_num().item())
+        return reading
+
+    def has_context(self, rows: list[Rollout]) -> Tensor:
+        """Whether the teacher had something to be shown: bool [B, 1]."""
+        return torch.tensor([[row.has_context] for row in rows], device=self.ranks.device)
+
+    def update(self, loss: float) -> tuple[float, float]:
+        """Then what --teacher-schedule says. An average is one of A and of B, not of their product."""
+        norm_and_rate = super().update(loss)
+        for old, new in zip(self.teacher_adapter, self.parameters, strict=False):  # the first is empty for `frozen`
+            if self.s.teacher_schedule == "ema":
+                old.lerp_(new.detach(), 1 - self.s.teacher_decay)
+            elif (self.step + 1) % self.s.teacher_every == 0:
+                old.copy_(new.detach())
+        return norm_and_rate
+
+    # ---- the loss
+
+    def read_as_student(self, *arguments) -> train.MicroBatch:
+        """d = 0 where the teacher has nothing to be shown."""
+        batch = super().read_as_student(*arguments)
+        batch.teacher_logp = torch.where(self.has_context(batch.rows) & self.method.teacher, batch.teacher_logp,
+                                         batch.student.logp.detach())
+        return batch
+
+    def loss(self, batch: train.MicroBatch) -> Tensor:
+        """The method's loss: means over the step's tokens, of rollouts and of reference solutions apart."""
+        s, student = self.s, batch.student
+        if s.gate == "position":
+            weights = egrsd.token_advantages(batch.advantage, batch.teacher_logp, student.logp, batch.entropy,
+                                             student.mask, gamma=0, eps=s.eps) * position_weight(student.mask)
+            return egrsd.policy_loss(student.logp, weights, student.mask, batch.num_tokens)
+        if self.method is EGRSD:
+            return super().loss(batch)
+        device = self.ranks.device
+        is_reference = torch.tensor([row.is_reference for row in batch.rows], device=device)
+        losses = self.method.loss(Batch(
+            logp=student.logp, teacher_logp=batch.teacher_logp, entropy=batch.entropy, mask=student.mask,
+            advantage=batch.advantage, correct=torch.tensor([row.correct for row in batch.rows], device=device),
+            is_reference=is_reference, divergence=self.divergence(batch), max_entropy=batch.max_entropy,
+            num_tokens=batch.num_tokens, num_completions=self.s.prompts_per_step * self.s.rollouts_per_prompt,
+            step=self.step, median_entropies=self.median_entropies,
+            gamma=s.gamma, window=s.window, eps=s.eps, floor=s.floor))
+        share = torch.where(is_reference, 1 / max(1, self.num_reference), 1 / max(1, batch.num_tokens)).unsqueeze(-1)
+        return (torch.where(student.mask, losses, 0.0) * share).sum()
+
+    def divergence(self, batch: train.MicroBatch) -> Callable[[Callable], Tensor]:
+        """Batch.divergence: 0 where the teacher had nothing to be shown."""
+        def divergence(f):
+            with self.autocast():
+                return self.has_context(batch.rows) * teacher.per_token_divergence(
+                    self.model.get_output_embeddings(), batch.student.hidden, batch.teacher_hidden,
+                    batch.student.mask, f, self.s.score_temperature)
+        return divergence
+
+    def token_metrics(self, batch: train.MicroBatch) -> dict[str, Tensor]:
+        """Without what the method does not use."""
+        unused = {"entropy", "delta"} if not self.method.teacher else set()
+        unused |= {"magnitude", "clipped"} if "eps" not in self.method.uses else set()
+        unused |= {"gate"} if "gamma" not in self.method.uses else set()
+        metrics = {name: value for name, value in super().token_metrics(batch).items() if name not in unused}
+        return metrics | ({"gate": position_weight(batch.student.mask)} if self.s.gate == "position" else {})
+
+    # ---- checkpoints
+
+    def state(self) -> tuple[dict, dict]:
+        tensors, numbers = super().state()
+        return tensors | {"teacher": self.teacher_adapter}, numbers | {"median_entropies": self.median_entropies}
+
+    def load_state(self, tensors: dict, numbers: dict) -> None:
+        super().load_state(tensors, numbers)
+        self.median_entropies = numbers["median_entropies"]
+        for old, saved in zip(self.teacher_adapter, tensors["teacher"], strict=True):
+            old.copy_(saved)

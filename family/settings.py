@@ -1,0 +1,82 @@
+"""The flags of the family, for its methods and for ablations of EGRSD, and what does not go together with them."""
+
+import os
+from dataclasses import dataclass, fields
+
+from family.contexts import CONTEXTS
+from family.methods import METHODS
+from support.data import InputError
+from support.flags import flag, flag_name
+from support.settings import Settings
+
+GROUP = 8  # completions per problem of the methods that compare them
+
+
+@dataclass
+class FamilySettings(Settings):
+    """Settings, and what only neighbouring methods and ablations of EGRSD change."""
+
+    advantage: str = flag("running", "baseline of the advantage: the rewards of earlier steps, or the completions of "
+                          "the same problem", choices=("running", "group"))
+    teacher_context: str = flag("solution", "what the teacher is shown, see docs/family.md", choices=tuple(CONTEXTS))
+    teacher_schedule: str = flag("frozen", "the teacher's weights: the base model, an exponential moving average of "
+                                 "the student, or a copy of it from time to time", choices=("frozen", "ema", "copy"))
+    teacher_decay: float = flag(0.99, "decay per step of --teacher-schedule ema", "[0, 1]")
+    teacher_every: int = flag(20, "steps between copies of --teacher-schedule copy", "[1, inf)")
+    gate: str = flag("", "what takes the place of EGRSD's gate: position, the weight of PW-OPSD (default: EGRSD's own)",
+                     choices=("position",))
+
+
+OWN = [f.name for f in fields(FamilySettings)[len(fields(Settings)):]]
+
+
+def is_used(s: Settings) -> bool:
+    """Whether these settings ask for anything that the core does not do."""
+    return s.method in METHODS or any(getattr(s, name) != getattr(FamilySettings, name) for name in OWN)
+
+
+def bring(name: str, preset: dict, given: dict) -> dict:
+    """Settings that a method stands for: its own, and for methods with groups as many completions a step as without,
+    or the fewest that all processes can share."""
+    method = METHODS[name]
+    brought = method.recipe | method.needs
+    if method.groups and "rollouts_per_prompt" not in preset | given:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        prompts = (preset | given).get("prompts_per_step", Settings.prompts_per_step)
+        brought |= {"rollouts_per_prompt": GROUP, "prompts_per_step": max(1, round(prompts / GROUP / world)) * world}
+    return brought
+
+
+def without_effect(s: FamilySettings) -> dict[str, str]:
+    """Settings that change nothing beside the others, with the reason."""
+    found = {}
+    if s.teacher_schedule != "ema":
+        found["teacher_decay"] = "it belongs to --teacher-schedule ema"
+    if s.teacher_schedule != "copy":
+        found["teacher_every"] = "it belongs to --teacher-schedule copy"
+    if s.gate:
+        found |= dict.fromkeys(("gamma", "window", "floor"), f"--gate {s.gate} takes the place of the entropy's gate")
+    if s.method in METHODS:
+        method = METHODS[s.method]
+        unused = {"advantage", "gate", "gamma", "window", "eps", "floor"} - {*method.uses, *method.needs}
+        unused |= {"beta_length"} if "advantage" not in method.uses else set()
+        unused |= {"rollouts_per_prompt", "temperature", "top_p", "top_k"} if not method.rollouts else set()
+        unused |= {name for name in OWN if name.startswith("teacher_")} if not method.teacher else set()
+        found |= dict.fromkeys(unused, f"--method {s.method} makes no use of it")
+    return found
+
+
+def check(s: FamilySettings) -> None:
+    """InputError for what a method or a flag of the family needs and does not find."""
+    method = METHODS.get(s.method)
+    for key, value in (method.needs if method else {}).items():
+        if getattr(s, key) != value:
+            raise InputError(f"--method {s.method} needs {flag_name(key)} {value}, got {getattr(s, key)}: leave the "
+                             "flag out, or choose another method")
+    if s.gate and s.method != "egrsd":
+        raise InputError(f"--gate {s.gate} takes the place of EGRSD's gate: use it with --method egrsd")
+    reasons = [f"--method {s.method}"] if method and method.groups else []
+    reasons += ["--advantage group"] if s.advantage == "group" else []
+    reasons += [f"--teacher-context {s.teacher_context}"] if s.teacher_context.startswith("peer") else []
+    if reasons and s.rollouts_per_prompt < 2:
+        raise InputError(f"{reasons[0]} compares completions of one problem: set --rollouts-per-prompt to 2 or more")

@@ -1,0 +1,71 @@
+"""Command lines from dataclasses: a field is a flag, with its default, its sentence in --help and its range.
+
+    lr: float = flag(1e-3, "learning rate", "[0, inf)")      a field of the dataclass Settings
+    settings = parse(Settings, sys.argv[1:], __doc__)
+"""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import Field, field, fields
+
+from support.data import InputError
+
+
+def flag(default, help: str, interval: str = "", choices: tuple | None = None):
+    """One setting; interval: the numbers that it may be, such as "[0, 1)". A list is a flag to be repeated."""
+    keywords = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**keywords, metadata={"help": help, "interval": interval, "choices": choices})
+
+
+def flag_name(key: str) -> str:
+    """The flag of a field."""
+    return "--" + key.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes raise InputError; what is not on the command line is not in the result."""
+
+    def __init__(self, description: str, epilog: str | None = None):
+        super().__init__(description=description, epilog=epilog, argument_default=argparse.SUPPRESS,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
+
+
+def add_flags(parser, settings: Iterable[Field], choices: dict[str, tuple] | None = None) -> None:
+    """A flag per field; `choices` of fields that do not declare them."""
+    for f in settings:
+        keywords = {"type": f.type, "choices": (choices or {}).get(f.name, f.metadata["choices"])}
+        if f.type is bool:
+            keywords = {"action": argparse.BooleanOptionalAction}
+        elif f.type is list:
+            keywords = {"action": "append"}
+        shown = f" (default: {f.default})" if f.type is not list and f.default not in (None, "") else ""
+        parser.add_argument(flag_name(f.name), help=f.metadata["help"] + shown, **keywords)
+
+
+def parse(kind: type, argv: list[str], description: str):
+    """A `kind` from the command line, its ranges checked."""
+    parser = Parser(description)
+    add_flags(parser, fields(kind))
+    settings = kind(**vars(parser.parse_args(argv)))
+    check_ranges(settings)
+    return settings
+
+
+def check_ranges(settings) -> None:
+    """InputError for the first number that is out of its range."""
+    for f in fields(settings):
+        value, interval = getattr(settings, f.name), f.metadata["interval"]
+        if interval and not is_inside(value, interval):
+            raise InputError(f"{flag_name(f.name)} must be in {interval}, got {value}")
+
+
+def is_inside(value: float, interval: str) -> bool:
+    """
+    >>> is_inside(0, "[0, 1)"), is_inside(1, "[0, 1)"), is_inside(float("nan"), "(0, inf)")
+    (True, False, False)
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")

@@ -1,0 +1,102 @@
+"""Problems in, graded rollouts out: what training, evaluation and diagnostics have in common."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import reward
+import rollout
+import teacher
+from support.data import InputError, Problem
+from support.flags import flag
+
+
+@dataclass
+class Rollout(rollout.Completion):
+    """One completion: token_ids, logprobs and finished as the sampler gives them, and what else is known of it."""
+
+    problem: Problem
+    prompt: list[int]  # token ids of the student's prompt
+    text: str = ""  # decoded, without special tokens
+    answer: str | None = None  # the box's content, None if there is none
+    correct: bool = False  # finished, and the verifier says that the answer is right
+    reward: float = 0.0
+    advantage: float = 0.0
+    is_reference: bool = False  # the data's solution, not a sample: family/ may train on it
+    has_context: bool = True  # the teacher had something to be shown: family/ may have nothing
+
+    def as_json(self) -> dict:
+        """What a samples.jsonl says of it."""
+        return {"line": self.problem.line, "problem": self.problem.problem, "gold": self.problem.answer,
+                "completion": self.text, "answer": self.answer, "correct": self.correct, "finished": self.finished,
+                "tokens": len(self.token_ids)}
+
+
+@dataclass
+class Sampling:
+    """How completions are drawn, as flags of a command; the defaults are the evaluation of arXiv 2605.13255."""
+
+    samples: int = flag(4, "completions per problem", "[1, inf)")
+    max_new_tokens: int = flag(32768, "longest completion in tokens", "[1, inf)")
+    temperature: float = flag(1.0, "sampling temperature, 0: greedy", "[0, inf)")
+    top_p: float = flag(0.95, "draw from the likeliest tokens of this mass", "(0, 1]")
+    top_k: int = flag(0, "draw from this many likeliest tokens, 0: all", "[0, inf)")
+    slots: int = flag(32, "rows decoded together; lower it to save memory", "[1, inf)")
+    thinking: bool = flag(True, "let the chat template open a thinking block")
+
+
+def student_prompt(tokenizer, problem: Problem, thinking: bool) -> list[int]:
+    """Token ids of the prompt that is trained, and asked at evaluation."""
+    return teacher.encode(tokenizer, teacher.student_messages(problem.problem), thinking)
+
+
+def sample(model, tokenizer, problems: Sequence[Problem], sampling: Sampling, *, seed: tuple[int, ...],
+           first_row: int = 0, show: Callable[[int, int], None] | None = None) -> list[Rollout]:
+    """`sampling.samples` rollouts of each problem, in the order of the problems, not graded yet. The first one is row
+    `first_row` of all ranks' rows: the result does not depend on how many ranks there are."""
+    prompts = [student_prompt(tokenizer, problem, sampling.thinking) for problem in problems]
+    completions = rollout.sample(
+        model, prompts, max_new_tokens=sampling.max_new_tokens, stop_ids=rollout.stop_ids(model, tokenizer),
+        temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+        samples_per_prompt=sampling.samples, slots=sampling.slots,
+        generator=rollout.generator_for_rows(seed, first_row), progress=show)
+    return [Rollout(c.token_ids, c.logprobs, c.finished, problems[i // sampling.samples],
+                    prompts[i // sampling.samples]) for i, c in enumerate(completions)]
+
+
+def grade(tokenizer, rollouts: list[Rollout]) -> list[Rollout]:
+    """Fill in text, answer and correct; a truncated completion is wrong whatever it says. Returns the same rollouts."""
+    for row in rollouts:
+        row.text = tokenizer.decode(row.token_ids, skip_special_tokens=True)
+        row.answer = reward.extract_answer(row.text)
+        row.correct = row.finished and row.answer is not None and reward.is_equal(row.answer, row.problem.answer)
+    return rollouts
+
+
+def check_window(model, path: str, problems: Sequence[Problem], new_tokens: int,
+                 prompts: Callable[[Problem], list[list[int]]]) -> None:
+    """InputError with the line of the first problem one of whose prompts leaves no room for `new_tokens` tokens."""
+    window = rollout.window(model)
+    rest = max(map(len, prompts(Problem("", "", "", 0)))) + new_tokens
+    for p in problems:
+        if len((p.problem + p.solution + p.answer).encode()) + rest <= window:
+            continue  # a token has at least one byte
+        length = max(map(len, prompts(p)))
+        if length + new_tokens > window:
+            raise InputError(f"{path}: line {p.line}: field 'problem' (with 'solution', where it is shown) makes a "
+                             f"prompt of {length} tokens, beyond the model's window of {window} together with "
+                             f"{new_tokens} new tokens: shorten or remove the row, or lower --max-new-tokens")
+
+
+def progress(bar, prefix: str = "", counts: bool = True, check: Callable[[], None] = lambda: None) -> Callable:
+    """A callback for rollout.sample: tokens/s behind `prefix` beside the bar, and finished completions if it counts
+    them. `check` is called first, and may raise an exception to end the sampling."""
+    tokens, start = 0, time.perf_counter()
+
+    def show(new_tokens: int, finished: int) -> None:
+        nonlocal tokens
+        check()
+        tokens += new_tokens
+        bar.set_postfix_str(f"{prefix}{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+        bar.update(finished if counts else 0)
+    return show

@@ -1,0 +1,169 @@
+"""What a run can be told: every setting with its sentence, presets, and what does not go together.
+
+Every field of `Settings` is a flag of train.py. Values come from the defaults (the paper's recipe for Qwen3-4B), then
+presets, then the method, then flags; of a resumed run from its config.json. Mistakes raise InputError, in one line.
+The package family/, where it is there, brings more methods and more flags: every function here takes it as an argument.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from support.data import InputError
+from support.flags import Parser, add_flags, check_ranges, flag, flag_name
+
+MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every"}
+
+
+@dataclass
+class Settings:
+    """One run. The defaults are the paper's recipe for Qwen3-4B."""
+
+    model: str = flag("Qwen/Qwen3-4B", "checkpoint directory or hub id; toy: the embedded tiny model")
+    data: str = flag("", "training problems: a JSONL file with problem, solution, answer; toy: the embedded ones")
+    eval_data: str = flag("", "held-out problems, evaluated before and after training; empty: no evaluation")
+    out: str = flag("runs/train", "directory of the run; must be new or empty, unless --resume")
+    seed: int = flag(0, "seed of the adapter's initial weights, the order of the problems and all sampling", "[0, inf)")
+    method: str = flag("cl-egrsd", "what is trained, see the list below")
+    steps: int = flag(100, "optimizer steps of the run", "[1, inf)")
+    prompts_per_step: int = flag(32, "problems per step, over all ranks", "[1, inf)")
+    rollouts_per_prompt: int = flag(1, "completions sampled per problem", "[1, inf)")
+    micro_batch: int = flag(4, "completions of full length per pass on one rank; lower it to save memory", "[1, inf)")
+    slots: int = flag(0, "rows decoded together on one rank, 0: all; lower it to save memory", "[0, inf)")
+    max_new_tokens: int = flag(1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)")
+    temperature: float = flag(1.1, "sampling temperature of the rollouts", "[0, inf)")
+    top_p: float = flag(0.95, "rollouts are drawn from the likeliest tokens that make up this mass", "(0, 1]")
+    top_k: int = flag(20, "rollouts are drawn from this many likeliest tokens, 0: all", "[0, inf)")
+    score_temperature: float = flag(1.0, "temperature at which teacher and student score completions", "(0, inf)")
+    thinking: bool = flag(False, "let the chat template open a thinking block, in training and evaluation")
+    lr: float = flag(5e-6, "learning rate of AdamW", "[0, inf)")
+    lr_warmup_steps: int = flag(0, "steps of linear warm-up; the rate is constant after them", "[0, inf)")
+    weight_decay: float = flag(0.0, "weight decay of AdamW", "[0, inf)")
+    max_grad_norm: float = flag(0.1, "the gradient is clipped to this norm", "(0, inf)")
+    gamma: float = flag(0.3, "strength of the confidence gate, eq. (6); 0: no gate", "[0, inf)")
+    window: int = flag(3, "lookahead of the gate in tokens, eq. (8): CL-EGRSD; 0: EGRSD", "[0, inf)")
+    eps: float = flag(0.2, "the magnitude is clipped to [1 - eps, 1 + eps], eq. (2); 0: no magnitude", "[0, 1)")
+    floor: float = flag(0.1, "smallest value of the gate, eq. (6)", "(0, 1]")
+    beta_length: float = flag(0.5, "largest extra reward of a correct completion for being short", "[0, inf)")
+    lora_rank: int = flag(64, "rank of the adapter", "[1, inf)")
+    lora_alpha: float = flag(128.0, "alpha of the adapter, whose scale is alpha / rank", "(0, inf)")
+    bf16: bool = flag(None, "bfloat16 base weights and autocast (default: on with CUDA, off without)")
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass to save memory")
+    checkpoint_every: int = flag(25, "steps between checkpoints", "[1, inf)")
+    eval_before: bool = flag(True, "evaluate before training too")
+    eval_samples: int = flag(4, "completions per problem in the evaluations before and after", "[1, inf)")
+    eval_max_new_tokens: int = flag(0, "longest completion in evaluation, 0: as in training", "[0, inf)")
+    eval_temperature: float = flag(1.0, "sampling temperature in evaluation", "[0, inf)")
+    eval_top_p: float = flag(0.95, "top-p in evaluation", "(0, 1]")
+    skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
+
+
+PRESETS = {
+    "paper-4b": {},
+    "paper-8b": dict(model="Qwen/Qwen3-8B", gamma=1.0, window=5),
+    "toy": dict(model="toy", data="toy", eval_data="toy", steps=64, prompts_per_step=64, micro_batch=64,
+                max_new_tokens=128, temperature=1.0, top_p=1.0, top_k=0, lr=1e-3, lora_rank=16, lora_alpha=32.0,
+                checkpoint_every=16, gradient_checkpointing=False, eval_samples=1, eval_top_p=1.0),
+}
+
+METHODS = {  # names for gamma and window: what each sets, and its line in --help
+    "cl-egrsd": ({}, "CL-EGRSD, --gamma and --window above 0: the gate looks --window tokens ahead"),
+    "egrsd": (dict(gamma=0.3, window=0), "EGRSD, --window 0: direction x magnitude x gate"),
+    "direction-aware": (dict(gamma=0.0), "--gamma 0, direction x magnitude: what the EGRSD paper calls RLSD"),
+}
+
+
+def method_name(gamma: float, window: int) -> str:
+    """The name in METHODS that these two numbers have."""
+    return "direction-aware" if gamma == 0 else "egrsd" if window == 0 else "cl-egrsd"
+
+
+def parse(argv: list[str], description: str, family=None) -> tuple[Settings, bool]:
+    """(settings, resume) from the command line; with --resume the settings of the run in --out, which flags may repeat
+    but not change."""
+    given = vars(_parser(description, family).parse_args(argv))
+    resume = given.pop("resume", False)
+    implied = [] if resume else ["toy"] if given.get("model", "toy") == "toy" else ["paper-4b"]
+    preset = {key: value for name in given.pop("preset", implied) for key, value in PRESETS[name].items()}
+    if "data" in given:
+        preset.pop("eval_data", None)  # a preset's held-out problems belong to its training problems
+    if not resume:
+        return _resolve({}, preset, given, family), False
+    stored, world = read_config(Path(given.get("out", Settings.out)), family)
+    repeated = _resolve(asdict(stored), preset, given, family)
+    changed = [f"{flag_name(key)} was {getattr(stored, key)}" for key in preset | given
+               if key not in MAY_CHANGE_ON_RESUME and getattr(repeated, key) != getattr(stored, key)]
+    if changed:
+        raise InputError(f"{stored.out}: --resume with changed settings ({', '.join(changed)}): leave these flags out, "
+                         "or start a new run with another --out")
+    here = int(os.environ.get("WORLD_SIZE", 1))
+    if world != here:
+        raise InputError(f"{stored.out}: --resume with another world size: the run was started with {world} "
+                         f"processes, this is {here}: set --nproc-per-node to match")
+    return replace(stored, **{key: given[key] for key in MAY_CHANGE_ON_RESUME & given.keys()}), True
+
+
+def _parser(description: str, family) -> Parser:
+    methods = {name: line for name, (_, line) in METHODS.items()}
+    if family:
+        methods |= {name: method.summary for name, method in family.METHODS.items()}
+    parser = Parser(description, "methods:\n" + "\n".join(f"  {name:16} {line}" for name, line in methods.items()))
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, help="named settings, over which flags win (default: "
+                        "toy, or with another --model paper-4b, whose values are the defaults given below)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in --out")
+    add_flags(parser, fields(Settings), {"method": tuple(methods)})
+    if family:
+        group = parser.add_argument_group("neighbouring methods and ablations (family/)")
+        add_flags(group, fields(family.FamilySettings)[len(fields(Settings)):])
+    return parser
+
+
+def _resolve(base: dict, preset: dict, given: dict, family) -> Settings:
+    """The defaults, over them `base`, the preset, what the method stands for, and flags. Flags that contradict the
+    method or change nothing are refused."""
+    before, brought = base | preset, {}
+    method = (before | given).get("method", Settings.method)
+    if family and method in family.METHODS:
+        brought = family.bring(method, preset, given)
+    elif "method" in given:
+        brought = METHODS[method][0]
+    s = (family.FamilySettings if family else Settings)(**before | brought | given)
+    if method in METHODS:
+        s.method = method_name(s.gamma, s.window)
+        if given.get("method", s.method) != s.method:
+            raise InputError(f"--method {method} with --gamma {s.gamma} and --window {s.window}, which is "
+                             f"{s.method}: leave --method out, or these flags")
+    without_effect = family.without_effect(s) if family else {}
+    if method in METHODS and s.gamma == 0:
+        without_effect |= dict.fromkeys(("window", "floor"), "there is no gate with --gamma 0")
+    for key in given.keys() & without_effect.keys():
+        raise InputError(f"{flag_name(key)}: {without_effect[key]}: leave it out")
+    return s
+
+
+def check(s: Settings, world: int, family=None) -> None:
+    """Refuse settings that cannot work, before anything is loaded or written."""
+    check_ranges(s)
+    if s.prompts_per_step % world:
+        raise InputError(f"--prompts-per-step {s.prompts_per_step} cannot be shared equally by {world} processes: take "
+                         "a multiple")
+    if not s.data:
+        raise InputError("--data is missing: name a JSONL file with problem, solution and answer")
+    if family:
+        family.check(s)
+
+
+def read_config(run: Path, family) -> tuple[Settings, int]:
+    """Settings and world size of an earlier run. Older ones have a `gate` that says what gamma and window say."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        values, world = config["settings"], config["world_size"]
+        values |= {"lookahead": {"gate": ""}, "entropy": {"gate": "", "window": 0}, "none": {"gate": "", "gamma": 0.0},
+                   "position": {"window": 0}}.get(values.get("gate"), {})
+        if values["method"] in METHODS:
+            values["method"] = method_name(values["gamma"], values["window"])
+        return (family.FamilySettings if family else Settings)(**values), world
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{run / 'config.json'}: no run to resume here ({error}): check --out, or leave --resume "
+                         "out") from None

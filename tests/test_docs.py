@@ -1,0 +1,113 @@
+"""README.md and docs/: every link, file and flag that they name exists, and the README stays short."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import train
+from experiments import bench, compare, diagnostics, plot, token_view
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TORCHRUN = {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
+OF_A_RUN = {"config.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "results.json", "state.json",
+            "tokens.jsonl", "diagnostics.json", "adapter_config.json", "only.json", "test.json", "validation.json",
+            "validation.jsonl", "token_view.html", "train.jsonl", "test.jsonl", "openthoughts.jsonl", "aime24.jsonl",
+            "math500.jsonl", "gsm8k_200.jsonl", "bench.json"}
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def slug(heading):
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    text = text_of(page)
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)
+    assert links
+    for link in links:
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), link
+        if anchor and not re.fullmatch(r"L\d+", anchor):
+            headings = [line.lstrip("#") for line in text_of(path).splitlines() if line.startswith("#")]
+            assert anchor in [slug(heading) for heading in headings], link
+
+
+def test_links_to_lines_point_at_what_they_name():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", text_of(ROOT / "README.md"))
+    assert len(links) >= 11
+    for name, file, number in links:
+        line = (ROOT / file).read_text().splitlines()[int(number) - 1]
+        assert re.match(rf"\s*(def|class) {name}\b", line), f"{file}#L{number} is {line!r}, not {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files(page):
+    for name in set(re.findall(r"`([\w./-]+\.(?:py|md|json|jsonl|png|html|toml|txt))`", text_of(page))):
+        assert (ROOT / name).exists() or (page.parent / name).exists() or Path(name).name in OF_A_RUN, name
+
+
+def flags_in_help(name, module):
+    """The flags of a command, from its --help; flags that switch also have a --no- form there."""
+    printed = []
+
+    def print_message(self, message, file=None):
+        printed.append(message)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sys, "argv", [name, "--help"])
+    patch.setattr("argparse.ArgumentParser._print_message", print_message)
+    with pytest.raises(SystemExit):
+        module.main()
+    patch.undo()
+    return set(re.findall(r"--[a-z][a-z0-9-]*", "".join(printed)))
+
+
+@pytest.fixture(scope="module")
+def flags_of():
+    """The flags of every command."""
+    commands = {"train.py": train, "eval.py": evaluation, "experiments.bench": bench, "experiments.plot": plot,
+                "experiments.compare": compare, "experiments.diagnostics": diagnostics,
+                "experiments.token_view": token_view}
+    return {name: flags_in_help(name, module) for name, module in commands.items()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags(page, flags_of):
+    known = set().union(*flags_of.values()) | TORCHRUN | {"--no-"}
+    text = re.sub(r"\\\n\s*", "", text_of(page))
+    for line in text.splitlines():
+        flags = {flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", line)}
+        assert flags <= known, line
+        command = re.match(r"(?:torchrun|python|\.venv/bin/python)\b.*?(train\.py|eval\.py|experiments\.\w+)", line)
+        if command:  # a line of a code block: the flags must be those of this command
+            assert flags <= flags_of[command[1]] | TORCHRUN, line
+
+
+def test_the_readme_is_short():
+    text = text_of(ROOT / "README.md")
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    prose = "\n".join(line for line in prose.splitlines() if not line.startswith(("|", "    ")))
+    assert len(text.splitlines()) <= 160 and len(prose.split()) <= 1500
+
+
+def test_the_readme_says_what_helps_a_reader_to_trust_it():
+    """Nothing that nobody tried may pass for tried."""
+    text = text_of(ROOT / "README.md")
+    for sentence in ("No CUDA line has run on a GPU", "Nobody has tried vLLM",
+                     "none of the paper's results were reproduced"):
+        assert sentence in " ".join(text.split())
+
+
+def test_ci_runs_the_readme_s_commands_in_this_order():
+    commands = [line for line in text_of(ROOT / "README.md").splitlines() if line.startswith("python3 -m venv")]
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert len(commands) == 2 and [line for line in lines if line in commands] == commands and lines[-1] == commands[1]

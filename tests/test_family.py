@@ -1,0 +1,680 @@
+"""family/ against plain loops in float64, its identities, and every method in a run."""
+
+import doctest
+import inspect
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import in_background, random_ids, tiny_qwen3, train_arguments, train_here
+from test_train import ENVIRONMENT, ROOT, TORCHRUN, adapter, assert_same_run, metrics
+from transformers import AutoModelForCausalLM
+
+import egrsd
+import family
+import lora
+import teacher
+import train
+from family import METHODS, contexts, methods, neighbour
+from family.contexts import CONTEXTS
+from family.methods import Batch
+from support.data import InputError, Problem
+from support.sampling import Rollout
+from support.settings import check
+
+LENGTHS = [7, 4, 1, 6]
+V = 150  # above the largest k, 100
+
+
+def make_batch(teacher_logits=None, student_logits=None, **changes):
+    """Four completions over a vocabulary of 150, in float64, and all log-probs: (batch, log p_T, log p_S)."""
+    generator = torch.Generator().manual_seed(3)
+    B, T = len(LENGTHS), max(LENGTHS)
+    if teacher_logits is None:
+        teacher_logits, student_logits = 3 * torch.randn(2, B, T, V, generator=generator, dtype=torch.float64)
+    student_logits = student_logits.clone().requires_grad_()
+    log_t, log_s = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+    tokens = torch.randint(V, (B, T, 1), generator=generator)
+    mask = torch.arange(T) < torch.tensor(LENGTHS).unsqueeze(1)
+
+    def pick(logs):
+        return logs.gather(-1, tokens).squeeze(-1) * mask
+    entropy = -(log_t.exp() * log_t).sum(-1) * mask
+    batch = Batch(
+        logp=pick(log_s).detach().requires_grad_(), teacher_logp=pick(log_t), entropy=entropy, mask=mask,
+        advantage=torch.tensor([1.3, -0.7, 0.0, 2.1], dtype=torch.float64),
+        correct=torch.tensor([True, False, False, True]),
+        is_reference=torch.tensor([False, False, False, True]),
+        divergence=lambda f: f(log_t.flatten(0, 1), log_s.flatten(0, 1)).view(B, T) * mask,
+        max_entropy=entropy.max().item(), num_tokens=float(sum(LENGTHS)), num_completions=4.0, step=10,
+        median_entropies=[0.5, 0.6, 0.4, 0.7, 0.5, 0.55], **changes)
+    return batch, log_t, log_s
+
+
+def clip(x, low, high):
+    return min(max(x, low), high)
+
+
+def sign(x):
+    return (x > 0) - (x < 0)
+
+
+def top(logs, k):
+    return sorted(range(len(logs)), key=lambda v: -logs[v])[:k]
+
+
+def renormalised(logs, indices):
+    total = sum(math.exp(logs[v]) for v in indices)
+    return [math.exp(logs[v]) / total for v in indices]
+
+
+def position(t, T):  # t from 1
+    return 0.25 + 0.75 / (1 + math.exp(-((t - 0.5) / T - 0.30) / 0.10))
+
+
+def token_of(s, log_t, log_s, i, t):
+    """All that the formulas below may use of token t (from 0) of completion i, in plain numbers."""
+    d, A, T = (s.teacher_logp[i, t] - s.logp[i, t]).item(), s.advantage[i].item(), LENGTHS[i]
+    q, p = log_s[i, t].tolist(), log_t[i, t].tolist()  # log p_S, log p_T
+    H = [-sum(math.exp(x) * x for x in log_t[i, u].tolist()) for u in range(T)]
+    return SimpleNamespace(
+        d=d, A=A, p=p, q=q, H=H[t], w=clip(math.exp(sign(A) * d), 0.8, 1.2) if A else 1.0,
+        w_reversed=clip(math.exp(-sign(A) * d), 0.8, 1.2) if A else 1.0, correct=s.correct[i].item(),
+        is_reference=s.is_reference[i].item(),
+        clipped=sum(min(math.exp(a) * (a - b), 0.05) for a, b in zip(p, q, strict=True)),
+        reverse=sum(math.exp(b) * (b - a) for a, b in zip(p, q, strict=True)),
+        per_completion=position(t + 1, T) * s.num_tokens / (4 * T))
+
+
+def eopd(k):
+    P, Q = renormalised(k.p, top(k.p, 16)), renormalised(k.q, top(k.p, 16))
+    return k.d, (k.H > 0.8) * sum(a * math.log(a / b) for a, b in zip(P, Q, strict=True))
+
+
+def topk_opd(k):
+    indices = top(k.q, 16)
+    return 0.0, sum(b * (k.q[v] - k.p[v]) for v, b in zip(indices, renormalised(k.q, indices), strict=True))
+
+
+FORMULAS = {  # (coefficient, divergence) of a token: one formula of family.md each; the batch is at step 10
+    "sft": lambda k: (1.0, 0.0),
+    "grpo": lambda k: (k.A, 0.0),
+    "grpo-group": lambda k: (k.A, 0.0),
+    "rlsd": lambda k: (k.A * (1 - 0.5 * (1 - 10 / 50) + 0.5 * (1 - 10 / 50) * k.w), 0.0),
+    "rlrt": lambda k: (k.A * (0.5 + 0.5 * k.w_reversed) if k.correct else k.A, 0.0),
+    "antisd": lambda k: (k.A - 0.25 * (math.log1p(math.exp(k.d)) - math.log(2)), 0.0),  # last median 0.55 >= 0.5: g = 1
+    "reopold": lambda k: (k.d if k.d > math.log(0.1) / 0.9 else 0.0, 0.0),
+    "vopd": lambda k: (k.d + k.reverse, 0.0),
+    "eopd": eopd,
+    "stable-opd": lambda k: (0.1, 0.0) if k.is_reference else (k.d, 0.1 * k.reverse),
+    "opsd": lambda k: (0.0, k.clipped),
+    "pw-opsd": lambda k: (0.0, k.clipped * k.per_completion),
+    "topk-opd": topk_opd,
+    "sdpo": lambda k: (0.0, jensen_shannon(k.p, k.q, 100)),
+    "mopd": lambda k: (0.0, jensen_shannon(k.p, k.q, 100)),
+}
+
+
+def jensen_shannon(p, q, k):
+    indices = top(q, k)
+    P, Q = ([math.exp(x[v]) for v in indices] for x in (p, q))
+    P, Q = (x + [max(1 - sum(x), 1e-7)] for x in (P, Q))
+    return sum(a * math.log(2 * a / (a + b)) + b * math.log(2 * b / (a + b)) for a, b in zip(P, Q, strict=True)) / 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_equals_a_loop(name):
+    s, log_t, log_s = make_batch(eps=0.7)
+    loss = METHODS[name].loss(s)
+    assert loss.shape == s.mask.shape and torch.isfinite(loss).all()
+    slope, = torch.autograd.grad(loss.sum(), s.logp, retain_graph=True, allow_unused=True)
+    c = torch.zeros_like(loss) if slope is None else -slope
+    divergence = loss.detach() + c * s.logp.detach()
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
+            expected = FORMULAS[name](token_of(s, log_t, log_s, i, t))
+            assert (c[i, t].item(), divergence[i, t].item()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_table_of_methods_is_complete():
+    """The list of the issue that brought them, each with its source or what it is, and a grade, in the docstring."""
+    assert set(METHODS) == {"sft", "grpo", "grpo-group", "rlsd", "opsd", "pw-opsd", "eopd", "reopold", "rlrt", "vopd",
+                            "antisd", "sdpo", "mopd", "topk-opd", "stable-opd"}
+    for m in METHODS.values():
+        assert "Grade " in inspect.getdoc(m.loss) and m.summary
+
+
+@pytest.mark.parametrize("k", [1, 4, 10, 150, 200])
+def test_top_k_divergences(k):
+    _, log_t, log_s = make_batch()
+    log_t, log_s = log_t.flatten(0, 1)[:6], log_s.detach().flatten(0, 1)[:6]
+    forward, reverse, jsd = (f(log_t, log_s, k=k) for f in (
+        methods.forward_kl_top, methods.reverse_kl_top, methods.jensen_shannon_top))
+    for row, (p, q) in enumerate(zip(log_t.tolist(), log_s.tolist(), strict=True)):
+        P, Q = renormalised(p, top(p, k)), renormalised(q, top(p, k))
+        expected = sum(a * math.log(a / b) for a, b in zip(P, Q, strict=True))
+        assert forward[row].item() == pytest.approx(expected, abs=1e-9)
+        indices = top(q, k)
+        expected = sum(w * (q[v] - p[v]) for v, w in zip(indices, renormalised(q, indices), strict=True))
+        assert reverse[row].item() == pytest.approx(expected, abs=1e-9)
+        assert jsd[row].item() == pytest.approx(jensen_shannon(p, q, k), abs=1e-9)
+
+
+@pytest.mark.parametrize("f", [
+    methods.clipped_forward_kl, methods.reverse_kl, methods.student_entropy, partial(methods.forward_kl_top, k=4),
+    partial(methods.reverse_kl_top, k=4), partial(methods.jensen_shannon_top, k=4)])
+def test_divergences_carry_their_whole_gradient(f):
+    """A probability that is taken for a constant changes no value, only what is learned."""
+    generator = torch.Generator().manual_seed(2)
+    teacher_logits, student_logits = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64)
+    log_t = teacher_logits.log_softmax(-1)
+    assert torch.autograd.gradcheck(lambda x: f(log_t, x.log_softmax(-1)), student_logits.requires_grad_())
+
+
+def test_rlsd_ends_as_grpo():
+    s, _, _ = make_batch()
+    s.step = 60
+    assert torch.equal(methods.rlsd(s), methods.grpo_group(s))
+
+
+def test_reopold_keeps_the_most_uncertain_fifth_later():
+    s, log_t, log_s = make_batch()
+    s.step = 50
+    loss = methods.reopold(s)
+    c = -torch.autograd.grad(loss.sum(), s.logp)[0]
+    for i, length in enumerate(LENGTHS):
+        H = [-sum(math.exp(x) * x for x in log_s[i, t].tolist()) for t in range(length)]
+        kept = sorted(range(length), key=lambda t: -H[t])[:math.ceil(0.2 * length)]
+        expected = [max(s.d[i, t].item(), math.log(0.1) / 0.9) if t in kept else 0.0 for t in range(length)]
+        assert c[i, :length].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("medians,g", [
+    ([0.5] * 5, 0), ([0.5] * 6, 1), ([0.5] * 5 + [0.47], 1), ([0.5] * 5 + [0.46], 0), ([0.5] * 5 + [0.46, 0.48], 0),
+    ([0.5] * 5 + [0.46, 0.5], 1), ([9, 0.1, 0.5, 0.5, 0.5, 0.49], 1)])
+def test_antisd_switch(medians, g):
+    s, _, _ = make_batch()
+    s.median_entropies = medians
+    c = -torch.autograd.grad(methods.antisd(s).sum(), s.logp)[0]
+    bonus = s.A - 0.25 * g * (torch.nn.functional.softplus(s.d) - math.log(2))
+    torch.testing.assert_close(c * s.mask, bonus * s.mask)
+
+
+# ---- identities
+
+
+def test_rlsd_at_lam_1_is_egrsd_without_a_gate():
+    s, _, _ = make_batch()
+    s.step = 0
+    weights = egrsd.token_advantages(s.advantage, s.teacher_logp, s.logp, s.entropy, s.mask, gamma=0)
+    assert torch.equal(methods.rlsd(s, lam=1.0), egrsd.policy_loss(s.logp, weights, s.mask, reduction="none"))
+
+
+def test_rlrt_on_correct_rollouts_is_rlsd_with_d_reversed():
+    s, _, _ = make_batch()
+    s.step, s.correct = 0, torch.ones(4, dtype=torch.bool)
+    rlrt = torch.autograd.grad(methods.rlrt(s).sum(), s.logp)[0]
+    s.teacher_logp = 2 * s.logp.detach() - s.teacher_logp
+    torch.testing.assert_close(rlrt, torch.autograd.grad(methods.rlsd(s).sum(), s.logp)[0])
+
+
+def expected_gradient(method, teacher_logits, student_logits, **keywords):
+    """Gradient of E over y ~ p_S of the method's loss, one completion of one token for every y: exact, no sampling."""
+    log_t, log_s = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+    s, _, _ = make_batch()
+    n = len(log_t)
+    s.logp, s.teacher_logp, s.mask = log_s.unsqueeze(-1), log_t.unsqueeze(-1), torch.ones(n, 1, dtype=torch.bool)
+    s.advantage = torch.zeros(n, dtype=torch.float64)
+    s.divergence = lambda f: f(log_t.expand(n, n), log_s.expand(n, n)).unsqueeze(-1)
+    loss = method(s, **keywords).squeeze(-1)
+    return torch.autograd.grad((log_s.exp().detach() * loss).sum(), student_logits)[0], -loss.detach() / log_s.detach()
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(5)
+    teacher_logits, student_logits = 2 * torch.randn(2, V, generator=generator, dtype=torch.float64)
+    return teacher_logits, student_logits.requires_grad_()
+
+
+def test_vopd_is_the_reverse_kl_without_bias(logits):
+    gradient, c = expected_gradient(methods.vopd, *logits)
+    log_t, log_s = (x.log_softmax(-1) for x in logits)
+    assert (log_s.exp() * c).sum().item() == pytest.approx(0, abs=1e-12)  # E c = 0
+    torch.testing.assert_close(gradient, torch.autograd.grad(methods.reverse_kl(log_t, log_s), logits[1])[0])
+
+
+def test_antisd_ascends_the_jensen_shannon_divergence(logits):
+    gradient, bonus = expected_gradient(methods.antisd, *logits)
+    log_t, log_s = (x.log_softmax(-1) for x in logits)
+    middle = torch.logaddexp(log_t, log_s) - math.log(2)
+    jsd = ((log_t.exp() * (log_t - middle)).sum() + (log_s.exp() * (log_s - middle)).sum()) / 2
+    torch.testing.assert_close(gradient, -0.5 * torch.autograd.grad(jsd, logits[1])[0])
+    assert 0 < bonus.max() <= 0.25 * math.log(2)
+    torch.testing.assert_close(methods.jensen_shannon_top(log_t[None], log_s[None], k=V)[0], jsd, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if m.full_distributions])
+def test_a_teacher_that_is_the_student_teaches_nothing(name):
+    logits = 3 * torch.randn(4, 7, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    s, _, _ = make_batch(logits, logits)
+    s.is_reference[:] = False
+    torch.testing.assert_close(METHODS[name].loss(s), torch.zeros(4, 7, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_doctests():
+    assert all(doctest.testmod(module).failed == 0 for module in (methods, contexts))
+
+
+def test_position_weight():
+    mask = torch.arange(1000) < torch.tensor([[1000], [10], [1]])
+    weight = methods.position_weight(mask)
+    assert weight[0].mean().item() == pytest.approx(0.77, abs=0.005)
+    assert weight[1, :10].tolist() == pytest.approx([position(t, 10) for t in range(1, 11)])
+
+
+# ---- full distributions through the chunked head
+
+
+@pytest.mark.parametrize("chunk_logits", [2**25, 61 * 4 * 3])
+def test_per_token_divergence_equals_whole_logits(chunk_logits, monkeypatch):
+    monkeypatch.setattr(teacher, "CHUNK_LOGITS", chunk_logits)
+    model, prompts, completions = tiny_qwen3(), random_ids([5, 9, 3]), random_ids([8, 2, 12], seed=1)
+    with torch.no_grad():
+        other = teacher.read(model, random_ids([7, 4, 6], seed=2), completions, hidden=True)
+    model.requires_grad_(False)
+    weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+    own = teacher.read(model, prompts, completions, hidden=True)
+    values = teacher.per_token_divergence(model.lm_head, own.hidden, other.hidden, own.mask, methods.reverse_kl, 0.7)
+    gradient, = torch.autograd.grad(values.sum(), weight)
+    again = teacher.read(model, prompts, completions, hidden=True)
+    log_s, log_t = ((model.lm_head(torch.cat(x.hidden)) / 0.7).log_softmax(-1) for x in (again, other))
+    expected = (log_s.exp() * (log_s - log_t)).sum(-1)
+    torch.testing.assert_close(values[own.mask], expected)
+    assert not values[~own.mask].any()
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), weight)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_per_token_divergence_never_holds_whole_logits(monkeypatch):
+    monkeypatch.setattr(teacher, "CHUNK_LOGITS", 61 * 4 * 5)
+    seen = []
+
+    def watched(log_t, log_s):
+        seen.append(log_t.shape)
+        return methods.reverse_kl(log_t, log_s)
+    model, completions = tiny_qwen3(), random_ids([8, 9], seed=1)
+    own = teacher.read(model, random_ids([5, 9]), completions, hidden=True)
+    teacher.per_token_divergence(model.lm_head, own.hidden, own.hidden, own.mask, watched).sum().backward()
+    assert max(shape[0] for shape in seen) == 5 and len(seen) == 8  # 17 tokens in chunks of 5, forward and backward
+
+
+# ---- what the teacher is shown
+
+
+@pytest.mark.parametrize("context,i,expected", [
+    ("solution", 0, "S"),
+    ("answer", 0, "The final answer is \\boxed{7}."),
+    ("peer", 0, "c"),
+    ("peer", 2, "a"),
+    ("peers", 1, "Correct attempt:\na\n\nCorrect attempt:\nc\n\nFailed attempt:\nd"),
+    ("peers", 0, "Correct attempt:\nc\n\nFailed attempt:\nb"),
+    ("feedback", 0, "c\n\nYour answer is correct."),
+    ("feedback", 1, "a\n\nYour answer is incorrect.")])
+def test_contexts(tmp_path, context, i, expected):
+    assert shown(context, ["a", "b", "c", "d"], [True, False, True, False], i) == expected
+
+
+def shown(context, texts, correct, i):
+    """What the teacher of rollout i is shown, as Neighbour.teacher_prompts asks for it."""
+    problem, asked = Problem("P", "S", "7", 1), []
+    rows = [Rollout([2], [0.0], True, problem, [3], text, "7", ok) for text, ok in zip(texts, correct, strict=True)]
+    this = SimpleNamespace(s=SimpleNamespace(rollouts_per_prompt=len(rows)), method=METHODS["sdpo"],
+                           context=CONTEXTS[context], teacher_prompt=lambda problem, text: text)
+    asked = neighbour.Neighbour.teacher_prompts(this, rows)
+    return None if asked[i] == [3] and not rows[i].has_context else asked[i]
+
+
+def test_at_most_two_correct_peers_and_one_failed_are_shown():
+    assert shown("peers", list("abcdef"), [True] * 4 + [False] * 2, 5) == \
+        "Correct attempt:\na\n\nCorrect attempt:\nb\n\nFailed attempt:\ne"
+
+
+def test_contexts_without_a_correct_peer():
+    for context, expected in (("peer", None), ("peers", None), ("feedback", "S\n\nYour answer is correct.")):
+        assert shown(context, ["a", "b"], [True, False], 0) == expected
+
+
+# ---- settings
+
+
+def settings(*flags):
+    s, _ = train.parse_arguments(["--model", "m", "--data", "d", *map(str, flags)])
+    check(s, 1, family)
+    return s
+
+
+def test_methods_bring_their_settings():
+    s = settings()
+    assert (s.method, s.gate, s.window, s.teacher_context, s.rollouts_per_prompt) == ("cl-egrsd", "", 3, "solution", 1)
+    assert not family.is_used(s) and not family.is_used(settings("--method", "egrsd"))
+    assert family.is_used(settings("--method", "opsd")) and family.is_used(settings("--teacher-context", "answer"))
+    s = settings("--method", "rlsd")
+    assert (s.advantage, s.teacher_context, s.teacher_schedule, s.teacher_every) == ("group", "answer", "copy", 10)
+    assert (s.prompts_per_step, s.rollouts_per_prompt) == (4, 8)  # 32 completions, as without groups
+    assert settings("--method", "rlsd", "--teacher-schedule", "frozen").teacher_schedule == "frozen"
+    assert settings("--method", "egrsd", "--gate", "position").gate == "position"
+    assert settings("--preset", "paper-8b").gamma == 1.0
+    egrsd_8b = settings("--preset", "paper-8b", "--method", "egrsd")
+    assert (egrsd_8b.gamma, egrsd_8b.window) == (0.3, 0)
+
+
+@pytest.mark.parametrize("flags,name", [
+    ([], "cl-egrsd"),
+    (["--window", "5"], "cl-egrsd"),
+    (["--window", "0"], "egrsd"),
+    (["--gamma", "0"], "direction-aware"),
+    (["--method", "egrsd"], "egrsd"),
+    (["--method", "direction-aware"], "direction-aware"),
+    (["--method", "egrsd", "--gamma", "1"], "egrsd"),
+    (["--method", "egrsd", "--window", "0"], "egrsd")])
+def test_names_of_gamma_and_window(flags, name):
+    s = settings(*flags)
+    assert s.method == name
+    assert (s.gamma == 0) == (name == "direction-aware")
+    assert (s.window == 0) <= (name != "cl-egrsd")
+
+
+def test_groups_are_shared_by_all_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    s, _ = train.parse_arguments(["--model", "m", "--data", "d", "--method", "rlsd"])
+    check(s, 8, family)
+    assert (s.prompts_per_step, s.rollouts_per_prompt) == (8, 8)
+
+
+@pytest.mark.parametrize("flags,complaint", [
+    (["--method", "grpo", "--gamma", "0.5"], "--gamma: --method grpo makes no use of it"),
+    (["--method", "opsd", "--advantage", "group", "--rollouts-per-prompt", "8"], "--advantage: --method opsd"),
+    (["--method", "grpo", "--teacher-context", "answer"], "--method grpo makes no use of it"),
+    (["--method", "grpo-group", "--rollouts-per-prompt", "1"], "--rollouts-per-prompt"),
+    (["--method", "grpo", "--advantage", "group"], "needs --advantage running"),
+    (["--method", "cl-egrsd", "--gate", "none"], "--gate"),
+    (["--method", "egrsd", "--window", "3"], "--method egrsd with --gamma 0.3 and --window 3, which is cl-egrsd"),
+    (["--method", "cl-egrsd", "--window", "0"], "which is egrsd"),
+    (["--method", "egrsd", "--gamma", "0"], "which is direction"),
+    (["--method", "direction-aware", "--gamma", "1"], "which is cl-egrsd"),
+    (["--gamma", "0", "--window", "5"], "--window: there is no gate with --gamma 0"),
+    (["--gamma", "0", "--floor", "0.5"], "--floor: there is no gate"),
+    (["--method", "egrsd", "--gate", "position", "--gamma", "1"], "--gamma: --gate position takes the place"),
+    (["--gate", "position"], "use it with --method egrsd"),
+    (["--method", "opsd", "--beta-length", "0.9"], "--beta-length: --method opsd makes no use of it"),
+    (["--method", "sft", "--temperature", "0.5"], "--temperature: --method sft makes no use of it"),
+    (["--method", "sft", "--rollouts-per-prompt", "8"], "--rollouts-per-prompt: --method sft makes no use"),
+    (["--advantage", "group"], "--advantage group compares completions"),
+    (["--teacher-context", "peer"], "--rollouts-per-prompt"),
+    (["--teacher-every", "5"], "--teacher-every: it belongs to --teacher-schedule copy"),
+    (["--method", "stable-opd", "--teacher-context", "solution"], "needs --teacher-context none"),
+    (["--method", "egrds"], "--method")])
+def test_contradictions_are_refused(flags, complaint):
+    with pytest.raises(InputError, match=complaint) as error:
+        settings(*flags)
+    assert "\n" not in str(error.value)
+
+
+# ---- runs
+
+
+def arguments(tiny_toy, out, name, **changes):
+    method = METHODS.get(name)
+    groups = {"prompts-per-step": 2, "rollouts-per-prompt": 4} if method and method.groups else {}
+    settings = {"method": name, "gradient-checkpointing": False, "lr": 1e-3} | groups | changes
+    flags = train_arguments(tiny_toy, out, **settings)
+    if method and not method.rollouts:  # which refuses what nobody would sample with
+        for flag in ("--temperature", "--top-p", "--top-k"):
+            del flags[flags.index(flag):flags.index(flag) + 2]
+    return flags
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains(tiny_toy, tmp_path, name):
+    train_here(*arguments(tiny_toy, tmp_path / "run", name, steps=2))
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[1]["grad_norm"] > 0 or METHODS[name].groups  # no peer is correct, or all rewards are alike
+
+
+@pytest.mark.parametrize("name", ["mopd", "pw-opsd", "stable-opd"])
+def test_micro_batches_change_nothing(tiny_toy, tmp_path, name):
+    for out, micro_batch in (("whole", 16), ("parts", 2)):
+        train_here(*arguments(tiny_toy, tmp_path / out, name, steps=2, **{"micro-batch": micro_batch}))
+    for key, tensor in adapter(tmp_path / "whole", 2).items():
+        torch.testing.assert_close(adapter(tmp_path / "parts", 2)[key], tensor, atol=1e-5, rtol=0)
+
+
+def test_a_teacher_with_nothing_to_be_shown_says_nothing(tiny_toy, tmp_path):
+    """No rollout is correct, so no peer is: neither divergence nor entropy nor d may reach the loss."""
+    rows = [json.loads(line) | {"answer": "-1"} for line in (tiny_toy / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("sdpo", "mopd", "rlrt"):
+        train_here(*arguments(tiny_toy, tmp_path / name, name, steps=2, data=tmp_path / "wrong.jsonl"))
+        for row in metrics(tmp_path / name):
+            for key in ("accuracy", "loss", "grad_norm", "entropy", "delta", "max_entropy"):
+                assert row[key] == 0, key
+
+
+def test_no_solution_is_needed_where_none_is_shown(tiny_toy, tmp_path):
+    rows = [json.loads(line) for line in (tiny_toy / "train.jsonl").read_text().splitlines()]
+    bare = [json.dumps({"problem": row["problem"], "answer": row["answer"]}) + "\n" for row in rows]
+    (tmp_path / "bare.jsonl").write_text("".join(bare))
+    for out, flags in (("grpo", {}), ("egrsd", {"teacher-context": "answer"})):
+        train_here(*arguments(tiny_toy, tmp_path / out, out, steps=1, data=tmp_path / "bare.jsonl", **flags))
+    with pytest.raises(InputError, match="field 'solution' is missing"):
+        train_here(*arguments(tiny_toy, tmp_path / "sft", "sft", steps=1, data=tmp_path / "bare.jsonl"))
+
+
+SCRIPT = """
+import json, sys
+import torch.distributed as dist
+import train
+from support import distributed
+start = dist.init_process_group
+dist.init_process_group = lambda *a, **k: None if dist.is_initialized() else start(*a, **k)  # one group for all runs
+for flags in json.loads(sys.argv[1]):
+    train.train(*train.parse_arguments(flags))
+distributed.close()
+"""
+
+
+def by_two_processes(flags_of_runs, directory):
+    """A command: several runs, one after the other, by one torchrun."""
+    (directory / "several.py").write_text(SCRIPT)
+    flags = json.dumps([list(map(str, flags)) for flags in flags_of_runs])
+    return [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(directory / "several.py"), flags]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_processes(tiny_toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    runs = [arguments(tiny_toy, out / name, name, steps=2) for name in ("antisd", "mopd", "stable-opd", "sft")]
+    with in_background(by_two_processes(runs, out), out / "log", env=ENVIRONMENT) as process:
+        yield process, out
+
+
+def test_two_processes_change_nothing(two_processes, tiny_toy, tmp_path):
+    process, two = two_processes
+    for name in ("antisd", "mopd", "stable-opd", "sft"):
+        train_here(*arguments(tiny_toy, tmp_path / name, name, steps=2))
+    assert process.wait(timeout=200) == 0, (two / "log").read_text()
+    for name in ("antisd", "mopd", "stable-opd", "sft"):
+        for key, tensor in adapter(tmp_path / name, 2).items():
+            torch.testing.assert_close(adapter(two / name, 2)[key], tensor, atol=1e-5, rtol=0)
+        medians = [json.loads((place / name / "checkpoints/step-000002/state.json").read_text())["median_entropies"]
+                   for place in (tmp_path, two)]
+        assert medians[0] == pytest.approx(medians[1], abs=1e-6) and len(medians[0]) == (0 if name == "sft" else 2)
+
+
+@pytest.mark.slow
+def test_every_method_trains_for_twenty_steps_on_one_and_two_processes(tiny_toy, tmp_path):
+    runs = {name: arguments(tiny_toy, tmp_path / "two" / name, name, steps=20) for name in METHODS}
+    subprocess.run(by_two_processes(runs.values(), tmp_path), env=ENVIRONMENT, check=True, timeout=900)
+    for name in METHODS:
+        train_here(*arguments(tiny_toy, tmp_path / "one" / name, name, steps=20))
+        for place in ("one", "two"):
+            rows = metrics(tmp_path / place / name)
+            assert len(rows) == 20 and all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def stored_adapter(tiny_toy, path):
+    """The adapter's tensors in the order of lora_parameters."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_toy / "model")
+    lora.load_adapter(model, path)
+    return [parameter.detach() for parameter in lora.lora_parameters(model)]
+
+
+@pytest.mark.parametrize("schedule", ["ema", "copy"])
+def test_teacher_schedules_follow_the_student_and_survive_a_resume(tiny_toy, tmp_path, schedule):
+    extra = {"teacher-schedule": schedule, "checkpoint-every": 1} | (
+        {"teacher-every": 3} if schedule == "copy" else {"teacher-decay": 0.8})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_here(*arguments(tiny_toy, whole, "antisd", **extra))
+    train_here(*arguments(tiny_toy, parts, "antisd", steps=2, **extra))
+    train_here("--out", parts, "--resume", "--steps", 4)
+    assert_same_run(whole, parts)
+    steps = [whole / "checkpoints" / f"step-{step:06d}" for step in (1, 2, 3, 4)]
+    students = [stored_adapter(tiny_toy, step / "adapter") for step in steps]
+    teachers = [torch.load(step / "state.pt", weights_only=True)["teacher"] for step in steps]
+    for student, before, now in zip(students[1:], teachers[:-1], teachers[1:], strict=True):
+        if schedule == "ema":
+            expected = [0.8 * old + 0.2 * new for old, new in zip(before, student, strict=True)]
+        else:
+            expected = student if student is students[2] else before
+        for a, b in zip(expected, now, strict=True):
+            torch.testing.assert_close(a, b)
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(teachers[0], teachers[3], strict=True))
+
+
+def test_a_teacher_copied_after_every_step_is_the_student_of_the_step_before(tiny_toy, tmp_path):
+    """With the student's own prompt and weights there is no difference left for the teacher to make."""
+    train_here(*arguments(tiny_toy, tmp_path / "run", "vopd", **{
+        "teacher-schedule": "copy", "teacher-every": 1, "teacher-context": "none", "lr": 1e-1}))
+    assert all(abs(row["delta"]) < 1e-5 for row in metrics(tmp_path / "run"))
+
+
+def documented_example():
+    text = (ROOT / "docs" / "family.md").read_text()
+    start = text.index("@method(")
+    return text[start:text.index("```", start)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def example_run(tiny_toy, tmp_path_factory):
+    """The example at the end of a copy of family/methods.py, trained with its name."""
+    here, example = tmp_path_factory.mktemp("copy"), documented_example()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("family/*.py")]:
+        (here / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        (here / path.relative_to(ROOT)).write_text(path.read_text())
+    (here / "family" / "methods.py").open("a").write("\n\n" + example)
+    flags = train_arguments(tiny_toy, here / "run", method=example.split('"')[1], steps=2)
+    with in_background([sys.executable, here / "train.py", *flags], here / "log",
+                       env=ENVIRONMENT | {"PYTHONPATH": str(here)}) as process:
+        yield process, here
+
+
+def test_the_documented_new_method_trains(example_run):
+    """Adding a method is one function in one file. A method that reads eps is reported with its magnitude."""
+    process, here = example_run
+    example = documented_example()
+    assert len(example.strip().splitlines()) <= 15 and example.split('"')[1] not in METHODS
+    assert process.wait(timeout=200) == 0, (here / "log").read_text()
+    rows = metrics(here / "run")
+    assert len(rows) == 2 and all(0.8 <= row["magnitude"] <= 1.2 for row in rows)
+
+
+# ---- small wrongs
+
+
+def test_a_method_that_uses_the_gate_but_not_the_magnitude_reports_its_gate(tiny_toy, tmp_path, monkeypatch):
+    """Values in the order of names lose one where a name in the middle is missing."""
+    loss = METHODS["grpo"].loss
+    gate_only = methods.Method(loss, "for this test", uses=("advantage", "gamma", "floor"))
+    monkeypatch.setitem(METHODS, "gate-only", gate_only)
+    train_here(*arguments(tiny_toy, tmp_path / "run", "gate-only", steps=2, gamma=1.0))
+    for row in metrics(tmp_path / "run"):
+        assert 0.1 <= row["gate"] < 1 and "magnitude" not in row and row["entropy"] > 0
+
+
+def test_group_advantage():
+    group, std = neighbour.GroupAdvantage(2), math.sqrt(0.5)
+    found = group.advantage(torch.tensor([1.0, 0.0, 1.0, 1.0])).tolist()
+    assert found == pytest.approx([0.5 / (std + 1e-4), -0.5 / (std + 1e-4), 0, 0])
+    assert GROUP_STATE <= group.state_dict().keys()
+
+
+GROUP_STATE = {"steps", "count", "mean", "sum_squares"}  # what a checkpoint holds, whatever the baseline
+
+
+def test_references_that_are_cut_are_counted_aloud(tiny_toy, tmp_path, capsys):
+    train_here(*arguments(tiny_toy, tmp_path / "run", "sft", steps=1, **{"max-new-tokens": 3}))
+    said = [line for line in capsys.readouterr().out.splitlines() if "reference solutions" in line]
+    count = len((tiny_toy / "train.jsonl").read_text().splitlines())
+    assert said == [f"--method sft: {count} of {count} reference solutions are longer than --max-new-tokens 3 "
+                    "and are cut there"]
+
+
+@pytest.mark.parametrize("name", ["cl-egrsd", "egrsd"])
+def test_ablations_of_the_core_s_methods(tiny_toy, tmp_path, name):
+    """The family's flags with EGRSD: the step is the core's but for what the flag says."""
+    plain, same, other = (tmp_path / place for place in ("plain", "same", "other"))
+    train_here(*arguments(tiny_toy, plain, name, steps=2))
+    train_here(*arguments(tiny_toy, same, name, steps=2, **{"teacher-schedule": "copy", "teacher-every": 50}))
+    train_here(*arguments(tiny_toy, other, name, steps=2, **{"teacher-context": "answer"}))
+    changed = adapter(other, 2)
+    assert adapter(plain, 2).keys() == adapter(same, 2).keys() == changed.keys()
+    assert not all(torch.equal(tensor, changed[key]) for key, tensor in adapter(plain, 2).items())
+    # until it is copied for the first time the teacher is the untrained adapter, which is the base model
+    assert metrics(same)[0]["loss"] == pytest.approx(metrics(plain)[0]["loss"]) and len(metrics(same)) == 2
+
+
+def test_position_gate(tiny_toy, tmp_path):
+    train_here(*arguments(tiny_toy, tmp_path / "run", "egrsd", steps=1, gate="position"))
+    assert 0.25 < metrics(tmp_path / "run")[0]["gate"] < 1
+
+
+# ---- resumed
+
+
+@pytest.mark.parametrize("flags", [
+    ["--method", "rlsd"], ["--method", "egrsd"], ["--window", "0"], ["--method", "direction-aware"],
+    ["--method", "sft"], ["--method", "antisd", "--rollouts-per-prompt", "4"],
+    ["--gamma", "0", "--teacher-context", "answer"]])
+def test_the_command_that_started_a_run_resumes_it(tmp_path, flags, monkeypatch):
+    """Settings that the method or the preset brought must not count as changes."""
+    command = ["--preset", "toy", "--out", str(tmp_path), *flags]
+    started, _ = train.parse_arguments(command)
+    (tmp_path / "config.json").write_text(json.dumps({"settings": asdict(started), "world_size": 1}))
+    for again in (command, [*command, "--resume"], ["--out", str(tmp_path), "--resume", *flags]):
+        resumed, resume = train.parse_arguments(again if "--resume" in again else [*again, "--resume"])
+        assert resume and resumed == started
+    with pytest.raises(InputError, match="--resume with changed settings .--seed was 0."):
+        train.parse_arguments([*command, "--resume", "--seed", "3"])
+
+
+@pytest.mark.parametrize("old, new", [
+    (dict(method="cl-egrsd", gate="lookahead"), ("cl-egrsd", 0.3, 3)),
+    (dict(method="egrsd", gate="entropy"), ("egrsd", 0.3, 0)),
+    (dict(method="direction-aware", gate="none"), ("direction-aware", 0.0, 3)),
+    (dict(method="cl-egrsd", gate="lookahead", gamma=0.0), ("direction-aware", 0.0, 3)),
+    (dict(method="opsd", gate="lookahead"), ("opsd", 0.3, 3)),
+    (dict(method="egrsd", gate="position"), ("egrsd", 0.3, 0))])
+def test_settings_of_older_runs_are_understood(tmp_path, old, new):
+    """config.json of commit 33dce51, where --gate said what gamma and window say."""
+    s, _ = train.parse_arguments(["--preset", "toy"])
+    (tmp_path / "config.json").write_text(json.dumps({"settings": asdict(s) | old, "world_size": 1}))
+    resumed, _ = train.parse_arguments(["--out", str(tmp_path), "--resume"])
+    assert (resumed.method, resumed.gamma, resumed.window) == new
+    assert resumed.gate == ("position" if old["gate"] == "position" else "")

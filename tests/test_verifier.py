@@ -1,0 +1,141 @@
+"""verifier.py against tables of answers, seeded noise and hostile input.
+
+tests/data/verifier_cases.json holds pairs of answers and whole completions, each with what it tests;
+tests/data/reward_cases.json one table per class of answers: [prediction, gold, equal?]. Giant strings are built below.
+"""
+
+import doctest
+import json
+import pathlib
+import random
+import time
+
+import pytest
+
+import verifier
+
+DATA = pathlib.Path(__file__).parent / "data"
+SHARED = json.loads((DATA / "verifier_cases.json").read_text())
+TABLES = json.loads((DATA / "reward_cases.json").read_text())
+
+
+def test_doctests():
+    results = doctest.testmod(verifier)
+    assert results.attempted > 3 and results.failed == 0
+
+
+@pytest.mark.parametrize("prediction, gold, expected, note", SHARED["equal"])
+def test_shared_pairs(prediction, gold, expected, note):
+    assert verifier.is_equal(prediction, gold) is expected, note
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_table(table):
+    wrong = [case for case in TABLES[table] if verifier.is_equal(case[0], case[1]) is not case[2]]
+    assert not wrong
+
+
+PUBLIC_DEFECTS = [
+    ("-42", "42", False, "a number regex without a minus sign"),
+    (r"\$36", "36", True, r"\$36 was not even equal to itself"),
+    (r"\frac{1}{2}", r"\frac{1}{3}", False, "answers cut at the first closing brace"),
+    ("99**98**97", "1", False, "sympy hangs on a power tower"),
+    (r"4\sqrt(2)", "4", False, "a malformed root loses its factor"),
+    ("3 1/2", "31/2", False, "spaces deleted: the mixed number becomes 31/2"),
+    ("1 2", "12", False, "spaces deleted: two numbers become one"),
+    ("528", "52_8", False, "subscripts glued to the digits"),
+    ("1_000", "1000", False, "int() accepts underscores"),
+    ("٣", "3", False, "int() accepts the digits of every script"),
+    ("1e999", "1e998", False, "inf == inf"),
+    ("nan", "nan", False, "not a number is not an answer"),
+    ("x^2", "2x", False, "agrees at the two points that were tried"),
+    (r"\frac{1}{2004!}", r"\frac{1}{2006!}", False, "an absolute tolerance makes all tiny numbers equal"),
+    ("1.4142135623730951", r"\sqrt{2}", False, "a relative tolerance of floats accepts rounded values"),
+    ("12 or 13", "12", False, "the first number wins: hedging pays"),
+    (r"5\text{ or more}", "5", False, "text after the number deleted whatever it says"),
+    ("(1,2)", "(2,1)", False, "tuples compared as sets"),
+    ("(0,1]", "(0,1)", False, "brackets deleted"),
+    (r"\text{no}", "0", False, "no parsed as a false value"),
+    ("1/0", "1/0", False, "zoo == zoo"),
+    ("", "", False, "an empty box equals a missing gold"),
+    ("[1,100]", "(1,100)", False, "1,100 read as a number inside an interval"),
+    ("2abcd", "2", False, "every run of letters after a number taken for a unit"),
+    ("__import__('os').getpid()", "1", False, "eval on model output"),
+]
+
+
+@pytest.mark.parametrize("prediction, gold, expected, defect", PUBLIC_DEFECTS)
+def test_public_defects(prediction, gold, expected, defect):
+    assert verifier.is_equal(prediction, gold) is expected, defect
+    assert verifier.is_equal(gold, prediction) is expected, defect
+
+
+@pytest.mark.parametrize("bad", [None, 5, 0.5, b"5", ["5"]])
+def test_what_is_no_string_equals_nothing(bad):
+    assert not verifier.is_equal(bad, "5") and not verifier.is_equal("5", bad)
+
+
+def test_different_letters_stand_for_different_numbers():
+    letters = "abcdfghjklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    assert len({verifier._sample_points(letter) for letter in letters}) == len(letters)
+
+
+FRAGMENTS = (
+    r"\frac \sqrt { } ( ) [ ] \{ \} 1 2 x y + - * / ^ _ , ; = < \le \pm \cup \in | ! . \pi e i \infty "
+    r"\text{cm} \begin{pmatrix} \end{pmatrix} & \\ \sin \log \binom \choose \over 0.5 1,000 \overline{3} ° "
+    r"% $ \left and cm apples \lfloor ² √ ± \circ \ln : 1e5 1e999 9! 2004! [3] \frac12").split()
+FRAGMENTS += [" ", "\ud800", "\x00"]
+
+
+def test_noise_never_raises():
+    draw = random.Random(0)
+    for _ in range(1500):
+        left, right = ("".join(draw.choices(FRAGMENTS, k=draw.randint(1, 20))) for _ in range(2))
+        assert verifier.is_equal(left, right) in (True, False)
+
+
+def test_well_formed_noise_equals_itself():
+    draw = random.Random(1)
+    atoms = ["2", "x", r"\frac{1}{3}", r"\sqrt{2}", r"\pi", "0.5", "(y+1)", "n!", r"\sin x", "3^{2}"]
+    for _ in range(300):
+        formula = "".join(draw.choice(atoms) + draw.choice("+-*") for _ in range(4)) + draw.choice(atoms)
+        shape = draw.choice(["{}", r"({},1)", r"[{},\infty)", r"\{{{},5\}}", "y={}", "x<{}", r"\pm {}", "1,{}"])
+        gold = shape.format(formula)
+        assert verifier.is_equal(f"$ {gold} $", gold), gold
+
+
+GIANTS = ["(" * 20_000 + "1" + ")" * 20_000, "\\frac{" * 5_000, "1+" * 20_000 + "1", "1," * 20_000 + "1"]
+
+
+@pytest.mark.parametrize("giant", GIANTS, ids=("brackets", "unclosed", "sum", "list"))
+@pytest.mark.parametrize("gold", ["1", "2", "20001"])
+def test_giant_strings(giant, gold):
+    assert not verifier.is_equal(giant, gold)
+    assert not verifier.is_equal(gold, giant)
+
+
+HOSTILE = [
+    "(", "{", "\\{", "[", "\\frac", "\\frac12", "\\sqrt", "^", "2^", "-", "|", "\\pm ", " ", "\\text{", "and ",
+    "1,000,", "$", "\\", "\\begin{pmatrix}", "x=1,", "x<", "\\cup ", "_", '"', "°", "\\sin x+", "3 1/2 ", "(1,2),",
+    "9!", "2400!+", "99^", "\\sqrt{2400!}+", "x^{1/3}+", "(x^2+y)^{30}+", "2^{12000}/3^{7000}+",
+    "\\binom{2000}{1000}+", "\\ln 2+", "0.\\overline{3}", "\\boxed{", "\\boxed", "\\boxed{1}", "\\fbox[", "<think>",
+    "{}"]
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+@pytest.mark.parametrize("size", [20_000, 400, 150])
+def test_hostile_input_is_cheap(unit, size):
+    """A generous bound against super-linear work; the measured worst case is a few milliseconds."""
+    text = (unit * size)[:size].rstrip("+")
+    start = time.perf_counter()
+    for prediction, gold in ((text, text[::-1]), (text, text), (text, "1"), ("1", text)):
+        verifier.is_equal(prediction, gold)
+    assert time.perf_counter() - start < 0.4
+
+
+def test_deep_call_stack():
+    def sink(levels):
+        return sink(levels - 1) if levels else verifier.is_equal(r"\frac{1}{1+\frac{1}{2}}", "2/3") in (True, False)
+
+    for levels in range(700, 900, 20):
+        assert sink(levels)

@@ -1,0 +1,580 @@
+r"""Are two answers equal? A prediction is compared with a gold answer, both TeX or plain text.
+
+    >>> is_equal(r"\dfrac34", "0.75"), is_equal("0.333", r"\frac13")
+    (True, False)
+
+How: normalise the TeX, cut it into tokens, read them into a small value, compare two values. A formula is computed
+while it is read: in fractions, in 50 digits after a root, pi, e or a logarithm, in complex floats after i or a sine. A
+variable stands for three fixed pseudo-random numbers; formulas are equal when they agree wherever both are real:
+sqrt(ab) = sqrt(a)sqrt(b), but sqrt(x^2) is |x|, not x. What cannot be read or costs too much equals only the same text.
+
+Policies, where usage differs:
+- Exact: 0.333 is not 1/3. Unreduced is fine: 2/4 = 1/2. 3\frac12 is mixed, 2^10 is 2^{10}, 1/2x is (1/2)x.
+- Ignored: units and other words after a number, currency, % and degrees (50% = 50, not 0.5; sin 30° = 1/2).
+- 1,234 is a number, "1, 234" and (1,234) are two; 1,234 is a list if the other side is a list or tuple.
+- Bare lists and sets are unordered and alike, tuples are ordered: 1,2 = (1,2), but not (2,1). No extra
+  elements. (0,1) is a pair or an interval; an inequality is no interval; a column vector is no tuple.
+- x = 5 and f(x) = 5 equal 5. Equations and inequalities may be rescaled: 2x+2y = 6 is x+y-3 = 0.
+- 52_8 = 52: the digits are enough, on either side, without the base; the decimal value 42 is not equal.
+- \log has base 10, \ln base e; odd roots of negative numbers are real; words ignore case, variables do not.
+
+All work is bounded by the limits below: no eval, no time-outs, no exceptions. Copy this file: it needs only Python.
+"""
+
+import cmath
+import functools
+import math
+import random
+import re
+from decimal import Context, Decimal, InvalidOperation, Overflow, Underflow, localcontext
+from fractions import Fraction
+from typing import NamedTuple
+
+MAX_CHARS = 20_000  # longer answers are refused
+MAX_READ_CHARS = 250  # longer answers are compared as text
+MAX_DEPTH = 25  # nested brackets, arguments and exponents
+MAX_BITS = 24_000  # of a fraction, numerator and denominator together; 1/2006! has 19,1xx
+MAX_WORK = 200  # for one comparison, in additions of small fractions (about 5 microseconds each)
+
+
+class _Unreadable(Exception):
+    """Not mathematics we know, or too much of it: such answers are compared as text."""
+
+
+_REFUSED = (_Unreadable, ArithmeticError, ValueError, LookupError, RecursionError)
+_NOTHING = {"", "nan", "{}", "()", "[]"}
+
+
+class _Value(NamedTuple):
+    """An answer, or a part of one.
+
+    kind         parts                                                                    form
+    number       per sample point (a constant: once) a number, "undefined" or "not real"  its sign, in a relation
+    word                                                                                  (compared by its text)
+    base                                                                                  digits_{base} (not in text)
+    list, union  elements in any order (a set is a list, too)
+    tuple        elements in order                                                        brackets of a pair, e.g. "(]"
+    matrix       entries row by row                                                       row lengths
+    relation     left side - right side per sign, in any order                            the 5 of x = 5, or None
+    """
+    kind: str
+    text: str
+    parts: tuple = ()
+    form: object = None
+
+
+def is_equal(prediction: str, gold: str) -> bool:
+    r"""Whether two answers mean the same, under the policies above; never an exception.
+
+    >>> is_equal(r"\frac{1}{\sqrt2}", r"\frac{\sqrt{2}}{2}"), is_equal("(1,2)", "(2,1)")
+    (True, False)
+    """
+    if not all(isinstance(text, str) and len(text) <= MAX_CHARS for text in (prediction, gold)):
+        return False
+    reader = _Reader()
+    with localcontext(_PRECISION):
+        for commas_group in (True, False):
+            a, b = (reader.read(text, commas_group) for text in (prediction, gold))
+            try:
+                if _same(a, b, reader):
+                    return True
+            except _REFUSED:
+                return a.text == b.text and a.text not in _NOTHING
+            if {a.kind, b.kind}.isdisjoint(("list", "tuple")):
+                break
+    return False
+
+
+def _same(a: _Value, b: _Value, reader: "_Reader") -> bool:
+    reader.spend(1)
+    kinds = {a.kind, b.kind}
+    if "word" in kinds or kinds > {"base"}:
+        return a.text == b.text and a.text not in _NOTHING
+    if kinds > {"relation"}:
+        a, b = (v.form if v.kind == "relation" else v for v in (a, b))
+        return None not in (a, b) and _same(a, b, reader)
+    if "list" in kinds and not (len(kinds) == 2 and "()" in (a.form, b.form)):
+        return _same_in_any_order(*(v.parts if v.kind == "list" else (v,) for v in (a, b)), reader)
+    if len(kinds) == 1 and a.kind in ("union", "relation"):
+        is_repeated = a.text == b.text and not any(part.parts == ("undefined",) for part in a.parts)
+        return is_repeated or _same_in_any_order(a.parts, b.parts, reader)
+    if a.form != b.form and "list" not in kinds or len(kinds - {"list", "tuple"}) > 1:
+        return False
+    if a.kind == "number":
+        pairs = [pair for pair in _broadcast(a.parts, b.parts) if not any(isinstance(x, str) for x in pair)]
+        is_repeated = a.text == b.text and "not real" in a.parts
+        return all(_close(x, y) for x, y in pairs) if pairs else is_repeated
+    return len(a.parts) == len(b.parts) and all(_same(x, y, reader) for x, y in zip(a.parts, b.parts, strict=True))
+
+
+def _same_in_any_order(xs, ys, reader: "_Reader") -> bool:
+    """Match greedily: enough, because being the same is transitive."""
+    rest = list(ys)
+    for x in xs:
+        found = next((k for k, y in enumerate(rest) if _same(x, y, reader)), None)
+        if found is None:
+            return False
+        del rest[found]
+    return not rest
+
+
+def _broadcast(*vectors: tuple) -> list[tuple]:
+    """Per sample point, the values of all vectors; a constant has the same value everywhere."""
+    size = max(map(len, vectors))
+    return list(zip(*(v * size if len(v) < size else v for v in vectors), strict=True))
+
+
+# Numbers: Fraction (exact), Decimal (50 digits, real) or complex (floats)
+
+_PRECISION = Context(prec=50, Emin=-9999, Emax=9999, traps=[Overflow, Underflow, InvalidOperation])
+_TOLERANCE = {Fraction: 0, Decimal: Decimal("1e-45"), complex: 1e-12}  # relative
+_PI = Decimal("3.1415926535897932384626433832795028841971693993751058209749445923")
+_E = Decimal("2.7182818284590452353602874713526624977572470936999595749670")
+
+
+def _to_decimal(x) -> Decimal:
+    return x if isinstance(x, Decimal) else Decimal(x.numerator) / Decimal(x.denominator)
+
+
+def _to_complex(x) -> complex:
+    z = complex(x)
+    if not abs(z) < 1e12 or (z == 0 and x != 0):
+        raise _Unreadable("beyond the digits of floats")
+    return z
+
+
+def _lift(x, y) -> tuple:
+    """Both numbers in the less exact of their two types."""
+    kinds = {type(x), type(y)}
+    convert = _to_complex if complex in kinds else _to_decimal
+    return (x, y) if len(kinds) == 1 else (convert(x), convert(y))
+
+
+def _close(x, y) -> bool:
+    x, y = _lift(x, y)
+    return x == y or abs(x - y) <= _TOLERANCE[type(x)] * max(abs(x), abs(y))
+
+
+def _add(x, y):
+    x, y = _lift(x, y)
+    # What is left of sqrt(8) - 2 sqrt(2) is rounding error, and means 0.
+    return Fraction(0) if type(x) is not Fraction and _close(x, -y) else x + y
+
+
+def _multiply(x, y):
+    x, y = _lift(x, y)
+    return x * y
+
+
+def _divide(x, y):
+    if y == 0:
+        raise ZeroDivisionError
+    x, y = _lift(x, y)
+    return x / y
+
+
+def _power(x, y):
+    """x ** y: exact for integer y, real for real x > 0 and for odd roots, else the principal value."""
+    if x == 0 and (isinstance(y, complex) or y <= 0):
+        raise ZeroDivisionError
+    if isinstance(y, Fraction) and y.denominator == 1:
+        _check_bits(abs(y) * sum(_bits(x)))
+        return x ** int(y)
+    if isinstance(x, complex) or isinstance(y, complex):
+        return cmath.exp(_to_complex(y) * cmath.log(_to_complex(x)))
+    if x >= 0:
+        return _to_decimal(x).sqrt() if y == Fraction(1, 2) else _to_decimal(x) ** _to_decimal(y)
+    if isinstance(y, Fraction) and y.denominator % 2:
+        return -_power(-x, y) if y.numerator % 2 else _power(-x, y)
+    return _power(_to_complex(x), y)
+
+
+_OPERATORS = {"+": _add, "-": lambda x, y: _add(x, -y), "*": _multiply, "/": _divide, "^": _power}
+
+
+def _logarithm(x):
+    return cmath.log(_to_complex(x)) if isinstance(x, complex) or x <= 0 else _to_decimal(x).ln()
+
+
+def _sine(name: str, x):
+    """One of the _SINES."""
+    if name == "tan":
+        return _divide(_sine("sin", x), _sine("cos", x))
+    z = _to_complex(x)
+    if abs(z) > 1e4:
+        raise _Unreadable("too many turns for floats")
+    result = getattr(cmath, name.replace("arc", "a"))(z)
+    # The float nearest to pi is no multiple of pi: its sine is 1e-16, and means 0.
+    return result if abs(result) > 1e-14 * abs(z) else Fraction(0)
+
+
+_SINES = {"sin", "cos", "tan", "arcsin", "arccos", "arctan"}
+_FUNCTIONS = {"abs": abs, "exp": lambda x: _power(_E, x), "ln": _logarithm, "log": _logarithm,
+              "lg": _logarithm, **{name: functools.partial(_sine, name) for name in _SINES}}
+
+
+def _natural(x) -> int:
+    if not isinstance(x, Fraction) or x.denominator != 1 or x < 0:
+        raise ValueError("not a natural number")
+    return int(x)
+
+
+def _factorial(x):
+    _check_bits(_natural(x) * int(x).bit_length())
+    return Fraction(math.factorial(int(x)))
+
+
+def _binomial(n, k):
+    if k < 0:
+        return Fraction(0)
+    n, k = _natural(n), _natural(k)
+    _check_bits(min(k, abs(n - k)) * n.bit_length())
+    return Fraction(math.comb(n, k))
+
+
+def _bits(x) -> tuple[int, int]:
+    return (x.numerator.bit_length(), x.denominator.bit_length()) if isinstance(x, Fraction) else (0, 0)
+
+
+def _check_bits(bits) -> None:
+    if bits > MAX_BITS:
+        raise _Unreadable("fraction too large")
+
+
+@functools.lru_cache(maxsize=1024)
+def _sample_points(variable: str) -> tuple:
+    """Three values in (0, 1), {20..120} and (-6, 0): for sqrt(1 - x^2), factorials and |x|."""
+    draw = random.Random(variable)  # seeded by a string: the same in every process
+    return Fraction(draw.randint(1, 14), 15), Fraction(draw.randint(20, 120)), Fraction(-draw.randint(1, 89), 15)
+
+
+# Reading, first half: TeX -> normalised text -> tokens
+
+_SYMBOLS = str.maketrans("−–×·⋅∗÷，\u00a0\u2009\u202f", "--****/,   ", '€£"') | str.maketrans({
+    "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∈": "\\in ",
+    "∪": "\\cup ", "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "²": "^{2}", "³": "^{3}"})
+_GROUPS, _COMMA_GROUPS = (
+    re.compile(rf"(?<![0-9.,])[1-9][0-9]{{0,2}}(?:(?:{separator})[0-9]{{3}})+(?![0-9]|,[0-9]{closing})")
+    for separator, closing in ((r"\{,\}|,\\[!,] ?|\\[,;: ]|~| (?![0-9]+\s*/)", ""), (",", r"|[^(\[]*(?:[)\]]|\\\})")))
+_COSMETIC = re.compile(r"(\\\\)|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|q?quad|math(?:bf|it|bb)"
+                       r"|boldsymbol)(?![A-Za-z])|\\[!,;:> $()]|\\?%|[$~]")
+_DEGREE = re.compile(r"(?:\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|°)(?: ?[CF]\b)?")
+_TEXT = re.compile(r"\\(?:text[a-z]*|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
+_MIXED = re.compile(r"(?<![\w.^/}\\])([0-9]+)(?: +([0-9]+) ?/ ?([0-9]+)"
+                    r"| ?\\[dtc]?frac\{([0-9]+)\}\{([0-9]+)\})(?![0-9.])")
+_WORD = r'"[^"]*"(?: ?\^ ?\{?-?[0-9]\}?)?'
+_PHRASE = re.compile(rf"{_WORD}(?: ?[/*]? ?{_WORD}| ?/ ?[a-z](?![A-Za-z]))*")
+_ROMAN = {"e", "i", *_FUNCTIONS}  # may be in \mathrm and are no words
+_WORDS = set(  # shorter than four letters, or often written without a space after a number
+    "no yes nan odd one two ten mm cm km mg kg ml ft yd mi in lb oz hr hrs min sec mph kph day men per usd "
+    "pts sq gal rad deg cup bag box boy dog egg hat kid pen way cats cups dogs days hours minutes seconds "
+    "feet inches miles yards cents dollars degrees percent people points units apples".split())
+
+
+def _normalise(text: str, commas_group: bool) -> str:
+    r"""Drop what TeX only prints, join digit groups, put words in double quotes, write 3\frac12 as (3+1/2).
+
+    >>> _normalise(r"$11{,}000 \dfrac12\text{ km}/h$.", True), _normalise("2 square cm^2 xy pi", True)
+    ('(11000+1/2)" km/h"', '2 "square cm^2" xy \\pi')
+    """
+    def mark_word(match):
+        is_word = re.match("[^0-9]*[A-Za-z]", match[0]) and match[0].strip() not in _ROMAN
+        return f'"{match[0]}"' if is_word else match[0]
+
+    def mark_letters(match):
+        letters = match[0]
+        if letters in _FUNCTIONS or letters in ("sqrt", "pi", "infty"):
+            return "\\" + letters
+        before = match.string[:match.start()]  # four letters in a row are a word, but not in 5abcd
+        is_word = letters.lower() in _WORDS or len(letters) >= 4 and not before[-1:].isdigit()
+        return f'"{letters}"' if is_word and letters.isalpha() else letters
+
+    def add_fraction(match):
+        whole, top, bottom = filter(None, match.groups())
+        return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
+
+    text = text.translate(_SYMBOLS)
+    for pattern in (_GROUPS, _COMMA_GROUPS) if commas_group else (_GROUPS,):
+        text = pattern.sub(lambda m: re.sub("[^0-9]", "", m[0]), text)
+    text = " ".join(_COSMETIC.sub(lambda m: m[1] or " ", text).split())
+    text = re.sub(r",?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", _DEGREE.sub("°", text))
+    text = re.sub(r"_ ?([A-Za-z0-9])", r"_{\1}", _TEXT.sub(lambda m: re.sub("[^,]+", mark_word, m[1]), text))
+    text = re.sub(r"\|([^|]+)\|", r"\\abs{\1}", re.sub(r"\\[lr]?vert(?![A-Za-z])", "|", text))
+    text = re.sub(r"(frac|binom) ?([0-9])", r"\1{\2}", text)
+    text = re.sub(r"(frac|binom)(\{[^{}]*\}) ?([0-9])", r"\1\2{\3}", text)
+    text = re.sub(r'"[^"]*"|\\[A-Za-z]+|_\{[^{}]*\}|[A-Za-z]+', mark_letters, _MIXED.sub(add_fraction, text))
+    text = _PHRASE.sub(lambda m: '"' + m[0].replace('"', "") + '"', text)
+    return text[:-1].strip() if text.endswith(".") and not text.endswith("..") else text
+
+
+_ALIASES = {alias: name for name, aliases in {
+    "\\frac": "\\dfrac \\tfrac \\cfrac", "\\binom": "\\dbinom \\tbinom", "*": "\\cdot \\times \\ast",
+    "/": "\\div", "^": "**", "\\le": "\\leq \\leqslant <=", "\\ge": "\\geq \\geqslant >=", "\\ne": "\\neq !=",
+    "<": "\\lt", ">": "\\gt", "\\{": "\\lbrace", "\\}": "\\rbrace",
+    "(": "\\langle", ")": "\\rangle", "\\emptyset": "\\varnothing"}.items() for alias in aliases.split()}
+_VARIABLE = re.compile(r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu"
+                       r"|xi|rho|sigma|tau|upsilon|(?:var)?phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi"
+                       r"|Omega|ell)(?![A-Za-z]))(?:_\{[A-Za-z0-9,+-]+\})?")
+_TOKEN = re.compile(r"[0-9]+\.[0-9]*\\(?:overline|bar) ?(?:\{[0-9]+\}|[0-9])|(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+                    rf"(?:[eE][+-]?[0-9]+)?|\"[^\"]*\"|{_VARIABLE.pattern}|\\[A-Za-z]+|\\.|\*\*|<=|>=|!=|!!|\S", re.S)
+
+
+def _plain_text(tokens: list[str]) -> str:
+    """One spelling: no quotes, no spaces except between numbers; for words no case and no brackets either."""
+    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", " ".join(tokens).replace('"', ""))
+    word = re.fullmatch(r"\(?([A-Za-z][A-Za-z,'.-]*?)\)?\.?", text)
+    return word[1].lower() if word else text
+
+
+# Reading, second half: tokens -> value
+
+_OPEN, _CLOSE = {"(", "[", "{", "\\{", "\\begin"}, {")", "]", "}", "\\}", "\\end"}
+_MIRRORED = {">": "<", "\\ge": "\\le"}
+_RELATIONS = {"=", "<", "\\le", "\\ne", "\\in", *_MIRRORED}
+_LABEL = re.compile(r"""[A-Za-z]'*(?:\^\{-1\})?\([A-Za-z0-9,]*\)|\([A-Za-z,]+\)|[A-Z]{2,}|("[^"]*")+""")
+_BASE = re.compile(r"\(?([0-9][0-9A-Z]*|[A-F][0-9A-F]+)\)?_\{([0-9]{1,2})\}")
+_NO_UNIT = re.compile("approx|mod|more|less|than|least|most|not|when|if")
+_SYMBOL_WORDS = {"\\infty": "\\infty", "+\\infty": "\\infty", "-\\infty": "-\\infty",
+                 "\\emptyset": "\\emptyset", "\\{\\}": "\\emptyset"}
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+# The last level (see `expression`) at which to look for the operator, and the level of its right side
+_INFIX = {"+": (0, 1), "-": (0, 1), "*": (1, 3), "/": (1, 3), "^": (3, 3)}
+_CONSTANTS = {"\\pi": _PI, "e": _E, "i": 1j}
+_COMMANDS = {*_FUNCTIONS, "frac", "sqrt", "binom", "pi"}
+
+
+def _split(tokens: list[str], separators: set) -> tuple[list, list]:
+    """Cut at the separators outside brackets: the pieces, and the separators between them."""
+    pieces, found, depth = [[]], [], 0
+    for token in tokens:
+        depth += (token in _OPEN) - (token in _CLOSE)
+        if depth == 0 and token in separators:
+            found.append(token)
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return pieces, found
+
+
+class _Reader:
+    """Recursive descent. First the shape of the answer (list, tuple, relation, ...), then its formulas."""
+    left = MAX_WORK
+
+    def spend(self, units: int) -> None:
+        self.left -= units
+        if self.left < 0:
+            raise _Unreadable("too much work")
+
+    def read(self, text: str, commas_group: bool) -> _Value:
+        if len(text) > MAX_READ_CHARS:
+            return _Value("word", "".join(text.split()))
+        tokens = [_ALIASES.get(token, token) for token in _TOKEN.findall(_normalise(text, commas_group))]
+        text, self.depth = _plain_text(tokens), 0
+        try:
+            value = self.answer(tokens)
+            return value if value.kind in ("word", "base") else value._replace(text=text)
+        except _REFUSED:
+            return _Value("word", text)
+
+    def deeper(self, parse, *arguments):
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise _Unreadable("nested too deeply")
+        result = parse(*arguments)
+        self.depth -= 1
+        return result
+
+    def answer(self, tokens: list[str]) -> _Value:
+        items = []
+        for piece in _split(tokens, {",", ";"})[0]:
+            # 1 \pm 2 is 1 + 2 and 1 - 2; all signs of one element go together.
+            for plus, minus in ("+-", "-+") if {"\\pm", "\\mp"} & {*piece} else ("  ",):
+                items.append([{"\\pm": plus, "\\mp": minus}.get(token, token) for token in piece])
+        if len(items) == 1:
+            return self.item(items[0])
+        return _Value("list", _plain_text(tokens), tuple(map(self.item, items)))
+
+    def item(self, tokens: list[str]) -> _Value:
+        text = _plain_text(tokens)
+        self.spend(2)
+        sides, signs = _split(tokens, _RELATIONS)
+        if signs:
+            return self.relation(sides, signs, text)
+        pieces, _ = _split(tokens, {"\\cup"})
+        if len(pieces) > 1:
+            return _Value("union", text, tuple(map(self.item, pieces)))
+        if tokens[0] == "\\begin":
+            return self.matrix(tokens, text)
+        if text in _SYMBOL_WORDS or all(token[0] == '"' for token in tokens):
+            return _Value("word", _SYMBOL_WORDS.get(text, text))
+        if tokens[0] in _OPEN and tokens[-1] in _CLOSE and len(_split(tokens, _CLOSE)[0]) == 2:
+            return self.deeper(self.bracket, tokens, text)
+        if (base := _BASE.fullmatch(text)) and 2 <= int(base[2]) <= 36:
+            int(base[1], int(base[2]))  # refuses 99_8
+            return _Value("base", base[1].lstrip("0") or "0", form=base[0].lstrip("(0").replace(")", ""))
+        return _Value("number", text, self.formula(tokens))
+
+    def bracket(self, tokens: list[str], text: str) -> _Value:
+        inner, brackets = tokens[1:-1], tokens[0] + tokens[-1]
+        if brackets == "\\{\\}":
+            value = self.answer(inner)
+            return value if value.kind == "list" else _Value("list", text, (value,))
+        pieces, _ = _split(inner, {",", ";"})
+        if brackets == "{}" or len(pieces) == 1 and brackets in ("()", "[]"):
+            return self.answer(inner)
+        if brackets not in ("()", "[]", "(]", "[)"):
+            raise _Unreadable("brackets do not match")
+        return _Value("tuple", text, tuple(map(self.item, pieces)), brackets if len(pieces) == 2 else "()")
+
+    def matrix(self, tokens: list[str], text: str) -> _Value:
+        r"""\begin { "pmatrix" } a & b \\ c & d \end { "pmatrix" }"""
+        if tokens[1:4] != tokens[-3:] or not tokens[2].endswith('matrix"') or "\\end" != tokens[-4]:
+            raise _Unreadable("no matrix")
+        rows = [_split(row, {"&"})[0] for row in _split(tokens[4:-4], {"\\\\"})[0] if row]
+        return _Value("matrix", text, tuple(self.item(entry) for row in rows for entry in row), [*map(len, rows)])
+
+    def relation(self, sides: list, signs: list, text: str) -> _Value:
+        name = "".join(sides[0])
+        if signs == ["\\in"] and _VARIABLE.fullmatch(name) or signs == ["="] and _LABEL.fullmatch(name):
+            return self.item(sides[1])
+        pairs = (sides, sides[::-1]) if signs == ["="] else ()
+        values = [value for side, value in pairs if len(side) == 1 and _VARIABLE.match(side[0])]
+        assigned = self.item(values[0]) if values else None
+        if assigned and assigned.kind != "number":
+            return assigned
+        vectors = [self.formula(side) for side in sides]
+        return _Value("relation", text, tuple(map(self.constraint, signs, vectors, vectors[1:])), assigned)
+
+    def constraint(self, sign: str, left: tuple, right: tuple) -> _Value:
+        """left - right, scaled so that 2x < 4 becomes x < 2 and, for = and !=, -x = -2 becomes x = 2."""
+        if sign in _MIRRORED:
+            sign, left, right = _MIRRORED[sign], right, left
+        vector = self.compute(_OPERATORS["-"], left, right)
+        scale = next((x for x in vector if not isinstance(x, str) and x != 0), None)
+        if "undefined" in vector:
+            return _Value("number", "", ("undefined",), sign)
+        if scale is None or len(vector) == 1:
+            raise _Unreadable("always true or false")
+        scale = scale if sign in ("=", "\\ne") else abs(scale)
+        return _Value("number", "", self.compute(_divide, vector, (scale,)), sign)
+
+    # Formulas: a value is a vector, its numbers at the sample points
+
+    def compute(self, operation, *vectors) -> tuple:
+        points = _broadcast(*vectors)
+        return tuple(self.compute_at(operation, point, len(points) > 1) for point in points)
+
+    def compute_at(self, operation, point: tuple, is_real: bool):
+        """A number, "undefined", or "not real": no real number where the variables have this value."""
+        if missing := [x for x in point if isinstance(x, str)]:
+            return missing[0]
+        try:
+            result = operation(*point)
+        except ZeroDivisionError:
+            return "undefined"
+        except (ValueError, TypeError):  # complex numbers have no order
+            return "not real" if is_real else "undefined"
+        top, bottom = _bits(result)
+        _check_bits(top + bottom)
+        is_slow = isinstance(result, Decimal) and operation in (_power, _logarithm)
+        is_slow = operation is _binomial or is_slow and point[-1] != Fraction(1, 2)  # a square root is fast
+        self.spend(12 if is_slow else 1 + (top + bottom >> 9) + (top * bottom >> 20))
+        if isinstance(result, (float, complex)):
+            result = _to_complex(result)
+            if abs(result.imag) <= 1e-12 * abs(result):
+                return complex(result.real)
+            if is_real and not any(isinstance(x, complex) and x.imag for x in point):
+                return "not real"
+        return result
+
+    def formula(self, tokens: list[str]) -> tuple:
+        self.tokens, self.at, self.in_sine = [*tokens, ""], 0, 0
+        vector = self.expression(0)
+        if self.tokens[self.at]:
+            raise _Unreadable("unexpected " + self.tokens[self.at])
+        return vector
+
+    def takes(self, wanted: str) -> bool:
+        """Step over the next token if it is the one wanted."""
+        is_next = self.tokens[self.at] == wanted
+        self.at += is_next
+        return is_next
+
+    def expression(self, level: int) -> tuple:
+        """Level 0: sums; 1: products; 2: the argument of a function, as in sin 2x; 3: powers."""
+        if self.takes("-"):
+            left = self.compute(_multiply, self.deeper(self.expression, 3), (Fraction(-1),))
+        else:
+            left = self.deeper(self.expression, 3) if self.takes("+") else self.primary()
+        while True:
+            token = self.tokens[self.at]
+            loosest, right = _INFIX.get(token, (-1, 0))
+            if level <= loosest:
+                self.at += 1
+                left = self.compute(_OPERATORS[token], left, self.deeper(self.expression, right))
+            elif self.takes("!"):
+                left = self.compute(_factorial, left)
+            elif self.takes("°"):
+                left = self.compute(_multiply, left, (_PI / 180,)) if self.in_sine else left
+            elif level <= 1 and token[:1] == '"' and len(left) == 1 and not _NO_UNIT.search(token.lower()):
+                self.at += 1
+                if self.starts_factor(self.tokens[self.at]):
+                    raise _Unreadable("more than a unit")
+            elif level <= 2 and self.starts_factor(token) and not (level == 2 and token[1:] in _FUNCTIONS):
+                left = self.compute(_multiply, left, self.expression(3))
+            else:
+                return left
+
+    def starts_factor(self, token: str) -> bool:
+        is_number = token[:1].isdigit() and self.tokens[self.at - 1] in ("!", ")")
+        return is_number or token in _CLOSING or token[1:] in _COMMANDS or _VARIABLE.match(token) is not None
+
+    def primary(self) -> tuple:
+        token = self.tokens[self.at]
+        self.at += 1
+        self.spend(1)
+        if token in _CLOSING:
+            value = self.deeper(self.expression, 0)
+            if not self.takes(_CLOSING[token]):
+                raise _Unreadable("bracket not closed")
+            return value
+        if token in ("\\frac", "\\binom"):
+            operation = _divide if token == "\\frac" else _binomial
+            return self.compute(operation, self.deeper(self.primary), self.deeper(self.primary))
+        if token == "\\sqrt":
+            degree = self.deeper(self.primary) if self.tokens[self.at] == "[" else (Fraction(2),)
+            exponent = self.compute(_divide, (Fraction(1),), degree)
+            return self.compute(_power, self.deeper(self.primary), exponent)
+        if token[1:] in _FUNCTIONS:
+            return self.deeper(self.function, token[1:])
+        if token in _CONSTANTS:
+            return (_CONSTANTS[token],)
+        return _sample_points(token) if _VARIABLE.match(token) else (_number(token),)
+
+    def function(self, name: str) -> tuple:
+        base = self.primary() if self.takes("_") else (Fraction(10),)
+        exponent = self.primary() if self.takes("^") else (Fraction(1),)
+        if exponent == (Fraction(-1),) and "arc" + name in _SINES:
+            name, exponent = "arc" + name, (Fraction(1),)
+        self.in_sine += name in _SINES
+        value = self.primary() if self.tokens[self.at] in _CLOSING else self.expression(2)
+        self.in_sine -= name in _SINES
+        value = self.compute(_FUNCTIONS[name], value)
+        if name in ("log", "lg"):
+            value = self.compute(_divide, value, self.compute(_logarithm, base))
+        return self.compute(_power, value, exponent)
+
+
+def _number(token: str) -> Fraction:
+    r"""
+    >>> _number("1.2e3"), _number(r"0.1\overline{6}")
+    (Fraction(1200, 1), Fraction(1, 6))
+    """
+    if not re.match(r"\.?[0-9]", token):
+        raise _Unreadable("unexpected " + token)
+    if "\\" in token:
+        fixed, _, period = re.sub(r"[^0-9.\\]", "", token).partition("\\")
+        nines = 10 ** len(period) - 1
+        return Fraction(fixed) + Fraction(int(period), nines * 10 ** (len(fixed) - fixed.index(".") - 1))
+    _check_bits(abs(int(token.lower().partition("e")[2] or 0)) * 4)
+    return Fraction(token)

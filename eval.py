@@ -135,12 +135,13 @@ def table(results: list[dict], samples: int) -> str:
 
 
 def evaluate(problems: list[Problem], samples: int, solve: Callable[[list[Problem], int, tqdm], list[Rollout]],
-             ranks: Ranks, title: str, chunk: int | None = None,
-             keep: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:
+             ranks: Ranks, title: str, chunk: int | None = None, label: dict | None = None,
+             part: Path | None = None) -> list[dict]:
     """The rows of samples.jsonl for all problems, in their order, on every rank; each rank samples its share.
 
     solve(problems, first_row, bar) gives `samples` graded rollouts of each of some problems, whose first one is row
-    `first_row` of all. It gets `chunk` problems at a time (None: all of the share), and `keep` the rows made of them.
+    `first_row` of all. It gets `chunk` problems at a time (None: all of the share), whose rows, each with `label`, are
+    appended to `part` at once.
     """
     share = ranks.share(len(problems))
     own, rows = [problems[i] for i in share], []
@@ -148,8 +149,9 @@ def evaluate(problems: list[Problem], samples: int, solve: Callable[[list[Proble
     with tqdm(total=len(own) * samples, desc=title, disable=ranks.rank > 0, unit=" completions") as bar:
         for begin in range(0, max(1, len(own)), chunk):  # a rank without problems takes part once
             rollouts = solve(own[begin:begin + chunk], (share.start + begin) * samples, bar)
-            new = [{"sample": i % samples} | row.as_json() for i, row in enumerate(rollouts)]
-            keep(new)
+            new = [(label or {}) | {"sample": i % samples} | row.as_json() for i, row in enumerate(rollouts)]
+            if part:
+                append_jsonl(part, new)
             rows += new
     return ranks.gather_lists(rows)
 
@@ -183,12 +185,9 @@ def run(s: Settings) -> None:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint = name + (f" + {adapter}" if adapter else "")
         for place, (data, path, problems) in enumerate(files):
-            label = {"checkpoint": checkpoint, "data": str(path)}
-            rows = evaluate(
-                problems, s.samples, partial(solve, model, tokenizer, s), ranks, f"{checkpoint} on {data}",
-                chunk=max(1, s.slots // s.samples),
-                keep=lambda new, label=label: append_jsonl(part, [label | row for row in new]))
-            every_row += [label | row for row in rows]
+            rows = evaluate(problems, s.samples, partial(solve, model, tokenizer, s), ranks, f"{checkpoint} on {data}",
+                            max(1, s.slots // s.samples), {"checkpoint": checkpoint, "data": str(path)}, part)
+            every_row += rows
             results.append(summarise(rows, s.samples) | {"checkpoint": checkpoint, "data": data,
                                                          "place": (place, number)})
         if len(files) > 1:

@@ -105,16 +105,14 @@ class Machine:
 class Table:
     """Rows of the report; each is printed as soon as it is known."""
 
-    HEAD = "| row | unit | ours | peer | ours / peer | limit | ours / limit | |\n|---|---|---|---|---|---|---|---|"
+    HEAD = "| row | unit | ours | peer | ours / peer | limit | ours / limit |\n|---|---|---|---|---|---|---|"
 
     def __init__(self):
         self.rows = []
 
-    def add(self, what: str, ours: list[float], peer: list[float] = (), limit: list[float] = (), unit: str = "",
-            note: str = "") -> None:
+    def add(self, what: str, ours: list[float], peer: list[float], limit: list[float], unit: str) -> None:
         """Values per turn; the ratios are ours / peer and ours / limit, turn by turn."""
-        self.rows.append({"row": what, "unit": unit, "ours": ours, "peer": list(peer), "limit": list(limit),
-                          "note": note})
+        self.rows.append({"row": what, "unit": unit, "ours": ours, "peer": peer, "limit": limit})
 
         def value(values: list[float]) -> str:
             return f"{statistics.median(values):,.4g}" if values else ""
@@ -122,13 +120,8 @@ class Table:
         def ratio(others: list[float]) -> str:
             ratios = sorted(a / b for a, b in zip(ours, others, strict=True)) if others else []
             return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else ""
-        print(f"| {what} | {unit} | {value(ours)} | {value(peer)} | {ratio(peer)} | {value(limit)} | {ratio(limit)} | "
-              f"{note} |", flush=True)
-
-
-def geometric_stop_ids(vocabulary: int) -> list[int]:
-    """1/64 of the vocabulary: random weights stop after 64 tokens on average."""
-    return list(range(0, vocabulary, 64))
+        print(f"| {what} | {unit} | {value(ours)} | {value(peer)} | {ratio(peer)} | {value(limit)} | {ratio(limit)} |",
+              flush=True)
 
 
 def random_prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
@@ -178,32 +171,32 @@ def take_turns(repeats: int, **works: Callable[[int], float]) -> dict[str, list[
     return figures
 
 
+def sampling(machine: Machine, table: Table, repeats: int, name: str, model, prompts, limit, **settings) -> None:
+    """A row for our sampler beside generate; limit(turn) is in tokens per second."""
+    made = take_turns(
+        repeats, ours=lambda turn: machine.rate(lambda: our_tokens(model, prompts, turn, **settings)),
+        peer=lambda turn: machine.rate(lambda: peer_tokens(model, prompts, turn, **settings)), limit=limit)
+    table.add(name, made["ours"], made["peer"], made["limit"], "tokens/s")
+
+
 def mixed_lengths(machine: Machine, table: Table, repeats: int) -> None:
     model, slots = machine.model(), 32
     columns = 128  # a row has 48 tokens of prompt and, by the lengths' lack of memory, 64 tokens on average
-    prompts = random_prompts(128, 48, model.config.vocab_size)
-    settings = dict(slots=slots, max_new_tokens=512, stop_ids=geometric_stop_ids(model.config.vocab_size))
-    made = take_turns(
-        repeats, ours=lambda turn: machine.rate(lambda: our_tokens(model, prompts, turn, **settings)),
-        peer=lambda turn: machine.rate(lambda: peer_tokens(model, prompts, turn, **settings)),
-        limit=lambda turn: slots / bare_step(machine, model, slots, columns))
-    table.add("1 mixed lengths", made["ours"], made["peer"], made["limit"], "tokens/s",
-              "limit: all slots full all the time")
+    sampling(machine, table, repeats, "1 mixed lengths", model, random_prompts(128, 48, model.config.vocab_size),
+             lambda turn: slots / bare_step(machine, model, slots, columns), slots=slots, max_new_tokens=512,
+             stop_ids=list(range(0, model.config.vocab_size, 64)))  # random weights stop after 64 tokens on average
 
 
 def shared_prompts(machine: Machine, table: Table, repeats: int) -> None:
     model = machine.model()
     prompts = random_prompts(8, 512, model.config.vocab_size)
-    settings = dict(slots=64, samples_per_prompt=8, max_new_tokens=32, stop_ids=[])
 
     def limit(turn: int) -> float:
         with torch.inference_mode():
             prefill = machine.seconds(lambda: rollout.prefill(model, prompts))
         return 8 * 8 * 32 / (prefill + 31 * bare_step(machine, model, 64, 544))
-    made = take_turns(
-        repeats, ours=lambda turn: machine.rate(lambda: our_tokens(model, prompts, turn, **settings)),
-        peer=lambda turn: machine.rate(lambda: peer_tokens(model, prompts, turn, **settings)), limit=limit)
-    table.add("2 shared prompts", made["ours"], made["peer"], made["limit"], "tokens/s")
+    sampling(machine, table, repeats, "2 shared prompts", model, prompts, limit, slots=64, samples_per_prompt=8,
+             max_new_tokens=32, stop_ids=[])
 
 
 def scoring(machine: Machine, table: Table, repeats: int) -> None:

@@ -83,26 +83,6 @@ def alone(tiny_toy, tmp_path_factory):
         yield process, here
 
 
-def test_the_core_stands_alone(alone):
-    process, here = alone
-    assert process.wait(timeout=300) == 0, (here / "log").read_text()
-    for method in ("egrsd", "cl-egrsd"):
-        assert len((here / method / "metrics.jsonl").read_text().splitlines()) == 2
-        assert 0 < json.loads((here / method / "evaluation.json").read_text())["after"]["accuracy"] < 1
-    assert 0 < json.loads((here / "evaluation" / "results.json").read_text())["results"][0]["avg"] < 1
-    text = (here / "log").read_text()
-    assert "--method {cl-egrsd,egrsd,direction-aware}" in text and "--teacher-context" not in text
-
-
-def test_the_core_trains_as_it_does_with_the_family_beside_it(alone, tiny_toy, tmp_path):
-    process, here = alone
-    train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=2))
-    assert process.wait(timeout=300) == 0, (here / "log").read_text()
-    ours, theirs = (load_file(run / "checkpoints/step-000002/adapter/adapter_model.safetensors")
-                    for run in (tmp_path / "run", here / "cl-egrsd"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 def imported(path):
     """Names of all modules that a file imports."""
     found = set()
@@ -186,3 +166,26 @@ def test_three_steps_give_the_recorded_numbers(recorded_model, tmp_path, monkeyp
         adapter = load_file(path / "adapter" / "adapter_model.safetensors")
         norm = sum(tensor.double().square().sum().item() for tensor in adapter.values()) ** 0.5
         assert norm == pytest.approx(step["adapter_norm"], rel=1e-4)
+
+
+# ---- the core stands alone: what the processes of the fixture found, last, since they take a while
+
+
+def test_the_core_stands_alone(alone):
+    process, here = alone
+    assert process.wait(timeout=300) == 0, (here / "log").read_text()
+    for method in ("egrsd", "cl-egrsd"):
+        assert len((here / method / "metrics.jsonl").read_text().splitlines()) == 2
+        assert 0 < json.loads((here / method / "evaluation.json").read_text())["after"]["accuracy"] < 1
+    assert 0 < json.loads((here / "evaluation" / "results.json").read_text())["results"][0]["avg"] < 1
+    text = (here / "log").read_text()
+    assert "--method {cl-egrsd,egrsd,direction-aware}" in text and "--teacher-context" not in text
+
+
+def test_the_core_trains_as_it_does_with_the_family_beside_it(alone, tiny_toy, tmp_path):
+    process, here = alone
+    train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=2))
+    assert process.wait(timeout=300) == 0, (here / "log").read_text()
+    ours, theirs = (load_file(run / "checkpoints/step-000002/adapter/adapter_model.safetensors")
+                    for run in (tmp_path / "run", here / "cl-egrsd"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

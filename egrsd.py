@@ -12,8 +12,8 @@ the teacher p_T is the same weights shown the reference solution. Three signals 
 
 gamma = 0 switches the gate off, eps = 0 the magnitude, window = 0 is EGRSD and window > 0 is CL-EGRSD (8).
 There is no importance ratio, no PPO clip and no KL term: one optimizer step is taken per batch of rollouts.
-What the paper leaves open, as decided here: the maximum in (5) is of the raw entropies, also under (8);
-sigma is the population standard deviation; while all earlier rewards are equal the warm-up rule goes on.
+What the paper leaves open, as decided here: the maximum in (5) is of the raw entropies, also under (8); the std of (9)
+is the population's; while all earlier rewards are equal, A_i = r_i - 0.5 as in the first steps.
 
 Letters: B completions, T tokens of the longest one. A mask [B, T] is True on completion tokens, the stop token
 included; what stands outside the mask is never read. Entropies are in nats. Copy this file: it needs only torch.

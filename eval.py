@@ -41,7 +41,7 @@ from support.data import InputError, Problem, load_adapter, load_model, load_pro
 from support.distributed import Ranks
 from support.flags import flag, parse
 from support.run import check_out, name_lack_of_memory, one_line_errors
-from support.sampling import Rollout, Sampling, check_window, grade, progress, sample, student_prompt
+from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
 
 BOOTSTRAP_RESAMPLES = 10_000
 
@@ -156,8 +156,7 @@ def evaluate(problems: list[Problem], samples: int, solve: Callable[[list[Proble
     return ranks.gather_lists(rows)
 
 
-def load(name: str, adapter: str | None, device: torch.device):
-    """(model, tokenizer), the adapter merged in."""
+def load(name: str, adapter: str | None, device: torch.device):  # (model, tokenizer), the adapter merged in
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_model(toy.resolve(name, "model"), dtype, device, scored=False)
     if adapter:
@@ -206,7 +205,7 @@ def run(s: Settings) -> None:
 
 def solve(model, tokenizer, s: Settings, problems: list[Problem], first_row: int, bar: tqdm) -> list[Rollout]:
     """Graded rollouts of some problems, with the settings of the command line."""
-    return grade(tokenizer, sample(model, tokenizer, problems, s, seed=(s.seed,), first_row=first_row,
+    return grade_rollouts(tokenizer, sample(model, tokenizer, problems, s, seed=(s.seed,), first_row=first_row,
                                    show=progress(bar)))
 
 
@@ -216,8 +215,7 @@ def parse_arguments(argv: list[str]) -> Settings:
     if not (s.model and s.data):
         raise InputError("--model and --data are needed; see --help")
     if len(s.adapter) > len(s.model):
-        raise InputError(f"{len(s.adapter)} times --adapter but {len(s.model)} times --model: name a model for every "
-                         "adapter")
+        raise InputError(f"{len(s.adapter)} times --adapter, {len(s.model)} times --model: name a model for each one")
     return s
 
 

@@ -10,8 +10,7 @@ base model again, which is EGRSD's frozen teacher (arXiv 2605.13255): two models
 A and B are kept in float32 whatever the dtype of W: at a learning rate of 5e-6 most updates of a bfloat16 weight would
 round to nothing. Under autocast the products still run in bfloat16.
 
-Adapters on disk are in the format of the PEFT library (adapter_config.json, adapter_model.safetensors). PEFT 0.21.2
-was tried and reads and writes the same files (tests/test_lora.py); vLLM, which reads the same format, was not tried.
+Adapters on disk are in PEFT's format; PEFT 0.21.2 was tried (tests/test_lora.py), vLLM, which reads it too, was not.
 There is no dropout, no bias and no per-layer rank: a file that needs them is refused.
 
 Copy this file: it needs torch and safetensors (which transformers brings).

@@ -9,8 +9,7 @@ with mistakes, fewer of them after the teacher's prompt:
     student prompt (problem)              20 % of the steps have a wrong result, 35 % are repeated for no reason
     teacher prompt (problem + solution)   1 % and 10 %
 
-So the base model reasons step by step, makes mistakes and repeats itself, and the same weights do much better when they
-are shown the reference solution: the situation that self-distillation is for.
+So the same weights do much better when they are shown the reference solution: what self-distillation needs.
 
 The result is a checkpoint directory and JSONL files like any other, made once in runs/toy-<hash>/: the hash covers the
 seed, the code and the library versions. To train.py and eval.py the name `toy` is only a short form of these paths.

@@ -13,13 +13,12 @@ One step, `Trainer.train_step`:
     advantage  against the rewards of earlier steps                            egrsd.RunningAdvantage  (9)
     teacher    adapter off, solution in the prompt: log p_T and entropy H      teacher.read            (4)
     student    adapter on: log p_theta                                         teacher.read
-    loss       direction x magnitude x gate                                    egrsd.token_advantages  (2) (5) (6) (8)
+    loss       advantage x magnitude x gate                                    egrsd.token_advantages  (2) (5) (6) (8)
                a mean over the tokens of all ranks                             egrsd.policy_loss       (7)
     update     clip, AdamW; then the running advantage learns the step's rewards
 
-What it is not: there is no importance ratio, no KL term, no replay of old rollouts and no separate inference engine;
-the module that is trained is the one that samples. Only LoRA adapters are trained. Neighbouring methods (family/)
-override some of Trainer's methods; without that package this file works as it stands.
+What it is not: no importance ratio, no KL term, no replay of old rollouts, no separate inference engine; only LoRA
+adapters are trained. family/ overrides some of Trainer's methods; without it this file works as it stands.
 """
 
 import importlib
@@ -45,7 +44,7 @@ import toy
 from support import checkpoint, run, settings
 from support.data import InputError, Problem, load_model, load_problems
 from support.distributed import Ranks
-from support.sampling import Rollout, Sampling, check_window, grade, progress, sample, student_prompt
+from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
 from support.settings import Settings
 
 EVALUATION = 2**32 - 1  # stands for the step number in the seeds of evaluation
@@ -64,17 +63,19 @@ class Student(nn.Module):
 
 
 @dataclass
-class MicroBatch:
-    """B completions of up to T tokens; log-probs and entropies are float32 [B, T], in nats, 0 outside the mask."""
+class Batch:
+    """A micro-batch: B completions of up to T tokens; log-probs and entropies in nats, float32, 0 outside the mask."""
 
     rows: list[Rollout]
-    student: teacher.Reading  # its logp carries the gradient
-    teacher_logp: Tensor
-    entropy: Tensor  # H of the teacher
-    teacher_hidden: list[Tensor]  # for each completion, if the loss needs full distributions
+    logp: Tensor  # [B, T] log p_theta, carries the gradient
+    teacher_logp: Tensor  # [B, T]
+    entropy: Tensor  # [B, T] H of the teacher
+    mask: Tensor  # bool [B, T]
     advantage: Tensor  # [B]
     max_entropy: float  # of the step, over all ranks
     num_tokens: float  # of the step, over all ranks
+    hidden: list[Tensor] | None  # [T_i, D] each, the student's, if the loss needs full distributions
+    teacher_hidden: list[Tensor] | None  # likewise
 
 
 class Trainer:
@@ -97,6 +98,7 @@ class Trainer:
         self.autocast = partial(torch.autocast, ranks.device.type, torch.bfloat16, enabled=self.bf16)
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.model, self.tokenizer = ranks.once_per_node(lambda: load_model(name, dtype, ranks.device))
+        self.student_prompt = partial(student_prompt, self.tokenizer, thinking=s.thinking)
         check_window(self.model, data, self.problems, (1 + self.quoted_completions) * s.max_new_tokens,
                      lambda p: [self.student_prompt(p), *self.teacher_prompts([Rollout([], [], False, p, [])])])
         check_window(self.model, eval_data, self.held_out, s.eval_max_new_tokens or s.max_new_tokens,
@@ -117,50 +119,55 @@ class Trainer:
 
     def train_step(self) -> dict:
         """One optimizer step over all ranks; returns its metrics. Nothing has changed if it raises Stop."""
-        ranks, log = self.ranks, self.log
+        s, ranks, log = self.s, self.ranks, self.log
         log.begin_step()
         problems = self.next_problems()
-        rollouts = self.rollouts(problems)  # N, sampled by the student and graded by the verifier
+        rollouts = self.make_rollouts(problems)  # N, sampled by the student and graded by the verifier
         rewards = torch.tensor([row.reward for row in rollouts])  # [N]
         for row, advantage in zip(rollouts, self.baseline.advantage(rewards).tolist(), strict=True):  # (9)
             row.advantage = advantage
-        rows = rollouts + self.other_rows(problems)  # EGRSD learns from nothing but rollouts
+        rows = rollouts + self.other_rows(problems)  # none in EGRSD: reference solutions, for example, in family/
 
         log.begin("teacher")
         reading = self.read_as_teacher(rows)  # log p_T and H [N, T], (4)
         max_entropy = ranks.max(reading.entropy.max().item())  # of all ranks and micro-batches, (5)
-        num_tokens, = ranks.sum([sum(len(row.token_ids) for row in rollouts)])  # likewise, (7)
+        num_tokens, all_tokens = ranks.sum([sum(len(r.token_ids) for r in some) for some in (rollouts, rows)])  # (7)
 
         log.begin("student")
         self.model.train()  # gradient checkpointing works in this mode only
         batches = teacher.micro_batches([len(row.prompt) + len(row.token_ids) for row in rows],
                                         self.most_tokens([row.prompt for row in rows]))
         for indices in batches:
-            if ranks.distributed:  # one all-reduce a step, in the last backward, however many a rank has
+            if ranks.distributed:  # only the last backward averages the gradients of the ranks
                 self.student.require_backward_grad_sync = indices is batches[-1]
             batch = self.read_as_student(indices, rows, reading, max_entropy, num_tokens)
             loss = self.loss(batch)
-            (loss * ranks.world).backward()  # the loss is a sum over ranks, DistributedDataParallel averages
-            log.add(loss, self.token_metrics(batch), batch.rows, batch.student.mask)
+            (loss * ranks.world).backward()  # a rank's loss is its share of a sum, and averaging divides by world
+            log.add(loss, self.token_metrics(batch), batch.rows, batch.mask)
 
         log.begin("update")
-        loss, token_means = log.add_up(num_tokens)
-        grad_norm, lr = self.update(loss)
-        self.baseline.update(ranks.gather(rewards).flatten())
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm).item()  # the norm before clipping
+        self.check_gradient(grad_norm)
+        lr = s.lr * min(1.0, (self.step + 1) / max(1, s.lr_warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step += 1
-        all_tokens, = ranks.sum([sum(len(row.token_ids) for row in rows)])
-        return log.finish_step(self.step, rollouts, loss=loss, grad_norm=grad_norm, lr=lr, **token_means,
-                               max_entropy=max_entropy, tokens=int(all_tokens))
+        self.baseline.update(ranks.gather(rewards).flatten())  # (9), for the steps to come
+        self.after_update()
+        return log.finish_step(self.step, rollouts, num_tokens, grad_norm=grad_norm, lr=lr, max_entropy=max_entropy,
+                               tokens=int(all_tokens))
 
-    def loss(self, batch: MicroBatch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """EGRSD and, with a window, CL-EGRSD: this micro-batch's share of the step's loss, a scalar."""
-        s, student = self.s, batch.student
+        s = self.s
         token_advantages = egrsd.token_advantages(  # A * w * omega [B, T]: (2), (5), (6), (8)
-            batch.advantage, batch.teacher_logp, student.logp, batch.entropy, student.mask, gamma=s.gamma,
-            window=s.window, eps=s.eps, floor=s.floor, max_entropy=batch.max_entropy)
-        return egrsd.policy_loss(student.logp, token_advantages, student.mask, batch.num_tokens)  # (7)
+            batch.advantage, batch.teacher_logp, batch.logp, batch.entropy, batch.mask, gamma=s.gamma, window=s.window,
+            eps=s.eps, floor=s.floor, max_entropy=batch.max_entropy)
+        return egrsd.policy_loss(batch.logp, token_advantages, batch.mask, batch.num_tokens)  # (7)
 
-    def rollouts(self, problems: list[Problem]) -> list[Rollout]:
+    def make_rollouts(self, problems: list[Problem]) -> list[Rollout]:
         """The student's completions of these problems, with their rewards."""
         s, log = self.s, self.log
         log.begin("rollout")
@@ -170,7 +177,7 @@ class Trainer:
         rollouts = self.sample(problems, sampling, self.step, first_row,
                                progress(log.bar, log.status, counts=False, check=self.stop.interrupt))
         log.begin("grade")
-        for row in grade(self.tokenizer, rollouts):
+        for row in grade_rollouts(self.tokenizer, rollouts):
             row.reward = reward.shaped_reward(row.correct, len(row.token_ids), s.max_new_tokens, s.beta_length)
         return rollouts
 
@@ -184,32 +191,24 @@ class Trainer:
                                            hidden=self.full_distributions)
 
     def read_as_student(self, indices: list[int], rows: list[Rollout], reading: teacher.Reading, max_entropy: float,
-                        num_tokens: float) -> MicroBatch:
+                        num_tokens: float) -> Batch:
         """log p_theta of some rows, beside what the teacher said of them."""
         some = [rows[i] for i in indices]
         with self.autocast():
             student = self.student([row.prompt for row in some], [row.token_ids for row in some],
                                    self.s.score_temperature, self.full_distributions)
         width = student.mask.shape[1]
-        advantage = torch.tensor([row.advantage for row in some], device=self.ranks.device)
-        hidden = [reading.hidden[i] for i in indices if self.full_distributions]
-        return MicroBatch(some, student, reading.logp[indices, :width], reading.entropy[indices, :width], hidden,
-                          advantage, max_entropy, num_tokens)
+        return Batch(
+            some, student.logp, reading.logp[indices, :width], reading.entropy[indices, :width], student.mask,
+            torch.tensor([row.advantage for row in some], device=self.ranks.device), max_entropy, num_tokens,
+            student.hidden, [reading.hidden[i] for i in indices] if self.full_distributions else None)
 
-    def update(self, loss: float) -> tuple[float, float]:
-        """Clip and apply the gradients; returns their norm before clipping, and the learning rate used."""
-        s = self.s
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm).item()
-        if not np.isfinite([loss, grad_norm]).all():
-            raise InputError(f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, so the step "
-                             "was not applied: lower --lr; the last good checkpoint is "
-                             f"{checkpoint.latest(self.out / 'checkpoints') or 'none yet'}")
-        lr = s.lr * min(1.0, (self.step + 1) / max(1, s.lr_warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return grad_norm, lr
+    def check_gradient(self, norm: float) -> None:
+        """InputError if the gradient, the same on all ranks, is not finite."""
+        if not np.isfinite(norm):
+            last = checkpoint.latest(self.out / "checkpoints") or "none yet"
+            raise InputError(f"step {self.step + 1}: the gradient's norm {norm} is not finite, so the step was not "
+                             f"applied: lower --lr; the last good checkpoint is {last}")
 
     # ---- what else a neighbour may override
 
@@ -225,20 +224,23 @@ class Trainer:
         """Rows that are no rollouts, to be read and learned from beside them."""
         return []
 
-    def token_metrics(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """[B, T] each; metrics.jsonl holds their means.
+    def after_update(self) -> None:
+        """What else changes with a step, such as the teacher's weights."""
+
+    def token_metrics(self, batch: Batch) -> dict[str, Tensor]:
+        """[B, T] each; metrics.jsonl holds their means. Nothing here goes into the loss.
 
         sampling_gap  |log-prob under the distribution drawn from - log p_S|
         entropy       H of the teacher, nats                      delta    log p_T - log p_S
         gate          omega        magnitude  w                   clipped  share of tokens whose w is at a bound
         """
-        s, logp, mask = self.s, batch.student.logp.detach(), batch.student.mask
+        s, logp = self.s, batch.logp.detach()
         drawn = nn.utils.rnn.pad_sequence([torch.tensor(row.logprobs, device=logp.device) for row in batch.rows], True)
         weight = egrsd.magnitude(batch.teacher_logp, logp, batch.advantage, s.eps)
         clipped = ((weight - 1).abs() >= s.eps - 1e-6) & (batch.advantage != 0).unsqueeze(-1) & (s.eps > 0)
         return {"sampling_gap": (drawn - logp).abs(), "entropy": batch.entropy, "delta": batch.teacher_logp - logp,
                 "magnitude": weight, "clipped": clipped,
-                "gate": egrsd.confidence_gate(batch.entropy, mask, s.gamma, s.window, s.floor, batch.max_entropy)}
+                "gate": egrsd.confidence_gate(batch.entropy, batch.mask, s.gamma, s.window, s.floor, batch.max_entropy)}
 
     def state(self) -> tuple[dict, dict]:
         """(tensors, numbers) of a checkpoint, besides adapter, optimizer and random state."""
@@ -247,11 +249,6 @@ class Trainer:
     def load_state(self, tensors: dict, numbers: dict) -> None:
         self.step = numbers["step"]
         self.baseline.load_state_dict(numbers["running_advantage"])
-
-    # ---- parts of the above
-
-    def student_prompt(self, problem: Problem) -> list[int]:
-        return student_prompt(self.tokenizer, problem, self.s.thinking)
 
     def teacher_prompt(self, problem: Problem, shown: str) -> list[int]:
         return teacher.encode(self.tokenizer, teacher.teacher_messages(problem.problem, shown), self.s.thinking)
@@ -278,8 +275,6 @@ class Trainer:
         """Of a forward pass: as many as --micro-batch completions of full length have."""
         return self.s.micro_batch * (max(map(len, prompts)) + self.s.max_new_tokens)
 
-    # ---- before and after the steps
-
     def evaluate(self, name: str) -> None:
         """Accuracy and length on the held-out problems, of which every rank takes its share, into evaluation.json."""
         s, self.log.phase = self.s, "evaluation"
@@ -288,7 +283,7 @@ class Trainer:
 
         def solve(problems, first_row, bar):
             show = progress(bar, check=self.stop.interrupt)
-            return grade(self.tokenizer, self.sample(problems, sampling, EVALUATION, first_row, show))
+            return grade_rollouts(self.tokenizer, self.sample(problems, sampling, EVALUATION, first_row, show))
         rows = evaluation.evaluate(self.held_out, s.eval_samples, solve, self.ranks, name)
         found = evaluation.summarise(rows, s.eval_samples)
         self.results[name] = {"accuracy": found["avg"], "length": found["length"], "efficiency": found["eff"],
@@ -306,11 +301,12 @@ class Trainer:
 
 def train(s: Settings, resume: bool) -> None:
     """The whole run, the same on every rank: evaluate, train, evaluate, export."""
-    ranks = Ranks()
-    settings.check(s, ranks.world, import_family())
+    ranks, family = Ranks(), import_family()
+    settings.check(s, ranks.world, family)
     if not resume:
         run.check_out(s.out, "go on with --resume, or choose another --out")
-    t = trainer_class(s)(s, ranks)
+    is_neighbour = family and family.is_used(s)
+    t = (importlib.import_module("family.neighbour").Neighbour if is_neighbour else Trainer)(s, ranks)
     with run.hold(t.out, ranks):
         if resume:
             checkpoint.load_latest(t.out / "checkpoints", t.model, t.optimizer, ranks, t.load_state)
@@ -349,12 +345,6 @@ def import_family():
     """The package of neighbouring methods, or None where it was deleted."""
     there = (Path(__file__).parent / "family" / "__init__.py").exists()
     return importlib.import_module("family") if there else None
-
-
-def trainer_class(s: Settings) -> type[Trainer]:
-    """Trainer, unless these settings ask for something of the family's."""
-    family = import_family()
-    return importlib.import_module("family.neighbour").Neighbour if family and family.is_used(s) else Trainer
 
 
 def parse_arguments(argv: list[str]) -> tuple[Settings, bool]:

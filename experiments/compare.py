@@ -6,11 +6,8 @@
                                                  runs/compare/only.json (differences: add egrsd cl-egrsd)
 
 The learning rate of every method: train with --choose-seed at each of --rates, take the rate of the highest accuracy on
-the validation split (the end of the training problems, on which nobody trains), of equals the smallest; while it is the
-lowest or the highest rate tried, try the next one of LADDER too. Variants of CL-EGRSD take CL-EGRSD's rate. Then
---seeds are trained and measured on the test split. Intervals are mean +- t * s / sqrt(n) over seeds, differences taken
-seed by seed. Methods with groups of 8 see an eighth of the problems in as many rollouts.
-
+the validation split, of equals the smallest; while it is at an edge, try the next one of LADDER too. Variants of
+CL-EGRSD take CL-EGRSD's rate. Then --seeds are trained and measured on the test split; docs/evidence.md says more.
 Every run is an ordinary `python train.py ...` in --work/<name>/lr<rate>-seed<seed>, with samples and figures of its
 evaluation beside it. What was done with the same command, data and settings is not repeated.
 """

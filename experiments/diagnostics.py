@@ -40,7 +40,7 @@ from support.checkpoint import append_jsonl, write_json
 from support.data import InputError, Problem, load_adapter, load_model, load_problems
 from support.flags import flag, parse
 from support.run import check_out, one_line_errors
-from support.sampling import Rollout, Sampling, check_window, grade, progress, sample
+from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample
 
 PROGRAM = "python -m experiments.diagnostics"
 MARKERS = ("wait", "hmm", "perhaps", "maybe", "actually", "alternatively", "seems", "might", "likely", "check")
@@ -133,7 +133,8 @@ def teacher_prompt(tokenizer, problem: Problem, thinking: bool) -> list[int]:
 def sample_student(model, tokenizer, s: Settings, problems: Sequence[Problem]) -> list[Rollout]:
     """The student's solutions, with rewards and advantages."""
     with tqdm(total=len(problems) * s.samples, desc="sampling", unit=" completions") as bar:
-        rollouts = grade(tokenizer, sample(model, tokenizer, problems, s, seed=(s.seed, 0), show=progress(bar)))
+        sampled = sample(model, tokenizer, problems, s, seed=(s.seed, 0), show=progress(bar))
+    rollouts = grade_rollouts(tokenizer, sampled)
     rewards = torch.tensor([reward.shaped_reward(r.correct, len(r.token_ids), s.max_new_tokens) for r in rollouts])
     baseline = egrsd.RunningAdvantage(warmup_steps=0)
     baseline.update(rewards)  # these very rewards stand for those of earlier steps in eq. (9)
@@ -210,7 +211,7 @@ def branch_viability(model, tokenizer, s: Settings, rollouts: list[Rollout], val
             samples_per_prompt=s.continuations, generator=rollout.generator_for_rows((s.seed, 1), 0),
             progress=progress(bar)) if forced else []
     starts = [branch for branch in forced for _ in range(s.continuations)]
-    whole = grade(tokenizer, [Rollout(first + end.token_ids, [], end.finished, r.problem, r.prompt)
+    whole = grade_rollouts(tokenizer, [Rollout(first + end.token_ids, [], end.finished, r.problem, r.prompt)
                               for (r, first), end in zip(starts, ends, strict=True)])
     shares = np.reshape([r.correct for r in whole], (len(forced), s.continuations)).mean(1)  # of every branch
     following = iter(shares)
@@ -279,10 +280,8 @@ def diagnose(s: Settings) -> dict:
 
 def parse_arguments(argv: list[str]) -> Settings:
     s = parse(Settings, argv, __doc__)
-    if not s.model or not s.data:
-        raise InputError("--model and --data are needed; see --help")
-    if s.low > s.high:
-        raise InputError(f"--low must be at most --high, got {s.low} and {s.high}")
+    if not (s.model and s.data and s.low <= s.high):
+        raise InputError(f"--model and --data are needed, and --low at most --high, got {s.low} and {s.high}")
     return s
 
 

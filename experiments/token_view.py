@@ -37,9 +37,10 @@ def page(rows: list[dict], title: str, colour: str = "entropy") -> str:
 
 
 def article(i: int, row: dict) -> str:
-    """One completion."""
-    tokens = "".join(f'<span class="t {KINDS[kind]}" data-i="{i}" data-t="{t}" tabindex="0">{shown(token)}</span>'
-                     for t, (token, kind) in enumerate(zip(row["tokens"], row["kind"], strict=True)))
+    """One completion, its line breaks made visible."""
+    shown = [html.escape(token).replace("\n", "\u21b5\n") for token in row["tokens"]]
+    tokens = "".join(f'<span class="t {KINDS[kind]}" data-i="{i}" data-t="{t}" tabindex="0">{text}</span>'
+                     for t, (text, kind) in enumerate(zip(shown, row["kind"], strict=True)))
     verdict = "correct" if row["correct"] else "wrong"
     return f"""<article><h2>{html.escape(row["problem"])}</h2>
 <div class="faint">{verdict}, gold answer {html.escape(row["answer"])}, reward {row["reward"]:.3f}, A = {row["A"]:+.3f},
@@ -47,11 +48,6 @@ def article(i: int, row: dict) -> str:
 <details><summary>student's prompt and reference solution</summary><pre>{html.escape(row["prompt"])}</pre>
 <pre>{html.escape(row["solution"])}</pre></details></article>
 """
-
-
-def shown(token: str) -> str:
-    """A token's text, line breaks made visible."""
-    return html.escape(token).replace("\n", "\u21b5\n")
 
 
 def main() -> None:

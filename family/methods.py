@@ -14,8 +14,6 @@ from 1. A completion whose teacher has nothing to be shown has d = H = 0 and no 
 Grade of evidence in every docstring: P read in the paper or its authors' code, S second-hand notes that quote the
 equations. Optimizer, LoRA, sampling and length reward are those of the run, not of each source, and there is never an
 importance ratio or a PPO clip: rollouts are used once, so the ratio is 1. docs/family.md says what is left out.
-
-Copy this file: it needs torch and egrsd.py.
 """
 
 import math
@@ -27,25 +25,16 @@ import torch
 from torch import Tensor
 
 import egrsd
+import train
 
 
 @dataclass
-class Batch:
-    """What a method may use: B completions of up to T tokens of one micro-batch, and what is known of the step.
+class Batch(train.Batch):
+    """What a method may use: the micro-batch of the training step, and these."""
 
-    Log-probs and entropies are in nats, 0 outside the mask.
-    """
-
-    logp: Tensor  # [B, T] log p_theta(y_t), carries the gradient
-    teacher_logp: Tensor  # [B, T] log p_T(y_t)
-    entropy: Tensor  # [B, T] H of the teacher
-    mask: Tensor  # bool [B, T]
-    advantage: Tensor  # [B]
     correct: Tensor  # bool [B], the verifier's word
     is_reference: Tensor  # bool [B]: the reference solution, not a rollout
     divergence: Callable[[Callable], Tensor]  # f(log p_T [n, V], log p_S [n, V]) -> [n], at every token: [B, T]
-    max_entropy: float  # of the step
-    num_tokens: float  # rollout tokens of the step
     num_completions: float  # rollouts of the step
     step: int  # steps done before this one
     median_entropies: Sequence[float]  # of H in every step so far, this one included
@@ -55,13 +44,11 @@ class Batch:
     floor: float = 0.1
 
     @property
-    def d(self) -> Tensor:
-        """log p_T - log p_S [B, T], a constant."""
+    def d(self) -> Tensor:  # [B, T] log p_T - log p_S, a constant
         return (self.teacher_logp - self.logp).detach()
 
     @property
-    def A(self) -> Tensor:
-        """The advantages as [B, 1]."""
+    def A(self) -> Tensor:  # [B, 1]
         return self.advantage.unsqueeze(-1)
 
 
@@ -104,21 +91,14 @@ def sft(batch: Batch) -> Tensor:
     return -batch.logp
 
 
+@method("grpo-group", "policy gradient with group advantages, no teacher", needs=dict(advantage="group"),
+        uses=("advantage",), groups=True, teacher=False)
 @method("grpo", "policy gradient with the running baseline of the EGRSD paper, no teacher",
         needs=dict(advantage="running"), uses=("advantage",), teacher=False)
 def grpo(batch: Batch) -> Tensor:
-    """c = A, from the rewards of earlier steps: the EGRSD paper's baseline with one rollout, 2605.13255. Grade P."""
+    """c = A. grpo: from the rewards of earlier steps, the EGRSD paper's baseline with one rollout, 2605.13255.
+    grpo-group: (r - mean) / (std + 1e-4) within a problem's rollouts, 2402.03300, without its KL term. Grade P."""
     return policy(batch, batch.A)
-
-
-@method("grpo-group", "policy gradient with group advantages, no teacher", needs=dict(advantage="group"),
-        uses=("advantage",), groups=True, teacher=False)
-def grpo_group(batch: Batch) -> Tensor:
-    """c = (r - mean) / (std + 1e-4) within a problem's rollouts, 2402.03300. Grade P. Without its KL term."""
-    return policy(batch, batch.A)
-
-
-# Advantages with the teacher's log-ratio mixed in
 
 
 @method("rlsd", "RLSD: magnitude mixed in at a weight that falls to 0, teacher sees the answer", groups=True,
@@ -160,9 +140,6 @@ def antisd(batch: Batch, weight: float = 0.5, warmup: int = 5) -> Tensor:
         for median in batch.median_entropies[warmup:]:
             g = 0.0 if median < 0.93 * reference else 1.0 if median >= reference else g
     return policy(batch, batch.A - g * weight * 0.5 * (torch.nn.functional.softplus(batch.d) - math.log(2)))
-
-
-# Coefficients from the teacher alone: on-policy distillation by policy gradient
 
 
 @method("reopold", "REOPOLD: the log-ratio as the coefficient, floored, later on uncertain tokens only",
@@ -225,20 +202,15 @@ def topk_opd(batch: Batch) -> Tensor:
     return batch.divergence(partial(reverse_kl_top, k=16))
 
 
+@method("mopd", "MOPD: SDPO's divergence to a teacher that sees two correct peers and a failed one",
+        full_distributions=True, groups=True, recipe=dict(teacher_context="peers"))
 @method("sdpo", "SDPO: Jensen-Shannon divergence to a teacher that sees a correct peer", full_distributions=True,
         groups=True, recipe=dict(teacher_context="peer"))
 def sdpo(batch: Batch) -> Tensor:
-    """JSD on the student's top 100 tokens and one bucket for the rest; nothing without a correct peer. 2601.20802.
-    Grade P. Of its two divergences (JSD, reverse KL) the first. Simplified: the mean is over all tokens of the step,
-    also those left out."""
+    """JSD on the student's top 100 tokens and one bucket for the rest; nothing without a correct peer. Grade P. SDPO,
+    2601.20802, of whose two divergences (JSD, reverse KL) it is the first; MOPD, 2605.12652. Simplified: the mean is
+    over all tokens of the step, also those left out."""
     return batch.divergence(partial(jensen_shannon_top, k=100))
-
-
-@method("mopd", "MOPD: SDPO's divergence to a teacher that sees two correct peers and a failed one",
-        full_distributions=True, groups=True, recipe=dict(teacher_context="peers"))
-def mopd(batch: Batch) -> Tensor:
-    """SDPO's divergence, the peers labelled; with fewer peers the teacher sees those there are. 2605.12652. Grade P."""
-    return sdpo(batch)
 
 
 # Divergences: log p_T and log p_S [n, V] of the same n tokens -> [n] in nats, with the gradient by log p_S. Rows must

@@ -1,4 +1,4 @@
-"""What the methods of the family, and the ablations of EGRSD that its flags make, change in train.Trainer's step."""
+"""How train.Trainer's step changes for the methods of the family, and for ablations of EGRSD by the family's flags."""
 
 from collections.abc import Callable
 
@@ -56,10 +56,8 @@ class Neighbour(train.Trainer):
             print(f"--method {s.method}: {cut} of {len(self.problems)} reference solutions are longer than "
                   f"--max-new-tokens {s.max_new_tokens} and are cut there", flush=True)
 
-    # ---- rows
-
-    def rollouts(self, problems: list[Problem]) -> list[Rollout]:
-        return super().rollouts(problems) if self.method.rollouts else []
+    def make_rollouts(self, problems: list[Problem]) -> list[Rollout]:
+        return super().make_rollouts(problems) if self.method.rollouts else []
 
     def other_rows(self, problems: list[Problem]) -> list[Rollout]:
         """The reference solutions, for methods that learn from them."""
@@ -69,14 +67,11 @@ class Neighbour(train.Trainer):
 
     def reference(self, problem: Problem) -> Rollout:
         """The reference solution and a stop token as a completion; not finished if it is cut at --max-new-tokens."""
-        cap, stop = self.s.max_new_tokens, rollout.stop_ids(self.model, self.tokenizer)[0]
-        if self.tokenizer.eos_token_id is not None:
-            stop = self.tokenizer.eos_token_id
+        cap, eos = self.s.max_new_tokens, self.tokenizer.eos_token_id
+        stop = rollout.stop_ids(self.model, self.tokenizer)[0] if eos is None else eos
         ids = self.tokenizer.encode(problem.solution, add_special_tokens=False) + [stop]
         return Rollout(ids[:cap], [0.0] * len(ids[:cap]), len(ids) <= cap, problem, self.student_prompt(problem),
                        problem.solution, problem.answer, True, is_reference=True)
-
-    # ---- the teacher
 
     def teacher_prompts(self, rows: list[Rollout]) -> list[list[int]]:
         """What --teacher-context says. A row whose teacher has nothing to be shown gets the student's prompt."""
@@ -111,64 +106,55 @@ class Neighbour(train.Trainer):
         """Whether the teacher had something to be shown: bool [B, 1]."""
         return torch.tensor([[row.has_context] for row in rows], device=self.ranks.device)
 
-    def update(self, loss: float) -> tuple[float, float]:
-        """Then what --teacher-schedule says. An average is one of A and of B, not of their product."""
-        norm_and_rate = super().update(loss)
+    def after_update(self) -> None:
+        """What --teacher-schedule says. An average is one of the matrices A and of the B, not of their product."""
         for old, new in zip(self.teacher_adapter, self.parameters, strict=False):  # the first is empty for `frozen`
             if self.s.teacher_schedule == "ema":
                 old.lerp_(new.detach(), 1 - self.s.teacher_decay)
-            elif (self.step + 1) % self.s.teacher_every == 0:
+            elif self.step % self.s.teacher_every == 0:
                 old.copy_(new.detach())
-        return norm_and_rate
 
-    # ---- the loss
-
-    def read_as_student(self, *arguments) -> train.MicroBatch:
+    def read_as_student(self, *arguments) -> train.Batch:
         """d = 0 where the teacher has nothing to be shown."""
         batch = super().read_as_student(*arguments)
         batch.teacher_logp = torch.where(self.has_context(batch.rows) & self.method.teacher, batch.teacher_logp,
-                                         batch.student.logp.detach())
+                                         batch.logp.detach())
         return batch
 
-    def loss(self, batch: train.MicroBatch) -> Tensor:
+    def loss(self, batch: train.Batch) -> Tensor:
         """The method's loss: means over the step's tokens, of rollouts and of reference solutions apart."""
-        s, student = self.s, batch.student
+        s, device = self.s, self.ranks.device
         if s.gate == "position":
-            weights = egrsd.token_advantages(batch.advantage, batch.teacher_logp, student.logp, batch.entropy,
-                                             student.mask, gamma=0, eps=s.eps) * position_weight(student.mask)
-            return egrsd.policy_loss(student.logp, weights, student.mask, batch.num_tokens)
+            weights = egrsd.token_advantages(batch.advantage, batch.teacher_logp, batch.logp, batch.entropy, batch.mask,
+                                             gamma=0, eps=s.eps) * position_weight(batch.mask)
+            return egrsd.policy_loss(batch.logp, weights, batch.mask, batch.num_tokens)
         if self.method is EGRSD:
             return super().loss(batch)
-        device = self.ranks.device
         is_reference = torch.tensor([row.is_reference for row in batch.rows], device=device)
         losses = self.method.loss(Batch(
-            logp=student.logp, teacher_logp=batch.teacher_logp, entropy=batch.entropy, mask=student.mask,
-            advantage=batch.advantage, correct=torch.tensor([row.correct for row in batch.rows], device=device),
-            is_reference=is_reference, divergence=self.divergence(batch), max_entropy=batch.max_entropy,
-            num_tokens=batch.num_tokens, num_completions=self.s.prompts_per_step * self.s.rollouts_per_prompt,
-            step=self.step, median_entropies=self.median_entropies,
+            **vars(batch), correct=torch.tensor([row.correct for row in batch.rows], device=device),
+            is_reference=is_reference, divergence=self.divergence(batch), step=self.step,
+            num_completions=s.prompts_per_step * s.rollouts_per_prompt, median_entropies=self.median_entropies,
             gamma=s.gamma, window=s.window, eps=s.eps, floor=s.floor))
         share = torch.where(is_reference, 1 / max(1, self.num_reference), 1 / max(1, batch.num_tokens)).unsqueeze(-1)
-        return (torch.where(student.mask, losses, 0.0) * share).sum()
+        return (torch.where(batch.mask, losses, 0.0) * share).sum()
 
-    def divergence(self, batch: train.MicroBatch) -> Callable[[Callable], Tensor]:
+    def divergence(self, batch: train.Batch) -> Callable[[Callable], Tensor]:
         """Batch.divergence: 0 where the teacher had nothing to be shown."""
         def divergence(f):
             with self.autocast():
                 return self.has_context(batch.rows) * teacher.per_token_divergence(
-                    self.model.get_output_embeddings(), batch.student.hidden, batch.teacher_hidden,
-                    batch.student.mask, f, self.s.score_temperature)
+                    self.model.get_output_embeddings(), batch.hidden, batch.teacher_hidden, batch.mask, f,
+                    self.s.score_temperature)
         return divergence
 
-    def token_metrics(self, batch: train.MicroBatch) -> dict[str, Tensor]:
+    def token_metrics(self, batch: train.Batch) -> dict[str, Tensor]:
         """Without what the method does not use."""
         unused = {"entropy", "delta"} if not self.method.teacher else set()
         unused |= {"magnitude", "clipped"} if "eps" not in self.method.uses else set()
         unused |= {"gate"} if "gamma" not in self.method.uses else set()
         metrics = {name: value for name, value in super().token_metrics(batch).items() if name not in unused}
-        return metrics | ({"gate": position_weight(batch.student.mask)} if self.s.gate == "position" else {})
-
-    # ---- checkpoints
+        return metrics | ({"gate": position_weight(batch.mask)} if self.s.gate == "position" else {})
 
     def state(self) -> tuple[dict, dict]:
         tensors, numbers = super().state()

@@ -31,7 +31,7 @@ OWN = [f.name for f in fields(FamilySettings)[len(fields(Settings)):]]
 
 
 def is_used(s: Settings) -> bool:
-    """Whether these settings ask for anything that the core does not do."""
+    """Whether these settings ask for what the core does not do."""
     return s.method in METHODS or any(getattr(s, name) != getattr(FamilySettings, name) for name in OWN)
 
 
@@ -75,8 +75,7 @@ def check(s: FamilySettings) -> None:
                              "flag out, or choose another method")
     if s.gate and s.method != "egrsd":
         raise InputError(f"--gate {s.gate} takes the place of EGRSD's gate: use it with --method egrsd")
-    reasons = [f"--method {s.method}"] if method and method.groups else []
-    reasons += ["--advantage group"] if s.advantage == "group" else []
-    reasons += [f"--teacher-context {s.teacher_context}"] if s.teacher_context.startswith("peer") else []
-    if reasons and s.rollouts_per_prompt < 2:
-        raise InputError(f"{reasons[0]} compares completions of one problem: set --rollouts-per-prompt to 2 or more")
+    compares = method and method.groups or s.advantage == "group" or s.teacher_context.startswith("peer")
+    if compares and s.rollouts_per_prompt < 2:
+        raise InputError(f"--method {s.method}, --advantage {s.advantage} and --teacher-context {s.teacher_context} "
+                         "compare completions of one problem: set --rollouts-per-prompt to 2 or more")

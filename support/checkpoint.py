@@ -4,9 +4,8 @@
                                 state.pt      optimizer, every rank's random state, other tensors of the method
                                 state.json    step, running advantage, other numbers of the method
 
-A directory is filled under another name, flushed to disk and renamed, so that a kill at any moment leaves the earlier
-checkpoints as they were. Nothing is unpickled: tensors are read with weights_only, numbers from JSON.
-"""
+A directory is filled under another name, flushed to disk and renamed: a kill at any moment leaves the earlier ones as
+they were. Nothing is unpickled: tensors are read with weights_only, numbers from JSON."""
 
 import json
 import os
@@ -73,11 +72,8 @@ def drop_later_steps(path: Path, step: int) -> None:
 
 
 def save(path: Path, model, optimizer, ranks: Ranks, tensors: dict, numbers: dict) -> None:
-    """Write adapter, optimizer, random states, `tensors` and `numbers`; a checkpoint that is there is left alone.
-
-    Every rank calls it, rank 0 writes. The random state matters to models with dropout: sampling and the order of
-    problems are functions of seed and step.
-    """
+    """Write adapter, optimizer, random states (for dropout; all else is a function of seed and step), `tensors` and
+    `numbers`; a checkpoint that is there is left alone. Every rank calls it, rank 0 writes."""
     rng = {"cpu": ranks.gather(torch.get_rng_state())}
     if ranks.device.type == "cuda":
         rng["cuda"] = ranks.gather(torch.cuda.get_rng_state())

@@ -1,9 +1,6 @@
 """What comes in from outside: problems from JSONL files, models from disk or from the hub.
 
-A data file has one JSON object per line:
-
-    {"problem": "What is 2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}
-
+A data file has one JSON object per line: {"problem": "2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}.
 `question` or `prompt` may stand for `problem`; without an `answer` the last box of the solution is taken; evaluation
 does not need a solution. A user's mistake raises InputError, whose text is one line: file, line, field, and what to do.
 """

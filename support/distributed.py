@@ -1,9 +1,5 @@
-"""The processes of a run and their threads: torch.distributed under torchrun, a group of one without it.
-
-nccl between GPUs, gloo between CPUs. Every method is a collective: all ranks call it, in the same order.
-
-Copy this file: it needs only torch.
-"""
+"""The processes of a run and their threads: torch.distributed under torchrun, a group of one without it; nccl between
+GPUs, gloo between CPUs. Every method is a collective: all ranks call it, in the same order."""
 
 import gc
 import os

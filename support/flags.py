@@ -1,8 +1,4 @@
-"""Command lines from dataclasses: a field is a flag, with its default, its sentence in --help and its range.
-
-    lr: float = flag(1e-3, "learning rate", "[0, inf)")      a field of the dataclass Settings
-    settings = parse(Settings, sys.argv[1:], __doc__)
-"""
+"""Command lines from dataclasses: a field is a flag, with its default, its sentence in --help and its range."""
 
 import argparse
 from collections.abc import Iterable
@@ -63,9 +59,5 @@ def check_ranges(settings) -> None:
 
 
 def is_inside(value: float, interval: str) -> bool:
-    """
-    >>> is_inside(0, "[0, 1)"), is_inside(1, "[0, 1)"), is_inside(float("nan"), "(0, inf)")
-    (True, False, False)
-    """
     low, high = map(float, interval[1:-1].split(","))
     return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")

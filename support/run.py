@@ -1,7 +1,4 @@
-"""A run as its user meets it: the directory and its lock, signals, errors in one line, the log of a step, the export.
-
-Nothing here knows the method: train.py's loop calls it around the steps, and eval.py and the experiments use parts.
-"""
+"""A run as its user meets it: the directory and its lock, signals, errors in one line, the log of a step, export."""
 
 import fcntl
 import os
@@ -54,11 +51,11 @@ def hold(out: Path, ranks: Ranks):
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("a") as lock:
         in_use = False
-        if ranks.rank == 0:
-            try:
+        try:
+            if ranks.rank == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                in_use = True
+        except OSError:
+            in_use = True
         if ranks.max(in_use):
             raise InputError(f"{out}: output directory in use by a process that is still running: choose another --out")
         yield
@@ -140,8 +137,7 @@ class StepLog:
         self.seconds[self.phase] += now - self.phase_began
         self.phase, self.phase_began = phase, now
 
-    def advice(self) -> str:
-        """For `name_lack_of_memory`."""
+    def advice(self) -> str:  # for `name_lack_of_memory`
         flag = "--slots" if self.phase in ("rollout", "evaluation") else "--micro-batch"
         return f"in the {self.phase} phase: lower {flag}"
 
@@ -152,19 +148,16 @@ class StepLog:
         for name, value in values.items():
             self.token_sums[name] += (value * counted).sum().double().item()
 
-    def add_up(self, num_tokens: float) -> tuple[float, dict[str, float]]:
-        """(loss, means of the values per token), over all ranks."""
-        loss, *sums = self.ranks.sum([self.loss, *self.token_sums.values()])
-        return loss, {name: total / num_tokens for name, total in zip(self.token_sums, sums, strict=True) if num_tokens}
-
-    def finish_step(self, step: int, rollouts: list[Rollout], **metrics) -> dict:
-        """The line of metrics.jsonl; also writes the samples and sets the status."""
+    def finish_step(self, step: int, rollouts: list[Rollout], num_tokens: float, **metrics) -> dict:
+        """The line of metrics.jsonl, means over all ranks; also writes the samples and sets the status."""
         self.begin("")
         sums = {"reward": sum(r.reward for r in rollouts), "accuracy": sum(r.correct for r in rollouts),
                 "advantage": sum(r.advantage for r in rollouts), "truncated": sum(not r.finished for r in rollouts),
                 "no_answer": sum(r.answer is None for r in rollouts), "length": sum(len(r.token_ids) for r in rollouts)}
-        count, *totals = self.ranks.sum([len(rollouts), *sums.values()])
-        means = {name: total / count for name, total in zip(sums, totals, strict=True) if count}
+        loss, count, *totals = self.ranks.sum([self.loss, len(rollouts), *sums.values(), *self.token_sums.values()])
+        counts = [count] * len(sums) + [num_tokens] * len(self.token_sums)
+        means = {name: total / size for name, total, size in zip([*sums, *self.token_sums], totals, counts, strict=True)
+                 if size}
         self.status = "".join(f"{name} {means[name]:.{digits}f}, " for name, digits in
                               (("reward", 2), ("accuracy", 2), ("length", 0)) if name in means)
         if self.ranks.rank == 0:
@@ -172,8 +165,8 @@ class StepLog:
                 {"step": step} | row.as_json() | {"reward": row.reward, "advantage": row.advantage}
                 for row in rollouts[:SAMPLES_PER_STEP]])
         seconds = {f"{phase}_s": self.seconds[phase] for phase in ("rollout", "teacher", "student")}
-        return {"step": step, **metrics, **means, **seconds, "step_s": time.perf_counter() - self.began,
-                "memory_gib": self.ranks.max(peak_memory_gib())}
+        return {"step": step, "loss": loss, **metrics, **means, **seconds,
+                "step_s": time.perf_counter() - self.began, "memory_gib": self.ranks.max(peak_memory_gib())}
 
 
 def peak_memory_gib() -> float:

@@ -25,8 +25,7 @@ class Rollout(rollout.Completion):
     is_reference: bool = False  # the data's solution, not a sample: family/ may train on it
     has_context: bool = True  # the teacher had something to be shown: family/ may have nothing
 
-    def as_json(self) -> dict:
-        """What a samples.jsonl says of it."""
+    def as_json(self) -> dict:  # what a samples.jsonl says of it
         return {"line": self.problem.line, "problem": self.problem.problem, "gold": self.problem.answer,
                 "completion": self.text, "answer": self.answer, "correct": self.correct, "finished": self.finished,
                 "tokens": len(self.token_ids)}
@@ -64,7 +63,7 @@ def sample(model, tokenizer, problems: Sequence[Problem], sampling: Sampling, *,
                     prompts[i // sampling.samples]) for i, c in enumerate(completions)]
 
 
-def grade(tokenizer, rollouts: list[Rollout]) -> list[Rollout]:
+def grade_rollouts(tokenizer, rollouts: list[Rollout]) -> list[Rollout]:
     """Fill in text, answer and correct; a truncated completion is wrong whatever it says. Returns the same rollouts."""
     for row in rollouts:
         row.text = tokenizer.decode(row.token_ids, skip_special_tokens=True)

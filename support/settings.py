@@ -1,8 +1,7 @@
 """What a run can be told: every setting with its sentence, presets, and what does not go together.
 
-Every field of `Settings` is a flag of train.py. Values come from the defaults (the paper's recipe for Qwen3-4B), then
-presets, then the method, then flags; of a resumed run from its config.json. Mistakes raise InputError, in one line.
-The package family/, where it is there, brings more methods and more flags: every function here takes it as an argument.
+Values come from the defaults, then presets, then the method, then flags; of a resumed run from its config.json. The
+package family/ brings more methods and flags, if it is there: the functions here take it as an argument.
 """
 
 import json
@@ -97,17 +96,15 @@ def parse(argv: list[str], description: str, family=None) -> tuple[Settings, boo
     if changed:
         raise InputError(f"{stored.out}: --resume with changed settings ({', '.join(changed)}): leave these flags out, "
                          "or start a new run with another --out")
-    here = int(os.environ.get("WORLD_SIZE", 1))
-    if world != here:
+    if world != (here := int(os.environ.get("WORLD_SIZE", 1))):
         raise InputError(f"{stored.out}: --resume with another world size: the run was started with {world} "
                          f"processes, this is {here}: set --nproc-per-node to match")
     return replace(stored, **{key: given[key] for key in MAY_CHANGE_ON_RESUME & given.keys()}), True
 
 
 def _parser(description: str, family) -> Parser:
-    methods = {name: line for name, (_, line) in METHODS.items()}
-    if family:
-        methods |= {name: method.summary for name, method in family.METHODS.items()}
+    methods = {name: line for name, (_, line) in METHODS.items()} | (
+        {name: method.summary for name, method in family.METHODS.items()} if family else {})
     parser = Parser(description, "methods:\n" + "\n".join(f"  {name:16} {line}" for name, line in methods.items()))
     parser.add_argument("--preset", nargs="+", choices=PRESETS, help="named settings, over which flags win (default: "
                         "toy, or with another --model paper-4b, whose values are the defaults given below)")
@@ -146,8 +143,7 @@ def check(s: Settings, world: int, family=None) -> None:
     """Refuse settings that cannot work, before anything is loaded or written."""
     check_ranges(s)
     if s.prompts_per_step % world:
-        raise InputError(f"--prompts-per-step {s.prompts_per_step} cannot be shared equally by {world} processes: take "
-                         "a multiple")
+        raise InputError(f"--prompts-per-step {s.prompts_per_step} must be a multiple of the {world} processes")
     if not s.data:
         raise InputError("--data is missing: name a JSONL file with problem, solution and answer")
     if family:

@@ -65,6 +65,17 @@ def test_a_stub_in_their_place_changes_the_gradient(tiny_toy, tmp_path, monkeypa
 # ---- the core stands alone
 
 
+RUN_ALL = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):  # as `python train.py ...` would, one after the other
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as exit:
+        if exit.code:
+            raise
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def alone(tiny_toy, tmp_path_factory):
     """Nine files and support/ in an empty directory: EGRSD, CL-EGRSD, an evaluation, and what they print."""
@@ -77,9 +88,10 @@ def alone(tiny_toy, tmp_path_factory):
     commands.append(["eval.py", "--model", here / "cl-egrsd" / "model", "--data", tiny_toy / "test.jsonl",
                      "--samples", 2, "--max-new-tokens", 12, "--no-thinking", "--out", here / "evaluation"])
     commands.append(["train.py", "--help"])
-    script = " && ".join(" ".join(map(str, [sys.executable, *command])) for command in commands)
+    (here / "run_all.py").write_text(RUN_ALL)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    with in_background(["bash", "-c", script], here / "log", cwd=here, env=environment) as process:
+    arguments = json.dumps([list(map(str, command)) for command in commands])
+    with in_background([sys.executable, "run_all.py", arguments], here / "log", cwd=here, env=environment) as process:
         yield process, here
 
 

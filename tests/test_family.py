@@ -47,6 +47,7 @@ def make_batch(teacher_logits=None, student_logits=None, **changes):
         return logs.gather(-1, tokens).squeeze(-1) * mask
     entropy = -(log_t.exp() * log_t).sum(-1) * mask
     batch = Batch(
+        rows=[], hidden=None, teacher_hidden=None,
         logp=pick(log_s).detach().requires_grad_(), teacher_logp=pick(log_t), entropy=entropy, mask=mask,
         advantage=torch.tensor([1.3, -0.7, 0.0, 2.1], dtype=torch.float64),
         correct=torch.tensor([True, False, False, True]),
@@ -180,7 +181,7 @@ def test_divergences_carry_their_whole_gradient(f):
 def test_rlsd_ends_as_grpo():
     s, _, _ = make_batch()
     s.step = 60
-    assert torch.equal(methods.rlsd(s), methods.grpo_group(s))
+    assert torch.equal(methods.rlsd(s), methods.grpo(s))
 
 
 def test_reopold_keeps_the_most_uncertain_fifth_later():
@@ -415,7 +416,7 @@ def test_groups_are_shared_by_all_processes(monkeypatch):
     (["--method", "opsd", "--beta-length", "0.9"], "--beta-length: --method opsd makes no use of it"),
     (["--method", "sft", "--temperature", "0.5"], "--temperature: --method sft makes no use of it"),
     (["--method", "sft", "--rollouts-per-prompt", "8"], "--rollouts-per-prompt: --method sft makes no use"),
-    (["--advantage", "group"], "--advantage group compares completions"),
+    (["--advantage", "group"], "--advantage group and .* compare completions"),
     (["--teacher-context", "peer"], "--rollouts-per-prompt"),
     (["--teacher-every", "5"], "--teacher-every: it belongs to --teacher-schedule copy"),
     (["--method", "stable-opd", "--teacher-context", "solution"], "needs --teacher-context none"),

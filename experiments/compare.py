@@ -87,7 +87,10 @@ def flags(name: str, a) -> list[str]:
 
 def make_splits(a) -> None:
     """train.jsonl and validation.jsonl in --work."""
-    lines = Path(toy.resolve(a.data, "train.jsonl")).read_text().splitlines(keepends=True)
+    path = Path(toy.resolve(a.data, "train.jsonl"))
+    if not path.is_file():
+        raise InputError(f"{path}: no such data file: check --data")
+    lines = path.read_text().splitlines(keepends=True)
     if len(lines) <= a.validation:
         raise InputError(f"{a.data}: {len(lines)} problems, --validation takes {a.validation}: lower it")
     a.work.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,10 @@ TEMPLATE = Path(__file__).with_suffix(".html")  # with {{name}} where `page` put
 
 def page(rows: list[dict], title: str, colour: str = "entropy") -> str:
     """The whole page of lines of tokens.jsonl; every text is escaped, so that a completion cannot end the page."""
-    radios = "".join(
-        f'<label><input type="radio" name="colour" value="{value}"{" checked" * (value == colour)}> {text}</label>'
-        for value, text in (("entropy", "teacher entropy"), ("gate", "gate"), ("advantage", "token advantage")))
+    radios = ""
+    for value, text in (("entropy", "teacher entropy"), ("gate", "gate"), ("advantage", "token advantage")):
+        checked = " checked" if value == colour else ""
+        radios += f'<label><input type="radio" name="colour" value="{value}"{checked}> {text}</label>'
     data = json.dumps([{name: row[name] for name in ("tokens", *COLUMNS)} for row in rows], separators=(",", ":"))
     data = data.replace("<", "\\u003c")  # inside a script element only "</" and "<!--" could end the data
     parts = {"title": html.escape(title), "count": str(len(rows)), "radios": radios, "data": data,

@@ -89,13 +89,14 @@ def test_jobs(tmp_path, monkeypatch):
     assert list(written["rows"]) == [compare.BASE, "opsd", "gate off"] and "gate off" in written["curves"]
 
 
-def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name, complaint", [("short", "1 problems, --validation takes 480"), ("none", "no such data")])
+def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys, name, complaint):
     (tmp_path / "short.jsonl").write_text("one problem\n")
-    monkeypatch.setattr(sys, "argv", ["compare", "--work", str(tmp_path), "--data", str(tmp_path / "short.jsonl")])
+    monkeypatch.setattr(sys, "argv", ["compare", "--work", str(tmp_path), "--data", str(tmp_path / f"{name}.jsonl")])
     with pytest.raises(SystemExit, match="1"):
         compare.main()
     message = capsys.readouterr().err
-    assert message.startswith("python -m experiments.compare: ") and "1 problems, --validation takes 480" in message
+    assert message.startswith("python -m experiments.compare: ") and complaint in message
     assert message.count("\n") == 1
 
 

@@ -87,7 +87,7 @@ class Trainer:
 
     def __init__(self, s: Settings, ranks: Ranks):
         """Load and check everything; nothing is written yet."""
-        self.s, self.ranks, self.out, self.step = s, ranks, Path(s.out), 0
+        self.s, self.ranks, self.out, self.step, self.rows_per_problem = s, ranks, Path(s.out), 0, s.rollouts_per_prompt
         self.stop, self.log, self.results = run.StopRequest(ranks), run.StepLog(self.out, ranks), {}
         data, eval_data = ranks.once_per_node(
             lambda: (toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")))

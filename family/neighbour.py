@@ -46,6 +46,7 @@ class Neighbour(train.Trainer):
         self.full_distributions, self.quoted_completions = self.method.full_distributions, self.context.most_peers
         self.needs_solution = self.method.reference or self.method.teacher and self.context.needs_solution
         super().__init__(s, ranks)
+        self.rows_per_problem = s.rollouts_per_prompt * self.method.rollouts + self.method.reference
         self.median_entropies: list[float] = []
         self.teacher_adapter = [] if s.teacher_schedule == "frozen" else [p.detach().clone() for p in self.parameters]
         if s.advantage == "group":

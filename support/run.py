@@ -180,7 +180,7 @@ def peak_memory_gib() -> float:
 def write_config(trainer) -> None:
     """config.json: the settings in use and what follows from them, which is also printed."""
     s, world = trainer.s, trainer.ranks.world
-    completions = s.prompts_per_step * s.rollouts_per_prompt
+    completions = s.prompts_per_step * trainer.rows_per_problem
     derived = {"device": str(trainer.ranks.device), "threads": torch.get_num_threads(), "bf16": trainer.bf16,
                "problems": len(trainer.problems), "left_out": trainer.left_out,
                "held_out_problems": len(trainer.held_out), "completions_per_step": completions,
@@ -190,7 +190,8 @@ def write_config(trainer) -> None:
                "trained_parameters": sum(p.numel() for p in trainer.parameters)}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     checkpoint.write_json(trainer.out / "config.json", {
-        "settings": asdict(s), "world_size": world, "derived": derived, "versions": versions})
+        "settings": asdict(s), "trainer": type(trainer).__name__, "world_size": world, "derived": derived,
+        "versions": versions})
     shown = {"out": s.out, "world_size": world} | derived
     print("  ".join(f"{key}={value}" for key, value in shown.items()), flush=True)
 

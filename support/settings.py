@@ -6,7 +6,7 @@ package family/ brings more methods and flags, if it is there: the functions her
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from support.data import InputError
@@ -88,11 +88,12 @@ def parse(argv: list[str], description: str, family=None) -> tuple[Settings, boo
     if "data" in given:
         preset.pop("eval_data", None)  # a preset's held-out problems belong to its training problems
     if not resume:
-        return _resolve({}, preset, given, family), False
+        return _resolve(preset, given, family), False
     stored, world = read_config(Path(given.get("out", Settings.out)), family)
-    repeated = _resolve(asdict(stored), preset, given, family)
-    changed = [f"{flag_name(key)} was {getattr(stored, key)}" for key in preset | given
-               if key not in MAY_CHANGE_ON_RESUME and getattr(repeated, key) != getattr(stored, key)]
+    brought = _brought(given.get("method", stored.method), preset, given, family)
+    repeated = {key: (preset | brought | given)[key] for key in preset | given if key not in MAY_CHANGE_ON_RESUME}
+    changed = [f"{flag_name(key)} was {getattr(stored, key)}" for key, value in repeated.items()
+               if value != getattr(stored, key)]
     if changed:
         raise InputError(f"{stored.out}: --resume with changed settings ({', '.join(changed)}): leave these flags out, "
                          "or start a new run with another --out")
@@ -116,16 +117,19 @@ def _parser(description: str, family) -> Parser:
     return parser
 
 
-def _resolve(base: dict, preset: dict, given: dict, family) -> Settings:
-    """The defaults, over them `base`, the preset, what the method stands for, and flags. Flags that contradict the
-    method or change nothing are refused."""
-    before, brought = base | preset, {}
-    method = (before | given).get("method", Settings.method)
+def _brought(method: str, preset: dict, given: dict, family) -> dict:
+    """What a method's name stands for."""
     if family and method in family.METHODS:
-        brought = family.bring(method, preset, given)
-    elif "method" in given:
-        brought = METHODS[method][0]
-    s = (family.FamilySettings if family else Settings)(**before | brought | given)
+        return family.bring(method, preset, given)
+    return METHODS[method][0] if "method" in given else {}
+
+
+def _resolve(preset: dict, given: dict, family) -> Settings:
+    """The defaults, over them the preset, what the method stands for, and flags. Flags that contradict the method or
+    change nothing are refused."""
+    method = given.get("method", Settings.method)
+    brought = _brought(method, preset, given, family)
+    s = (family.FamilySettings if family else Settings)(**preset | brought | given)
     if method in METHODS:
         s.method = method_name(s.gamma, s.window)
         if given.get("method", s.method) != s.method:
@@ -134,8 +138,9 @@ def _resolve(base: dict, preset: dict, given: dict, family) -> Settings:
     without_effect = family.without_effect(s) if family else {}
     if method in METHODS and s.gamma == 0:
         without_effect |= dict.fromkeys(("window", "floor"), "there is no gate with --gamma 0")
-    for key in given.keys() & without_effect.keys():
-        raise InputError(f"{flag_name(key)}: {without_effect[key]}: leave it out")
+    for key in given:
+        if key in without_effect:
+            raise InputError(f"{flag_name(key)}: {without_effect[key]}: leave it out")
     return s
 
 
@@ -152,14 +157,19 @@ def check(s: Settings, world: int, family=None) -> None:
 
 def read_config(run: Path, family) -> tuple[Settings, int]:
     """Settings and world size of an earlier run. Older ones have a `gate` that says what gamma and window say."""
+    path, kind = run / "config.json", family.FamilySettings if family else Settings
     try:
-        config = json.loads((run / "config.json").read_text())
-        values, world = config["settings"], config["world_size"]
+        config = json.loads(path.read_text())
+        values, world = dict(config["settings"]), config["world_size"]
         values |= {"lookahead": {"gate": ""}, "entropy": {"gate": "", "window": 0}, "none": {"gate": "", "gamma": 0.0},
                    "position": {"window": 0}}.get(values.get("gate"), {})
         if values["method"] in METHODS:
             values["method"] = method_name(values["gamma"], values["window"])
-        return (family.FamilySettings if family else Settings)(**values), world
+        elif not family or values["method"] not in family.METHODS:
+            raise ValueError(f"--method {values['method']} is not known here")
+        if config.get("trainer") == "Trainer":  # then flags of family/, which may be gone, are at their defaults
+            values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
+        return kind(**values), world
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{run / 'config.json'}: no run to resume here ({error}): check --out, or leave --resume "
+        raise InputError(f"{path}: no run that can be resumed here ({error}): check --out, or leave --resume "
                          "out") from None

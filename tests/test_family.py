@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from types import SimpleNamespace
 
@@ -24,6 +24,7 @@ import train
 from family import METHODS, contexts, methods, neighbour
 from family.contexts import CONTEXTS
 from family.methods import Batch
+from support import settings as support_settings
 from support.data import InputError, Problem
 from support.sampling import Rollout
 from support.settings import check
@@ -447,6 +448,8 @@ def test_every_method_trains(tiny_toy, tmp_path, name):
     rows = metrics(tmp_path / "run")
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[1]["grad_norm"] > 0 or METHODS[name].groups  # no peer is correct, or all rewards are alike
+    derived = json.loads((tmp_path / "run" / "config.json").read_text())["derived"]
+    assert derived["completions_per_step"] == (16 if name == "stable-opd" else 8)  # rollouts and reference solutions
 
 
 @pytest.mark.parametrize("name", ["mopd", "pw-opsd", "stable-opd"])
@@ -663,6 +666,47 @@ def test_the_command_that_started_a_run_resumes_it(tmp_path, flags, monkeypatch)
         assert resume and resumed == started
     with pytest.raises(InputError, match="--resume with changed settings .--seed was 0."):
         train.parse_arguments([*command, "--resume", "--seed", "3"])
+
+
+def stored(tmp_path, *flags, **changes):
+    """config.json of a run started with these flags, with some settings changed by hand."""
+    s, _ = train.parse_arguments(["--preset", "toy", "--out", str(tmp_path), *flags])
+    (tmp_path / "config.json").write_text(json.dumps({
+        "settings": asdict(s) | changes, "trainer": "Neighbour" if family.is_used(s) else "Trainer", "world_size": 1}))
+    return s
+
+
+def test_parts_of_the_command_are_compared_with_the_run_not_with_each_other(tmp_path):
+    s = stored(tmp_path, "--method", "rlsd", "--teacher-schedule", "ema", "--teacher-decay", "0.9")
+    command = ["--out", str(tmp_path), "--resume", "--method", "rlsd", "--teacher-decay", "0.9"]
+    assert train.parse_arguments(command)[0] == s
+    stored(tmp_path, "--method", "egrsd")
+    with pytest.raises(InputError, match="--method was egrsd"):
+        train.parse_arguments(["--out", str(tmp_path), "--resume", "--method", "cl-egrsd"])
+
+
+def test_a_core_run_resumes_when_the_family_is_gone_and_a_familys_run_is_refused(tmp_path):
+    s = stored(tmp_path, "--window", "0")
+    resumed, _ = settings_without_family(tmp_path)
+    assert asdict(resumed) == {f.name: getattr(s, f.name) for f in fields(resumed)}
+    for flags in (["--method", "opsd"], ["--teacher-context", "answer"]):
+        stored(tmp_path, *flags)
+        with pytest.raises(InputError, match="no run that can be resumed here"):
+            settings_without_family(tmp_path)
+
+
+def settings_without_family(tmp_path):
+    return support_settings.parse(["--out", str(tmp_path), "--resume"], "", None)
+
+
+@pytest.mark.parametrize("text", ['{"settings": [], "world_size": 1}', '{"settings": null}', "[]", "half a fi", "{}"])
+def test_a_damaged_config_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match="no run that can be resumed here"):
+        train.parse_arguments(["--out", str(tmp_path), "--resume"])
+    stored(tmp_path, method="sdpoo")
+    with pytest.raises(InputError, match="--method sdpoo is not known here"):
+        train.parse_arguments(["--out", str(tmp_path), "--resume"])
 
 
 @pytest.mark.parametrize("old, new", [

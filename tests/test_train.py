@@ -364,7 +364,7 @@ def test_output_directory_in_use(tiny_toy, tiny_run, tmp_path, capsys, monkeypat
 
 
 def test_resume_mistakes(tiny_toy, tiny_run, tmp_path, capsys, monkeypatch):
-    assert "no run to resume here" in main_fails(capsys, monkeypatch, "--out", tmp_path / "new", "--resume")
+    assert "no run that can be resumed here" in main_fails(capsys, monkeypatch, "--out", tmp_path / "new", "--resume")
     error = main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tiny_run, gamma=0.9, seed=4), "--resume")
     assert "--resume with changed settings (" in error and "--gamma was 0.3" in error and "--seed was 0" in error
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -17,6 +17,7 @@ from support.data import Problem
 from support.distributed import Ranks
 from support.sampling import Rollout
 
+# Stands for the core's methods with a flag of the family; its loss is never called, Trainer's own is.
 EGRSD = Method(train.Trainer.loss, "with a flag of the family", uses=("advantage", "gamma", "window", "eps", "floor"))
 
 
@@ -46,7 +47,7 @@ class Neighbour(train.Trainer):
         self.full_distributions, self.quoted_completions = self.method.full_distributions, self.context.most_peers
         self.needs_solution = self.method.reference or self.method.teacher and self.context.needs_solution
         super().__init__(s, ranks)
-        self.rows_per_problem = s.rollouts_per_prompt * self.method.rollouts + self.method.reference
+        self.rows_per_problem = (s.rollouts_per_prompt if self.method.rollouts else 0) + int(self.method.reference)
         self.median_entropies: list[float] = []
         self.teacher_adapter = [] if s.teacher_schedule == "frozen" else [p.detach().clone() for p in self.parameters]
         if s.advantage == "group":

@@ -37,10 +37,11 @@ import lora
 import reward
 import toy
 from support.checkpoint import append_jsonl, write_json
-from support.data import InputError, Problem, load_adapter, load_model, load_problems
+from support.data import Problem, load_adapter, load_model, load_problems
 from support.distributed import Ranks
-from support.flags import flag, parse
-from support.run import check_out, name_lack_of_memory, one_line_errors
+from support.errors import InputError
+from support.flags import SEEDS, flag, parse
+from support.run import hold, name_lack_of_memory, one_line_errors, say
 from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
 
 BOOTSTRAP_RESAMPLES = 10_000
@@ -53,8 +54,8 @@ class Settings(Sampling):
     model: list = flag([], "checkpoint directory, hub id or toy; repeat it to compare several")
     adapter: list = flag([], "LoRA adapter directory; k of them go to the last k models")
     data: list = flag([], "JSONL file with problem and answer, or toy; repeat it for several")
-    out: str = flag("", "directory for samples.jsonl and results.json (default: runs/eval-<time>)")
-    seed: int = flag(0, "seed of the sampling", "[0, inf)")
+    out: str = flag(None, "directory for samples.jsonl and results.json (default: runs/eval-<time>)")
+    seed: int = flag(0, "seed of the sampling", SEEDS)
     skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
 
 
@@ -165,12 +166,8 @@ def load(name: str, adapter: str | None, device: torch.device):  # (model, token
     return model, tokenizer
 
 
-def run(s: Settings) -> None:
-    """Every checkpoint on every data file. Nothing is written before all input was checked."""
-    ranks = Ranks()
-    now = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.max(time.time())))
-    out = Path(s.out or f"runs/eval-{now}")
-    check_out(out)
+def run(s: Settings, ranks: Ranks, out: Path) -> None:
+    """Every checkpoint on every data file, into `out`. Nothing is written before all input was checked."""
     part = out / (f"samples.rank{ranks.rank}.jsonl" if ranks.distributed else "samples.jsonl")
     files = [(name, ranks.once_per_node(lambda name=name: toy.resolve(name, "test.jsonl"))) for name in s.data]
     files = [(name, path, load_problems(path, False, s.skip_ungradable)[0]) for name, path in files]
@@ -181,7 +178,6 @@ def run(s: Settings) -> None:
         for _, path, problems in files:
             check_window(model, path, problems, s.max_new_tokens,
                          lambda problem, tokenizer=tokenizer: [student_prompt(tokenizer, problem, s.thinking)])
-        out.mkdir(parents=True, exist_ok=True)
         checkpoint = name + (f" + {adapter}" if adapter else "")
         for place, (data, path, problems) in enumerate(files):
             rows = evaluate(problems, s.samples, partial(solve, model, tokenizer, s), ranks, f"{checkpoint} on {data}",
@@ -197,7 +193,7 @@ def run(s: Settings) -> None:
         write_json(out / "results.json", {"settings": asdict(s), "results": results})
         if ranks.distributed:
             append_jsonl(out / "samples.jsonl", every_row)
-        print(f"\n{table(results, s.samples)}\n\nsamples  {out / 'samples.jsonl'}\nresults  {out / 'results.json'}")
+        say(f"\n{table(results, s.samples)}\n\nsamples  {out / 'samples.jsonl'}\nresults  {out / 'results.json'}")
     ranks.barrier()
     if ranks.distributed:
         part.unlink()
@@ -221,8 +217,12 @@ def parse_arguments(argv: list[str]) -> Settings:
 
 def main() -> None:
     with one_line_errors("eval.py", "stopped; the samples finished so far are in the output directory"), \
-            name_lack_of_memory(lambda: "while sampling: lower --slots"):
-        run(parse_arguments(sys.argv[1:]))
+            name_lack_of_memory(lambda: "while sampling: lower --slots or --max-new-tokens"):
+        s, ranks = parse_arguments(sys.argv[1:]), Ranks()
+        now = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.max(time.time())))
+        out = Path(s.out or f"runs/eval-{now}")
+        with hold(out, ranks):
+            run(s, ranks, out)
 
 
 if __name__ == "__main__":

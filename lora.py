@@ -18,6 +18,7 @@ Copy this file: it needs torch and safetensors (which transformers brings).
 
 import json
 import math
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,10 +52,8 @@ def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, targets: tupl
     """Freeze `model` and put an adapter on every nn.Linear whose name ends in one of `targets`.
 
     Returns the names of the adapted layers. A is drawn from torch's global random state. ValueError if the model has an
-    adapter already, if rank < 1, or if no layer has such a name.
+    adapter already, if rank < 1 or larger than the longest side of these layers, or if no layer has such a name.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be >= 1, got {rank}")
     if any(_adapted(model)):
         raise ValueError("model already has an adapter: merge it or load the base model again")
     model.requires_grad_(False)
@@ -62,6 +61,9 @@ def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, targets: tupl
              if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets]
     if not names:
         raise ValueError(f"targets: no linear layer of the model is named {', '.join(targets)}")
+    longest = max(max(model.get_submodule(name).weight.shape) for name in names)
+    if not 1 <= rank <= longest:
+        raise ValueError(f"rank must be >= 1 and at most {longest}, the longest side of an adapted layer, got {rank}")
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
     return names
@@ -113,22 +115,19 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in _by_peft_name(model).items()}
     save_file(tensors, path / "adapter_model.safetensors")
+    shutil.copymode(path / "adapter_config.json", path / "adapter_model.safetensors")  # which save_file made 0600
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Read a PEFT LoRA directory into `model`, adding the adapter first if the model has none.
 
-    ValueError if the files use an unsupported feature or do not fit the model, FileNotFoundError if one is missing.
+    ValueError if the files use an unsupported feature, do not fit the model or have values that are not finite,
+    FileNotFoundError if one is missing.
     """
     path = Path(path)
     config = json.loads((path / "adapter_config.json").read_text())
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}/adapter_config.json: peft_type must be LORA, got {config.get('peft_type')}")
-    for feature in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-        if config.get(feature):
-            raise ValueError(f"{path}/adapter_config.json: {feature} is not supported")
-    if not isinstance(config.get("target_modules"), list):
-        raise ValueError(f"{path}/adapter_config.json: target_modules must be a list of layer names")
+    if problem := _unsupported(config):
+        raise ValueError(f"{path}/adapter_config.json: {problem}")
     tensors = load_file(path / "adapter_model.safetensors")
     if not any(_adapted(model)):
         add_lora(model, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
@@ -137,11 +136,25 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     if wrong:
         raise ValueError(f"{path}/adapter_model.safetensors does not fit the model: {len(wrong)} tensors are missing, "
                          f"left over or of another shape, first {wrong[0]}")
+    if damaged := [name for name in wanted if not tensors[name].isfinite().all()]:
+        raise ValueError(f"{path}/adapter_model.safetensors: {damaged[0]} has values that are not finite")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
     for _, layer in _adapted(model):
         layer.alpha = config["lora_alpha"]
+
+
+def _unsupported(config: dict) -> str:
+    """What in an adapter_config.json cannot be loaded, "" if nothing."""
+    if config.get("peft_type") != "LORA":
+        return f"peft_type must be LORA, got {config.get('peft_type')}"
+    for feature in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+        if config.get(feature):
+            return f"{feature} is not supported"
+    if type(config.get("r")) is not int or type(config.get("lora_alpha")) not in (int, float):
+        return "r and lora_alpha must be numbers"
+    return "" if isinstance(config.get("target_modules"), list) else "target_modules must be a list of layer names"
 
 
 def merge(model: nn.Module) -> None:

@@ -313,7 +313,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p
     >>> token.item(), round(logprob.exp().item(), 3)
     (0, 0.625)
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # also where a division would give inf - inf
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
     logits = logits.float() / temperature
     ids = None

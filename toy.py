@@ -11,15 +11,14 @@ with mistakes, fewer of them after the teacher's prompt:
 
 So the same weights do much better when they are shown the reference solution: what self-distillation needs.
 
-The result is a checkpoint directory and JSONL files like any other, made once in runs/toy-<hash>/: the hash covers the
-seed, the code and the library versions. To train.py and eval.py the name `toy` is only a short form of these paths.
+The result is a checkpoint directory and JSONL files like any other, made once in runs/toy-<hash>/ of the working
+directory: the hash covers seed, code and library versions. To train.py and eval.py `toy` is short for these paths.
 """
 
 import argparse
 import hashlib
 import json
-import os
-import tempfile
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 import reward
 import rollout
 import teacher
+from support.checkpoint import atomic_directory, locked
 from support.distributed import choose_threads
+from support.run import say
 
 UPDATES, LEARNING_RATE = 360, 5e-3
 # With the teacher's prompt?, traces per update, probabilities per step of a wrong result and of repeating the step
@@ -56,10 +57,12 @@ def build(seed: int = 0, root: Path = Path("runs")) -> Path:
     path = root / f"toy-{hashlib.sha256(code + versions.encode()).hexdigest()[:12]}"
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=root, ignore_cleanup_errors=True) as work:
-            _make(Path(work), seed)
-            if not path.exists():  # or another process was faster; what it made is identical
-                os.rename(work, path)
+        with locked(root / "toy.lock", wait=True):  # for another process that makes it
+            for left in root.glob("toy-*.tmp"):  # by one that was killed
+                shutil.rmtree(left)
+            if not path.exists():
+                with atomic_directory(path) as work:
+                    _make(work, seed)
     return path
 
 
@@ -130,8 +133,8 @@ def _make(path: Path, seed: int) -> None:
         (path / f"{name}.jsonl").write_text("".join(json.dumps(make_row(list(terms))) + "\n" for terms in problems))
     _warm_up(model, tokenizer, train, rng)
     plain, shown = (accuracy(model, tokenizer, path / "test.jsonl", privileged) for privileged in (False, True))
-    print(f"toy: accuracy of the base model on {len(test)} held-out problems: {plain:.2f} with the student prompt, "
-          f"{shown:.2f} with the teacher prompt", flush=True)
+    say(f"toy: accuracy of the base model on {len(test)} held-out problems: {plain:.2f} with the student prompt, "
+        f"{shown:.2f} with the teacher prompt")
     model.save_pretrained(path / "model")
     tokenizer.save_pretrained(path / "model")
 
@@ -173,7 +176,7 @@ def _messages(row: dict, privileged: bool) -> list[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the toy checkpoint and its problems.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of problems, initial weights and warm-up")
     path = build(parser.parse_args().seed)
     print(f"toy: {path / 'model'}, {path / 'train.jsonl'}, {path / 'test.jsonl'}")

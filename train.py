@@ -22,7 +22,6 @@ adapters are trained. family/ overrides some of Trainer's methods; without it th
 """
 
 import importlib
-import json
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,8 +41,9 @@ import reward
 import teacher
 import toy
 from support import checkpoint, run, settings
-from support.data import InputError, Problem, load_model, load_problems
+from support.data import Problem, add_adapter, load_model, load_problems
 from support.distributed import Ranks
+from support.errors import InputError
 from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
 from support.settings import Settings
 
@@ -82,6 +82,7 @@ class Trainer:
     """EGRSD and CL-EGRSD, and the state of a run: model, problems, optimizer, running advantage, steps done."""
 
     needs_solution = True  # of the training problems
+    has_rollouts = True  # in every step
     full_distributions = False  # the loss needs the hidden states of both readings
     quoted_completions = 0  # at most, in the teacher's prompt
 
@@ -94,6 +95,7 @@ class Trainer:
         self.problems, self.left_out = load_problems(data, self.needs_solution, s.skip_ungradable)
         self.held_out = load_problems(eval_data, False, s.skip_ungradable)[0] if eval_data else []
         name = ranks.once_per_node(lambda: toy.resolve(s.model, "model"))
+        self.files = {"--data": data, "--model": name} | ({"--eval-data": eval_data} if eval_data else {})
         self.bf16 = s.bf16 if s.bf16 is not None else ranks.device.type == "cuda"
         self.autocast = partial(torch.autocast, ranks.device.type, torch.bfloat16, enabled=self.bf16)
         dtype = torch.bfloat16 if self.bf16 else torch.float32
@@ -105,7 +107,7 @@ class Trainer:
                      lambda p: [self.student_prompt(p)])
 
         torch.manual_seed(s.seed)
-        lora.add_lora(self.model, s.lora_rank, s.lora_alpha)
+        add_adapter(self.model, s.lora_rank, s.lora_alpha)
         self.parameters = lora.lora_parameters(self.model)
         if s.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -303,28 +305,30 @@ def train(s: Settings, resume: bool) -> None:
     """The whole run, the same on every rank: evaluate, train, evaluate, export."""
     ranks, family = Ranks(), import_family()
     settings.check(s, ranks.world, family)
-    if not resume:
-        run.check_out(s.out, "go on with --resume, or choose another --out")
     is_neighbour = family and family.is_used(s)
-    t = (importlib.import_module("family.neighbour").Neighbour if is_neighbour else Trainer)(s, ranks)
-    with run.hold(t.out, ranks):
+    with run.hold(s.out, ranks, None if resume else "go on with --resume, or choose another --out"):
+        with run.name_lack_of_memory(lambda: "while loading: lower --lora-rank, or take a smaller --model"):
+            t = (importlib.import_module("family.neighbour").Neighbour if is_neighbour else Trainer)(s, ranks)
         if resume:
+            run.check_inputs(t)
             checkpoint.load_latest(t.out / "checkpoints", t.model, t.optimizer, ranks, t.load_state)
+            if run.is_done(t):
+                return
         if ranks.rank == 0:
             run.write_config(t)
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ["metrics.jsonl", "samples.jsonl"][:1 + t.has_rollouts]:
                 checkpoint.drop_later_steps(t.out / name, t.step)
         with t.stop.checkpointed(t), run.name_lack_of_memory(t.log.advice):
             evaluate_and_train(t)
         if ranks.rank == 0:
-            run.export(t.out, t.model, t.tokenizer, t.results)
+            run.export(t)
         ranks.barrier()  # nobody leaves while rank 0 still writes
 
 
 def evaluate_and_train(t: Trainer) -> None:
     """The steps that are left, between the two evaluations; a checkpoint after the last one."""
-    s, rank, path = t.s, t.ranks.rank, t.out / "evaluation.json"
-    t.results = json.loads(path.read_text()) if path.exists() else {}
+    s, rank, watch = t.s, t.ranks.rank, run.Watch(t.parameters)
+    t.results = run.read_results(t.out / "evaluation.json")
     if t.held_out and s.eval_before and "before" not in t.results:
         with lora.disabled(t.model):
             t.evaluate("before")
@@ -333,6 +337,8 @@ def evaluate_and_train(t: Trainer) -> None:
             metrics = t.train_step()
             if rank == 0:
                 checkpoint.append_jsonl(t.out / "metrics.jsonl", [metrics])
+                for warning in watch.warnings(metrics):
+                    t.log.bar.write(warning, file=sys.stderr)
             t.log.bar.update()
             if t.step % s.checkpoint_every == 0 or t.step == s.steps:
                 t.save()

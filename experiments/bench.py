@@ -36,6 +36,8 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import rollout
 import teacher
+from support.flags import nonempty_path
+from support.run import one_line_errors, say
 
 PROGRAM = "python -m experiments.bench"
 SMALL = dict(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
@@ -207,29 +209,35 @@ ROWS = {1: mixed_lengths, 2: shared_prompts, 3: scoring}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(PROGRAM, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure (default: cpu)")
     add("--rows", type=int, nargs="+", choices=ROWS, default=list(ROWS), help="rows to measure (default: all)")
     add("--repeats", type=int, default=5, help="turns of ours and the peer per row (default: 5)")
-    add("--out", type=Path, help="write the figures of every turn to this JSON file as well")
+    add("--out", type=nonempty_path, help="write the figures of every turn to this JSON file as well")
     a = parser.parse_args()
     if a.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA GPU, and torch sees none: leave it out to measure on the CPU")
     if a.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {a.repeats}")
-    transformers.utils.logging.set_verbosity_error()
+    with one_line_errors(PROGRAM, "stopped"):
+        measure(a)
+
+
+def measure(a) -> None:
+    """All rows, printed as they come, and into --out."""
     rows, cpu = [], re.search(r"model name\s*:\s*(.+)|$", Path("/proc/cpuinfo").read_text())[1]
     about = {"command": shlex.join([*PROGRAM.split(), *sys.argv[1:]]),
              "machine": torch.cuda.get_device_name() if a.device == "cuda" else f"{cpu}, {os.cpu_count()} cores",
              "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
              "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
              "dtype": str(DTYPE[a.device]).removeprefix("torch."), "turns": a.repeats}
-    print("  ".join(f"{key}: {value}" for key, value in about.items()), "",
-          "| row | unit | ours | peer | ours / peer | limit | ours / limit |", "|---" * 7 + "|", sep="\n", flush=True)
+    say("  ".join(f"{key}: {value}" for key, value in about.items()) + "\n\n"
+        "| row | unit | ours | peer | ours / peer | limit | ours / limit |\n" + "|---" * 7 + "|")
     for number in a.rows:
         for row in ROWS[number](a.device, a.repeats):
-            print(line(row), flush=True)
+            say(line(row))
             rows.append(row)
     if a.out:
         a.out.parent.mkdir(parents=True, exist_ok=True)

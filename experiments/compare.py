@@ -13,7 +13,6 @@ evaluation beside it. What was done with the same command, data and settings is 
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -39,10 +38,11 @@ import toy
 from experiments import diagnostics
 from family.settings import GROUP
 from support import settings
-from support.data import InputError, load_model, load_problems
+from support.data import digest, load_model, load_problems
 from support.distributed import Ranks
-from support.flags import Parser
-from support.run import one_line_errors
+from support.errors import InputError
+from support.flags import Parser, nonempty, nonempty_path
+from support.run import hold, one_line_errors, say
 
 PROGRAM = "python -m experiments.compare"
 BASE = "no training"
@@ -98,19 +98,16 @@ def make_splits(a) -> None:
     (a.work / "validation.jsonl").write_text("".join(lines[-a.validation:]))
 
 
-def fingerprint(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-
-
 def run(name: str, rate: float, seed: int, split: str, a) -> dict:
     """Train and evaluate once, unless it was done before: what <split>.json says."""
     out = a.work / name.replace(" ", "-").replace(",", "") / f"lr{rate:g}-seed{seed}"
     path = a.work / "validation.jsonl" if split == "validation" else toy.resolve(a.test, "test.jsonl")
     problems, _ = load_problems(path, need_solution=False)
     command = ["train.py", *flags(name, a), "--lr", f"{rate:g}", "--seed", str(seed)] if name != BASE else []
-    origin = {"command": shlex.join(command), "model": a.model, "training_data": fingerprint(a.work / "train.jsonl")}
-    measured = origin | {"split": split, "data": fingerprint(path), "problems": len(problems), "samples": a.samples,
-                         "max_new_tokens": a.max_new_tokens}
+    origin = {"command": shlex.join(command), "model": a.model,
+              "training_data": digest(a.work / "train.jsonl")[:12]}
+    measured = origin | {"split": split, "data": digest(Path(path))[:12], "problems": len(problems),
+                         "samples": a.samples, "max_new_tokens": a.max_new_tokens}
     done = json.loads((out / f"{split}.json").read_text()) if (out / f"{split}.json").exists() else {}
     if done | measured == done:
         return done
@@ -220,8 +217,7 @@ def table(rows: dict) -> str:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.prog = PROGRAM
+    parser = Parser(__doc__, prog=PROGRAM)
     parser.add_argument("--only", default=[], nargs="+", choices=list(variants()), metavar="NAME",
                         help="methods and variants to run (default: all): " + "; ".join(variants()))
     for name, default, help in (
@@ -239,10 +235,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             ("--data", "toy", "training problems, JSONL or toy"),
             ("--test", "toy", "test problems, JSONL or toy"),
             ("--work", Path("runs/compare"), "directory of the runs")):
-        kind = {"type": type(default[0]), "nargs": "+"} if isinstance(default, list) else {"type": type(default)}
+        kind = {"type": type(default[0]), "nargs": "+"} if isinstance(default, list) else {
+            "type": {str: nonempty, type(Path()): nonempty_path}.get(type(default), type(default))}
         parser.add_argument(name, default=default, help=f"{help} (default: {default})", **kind)
-    parser.add_argument("--out", default=None, type=Path, help="results (default: results/compare.json; with --only "
-                        "only.json in --work)")
+    parser.add_argument("--out", default=None, type=nonempty_path,
+                        help="results (default: results/compare.json; with --only only.json in --work)")
     a = parser.parse_args(argv)
     if a.completions % GROUP:
         raise InputError(f"--completions must be a multiple of {GROUP}, the size of a group, got {a.completions}")
@@ -262,7 +259,7 @@ def compare(a) -> None:
     jobs += [(name, rates[PARENT], seed, "test") for name in derived for seed in a.seeds[:a.variant_seeds]]
     results = run_all(jobs, a, "seeds")
     rows = summarise(results)
-    print(table(rows), end="\n\n")
+    say(table(rows) + "\n")
     if a.out.exists() and (lost := set(json.loads(a.out.read_text())["rows"]) - set(rows)):
         raise InputError(f"{a.out}: holds {len(lost)} rows that these runs do not have: choose another --out")
     a.out.parent.mkdir(parents=True, exist_ok=True)
@@ -273,12 +270,14 @@ def compare(a) -> None:
         "choice_of_rates": [{key: r[key] for key in ("name", "rate", "seed", "accuracy", "length")} for r in chosen],
         "curves": {name: [r["curves"] for r in results if r["name"] == name] for name in rows if name != BASE},
     }, separators=(",", ":"), default=str) + "\n")
-    print(a.out)
+    say(str(a.out))
 
 
 def main() -> None:
     with one_line_errors(PROGRAM, "stopped; the same command goes on with the runs that are missing"):
-        compare(parse_arguments(sys.argv[1:]))
+        a = parse_arguments(sys.argv[1:])
+        with hold(a.work, Ranks(), remedy=None):
+            compare(a)
 
 
 if __name__ == "__main__":

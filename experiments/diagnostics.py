@@ -37,9 +37,11 @@ import teacher
 import toy
 from experiments.token_view import COLUMNS, KINDS
 from support.checkpoint import append_jsonl, write_json
-from support.data import InputError, Problem, load_adapter, load_model, load_problems
-from support.flags import flag, parse
-from support.run import check_out, one_line_errors
+from support.data import Problem, load_adapter, load_model, load_problems
+from support.distributed import Ranks
+from support.errors import InputError
+from support.flags import SEEDS, flag, parse
+from support.run import hold, one_line_errors, say
 from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample
 
 PROGRAM = "python -m experiments.diagnostics"
@@ -54,22 +56,22 @@ class Settings(Sampling):
     """The command line: how to sample, and what to look at."""
 
     model: str = flag("", "checkpoint directory, hub id or toy")
-    adapter: str = flag("", "LoRA adapter directory of the student (default: none, so that it is the base model)")
+    adapter: str = flag(None, "LoRA adapter directory of the student (default: none, so that it is the base model)")
     data: str = flag("", "JSONL file with problem, solution and answer, or toy (its test problems)")
-    out: str = flag("", "directory for the results (default: runs/diagnostics-<time>)")
+    out: str = flag(None, "directory for the results (default: runs/diagnostics-<time>)")
     skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
     problems: int = flag(64, "how many of the file's problems, from its start", "[1, inf)")
     max_new_tokens: int = flag(1024, "longest completion in tokens", "[1, inf)")
     top_p: float = flag(1.0, "draw from the likeliest tokens of this mass", "(0, 1]")
     slots: int = flag(128, "rows decoded together; lower it to save memory", "[1, inf)")
     thinking: bool = flag(False, "let the chat template open a thinking block")
-    seed: int = flag(0, "seed of sampling and of the choice of positions", "[0, inf)")
+    seed: int = flag(0, "seed of sampling and of the choice of positions", SEEDS)
     gamma: float = flag(0.3, "strength of the gate", "[0, inf)")
     window: int = flag(3, "lookahead of CL-EGRSD's gate, of pivots and of the lookahead entropy", "[0, inf)")
     eps: float = flag(0.2, "clip of the magnitude, for the token advantages", "[0, 1)")
     floor: float = flag(0.1, "smallest gate", "(0, 1]")
-    high: float = flag(0.5, "H in nats from which a token is a pivot or a fork")
-    low: float = flag(0.2, "H in nats below which a pivot's continuation is certain")
+    high: float = flag(0.5, "H in nats from which a token is a pivot or a fork", "[0, inf)")
+    low: float = flag(0.2, "H in nats below which a pivot's continuation is certain", "[0, inf)")
     branches: int = flag(100, "positions for branch viability, drawn at random, 0: none", "[0, inf)")
     branch_probability: float = flag(0.05, "least probability of a token that the teacher proposes", "(0, 1)")
     most_branches: int = flag(4, "most tokens forced at a position", "[2, inf)")
@@ -257,24 +259,23 @@ def table(result: dict) -> str:
 def diagnose(s: Settings) -> dict:
     """Everything above; writes --out and returns what diagnostics.json holds."""
     out = Path(s.out or "runs/diagnostics-" + time.strftime("%Y%m%d-%H%M%S"))
-    check_out(out)
-    path = toy.resolve(s.data, "test.jsonl")
-    problems = load_problems(path, True, s.skip_ungradable)[0][:s.problems]
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, torch.device(device))
-    if s.adapter:
-        load_adapter(model, s.adapter)
-    new_tokens = s.max_new_tokens * (2 if s.branches else 1)  # a branch goes on behind a part of a completion
-    check_window(model, path, problems, new_tokens, lambda problem: [teacher_prompt(tokenizer, problem, s.thinking)])
-    rollouts = sample_student(model, tokenizer, s, problems)
-    values, hidden = read_both(model, tokenizer, s, rollouts)
-    result = {"settings": asdict(s)} | summarise(rollouts, values)
-    if s.branches:
-        result["branches"] = branch_viability(model, tokenizer, s, rollouts, values, hidden)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "diagnostics.json", result)
-    append_jsonl(out / "tokens.jsonl", token_rows(tokenizer, rollouts, values))
-    print(f"{table(result)}\n\nvalues  {out / 'diagnostics.json'}\ntokens  {out / 'tokens.jsonl'}")
+    with hold(out, Ranks()):
+        path = toy.resolve(s.data, "test.jsonl")
+        problems = load_problems(path, True, s.skip_ungradable)[0][:s.problems]
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, torch.device(device))
+        if s.adapter:
+            load_adapter(model, s.adapter)
+        new_tokens = s.max_new_tokens * (2 if s.branches else 1)  # a branch goes on behind a part of a completion
+        check_window(model, path, problems, new_tokens, lambda p: [teacher_prompt(tokenizer, p, s.thinking)])
+        rollouts = sample_student(model, tokenizer, s, problems)
+        values, hidden = read_both(model, tokenizer, s, rollouts)
+        result = {"settings": asdict(s)} | summarise(rollouts, values)
+        if s.branches:
+            result["branches"] = branch_viability(model, tokenizer, s, rollouts, values, hidden)
+        write_json(out / "diagnostics.json", result)
+        append_jsonl(out / "tokens.jsonl", token_rows(tokenizer, rollouts, values))
+        say(f"{table(result)}\n\nvalues  {out / 'diagnostics.json'}\ntokens  {out / 'tokens.jsonl'}")
     return result
 
 

@@ -7,12 +7,14 @@ both; up and to the left is better.
 curves.png: accuracy and length of a few methods' rollouts by update, mean over seeds, smoothed over five updates.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
+
+from support.errors import InputError, reason
+from support.flags import Parser, nonempty_path
+from support.run import one_line_errors, say
 
 PROGRAM = "python -m experiments.plot"
 RESULTS = Path("results")
@@ -41,18 +43,14 @@ def draw_curves(axes, results: dict, measure: str, label: str, scale: float) -> 
     axes.set(xlabel="update", ylabel=label)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS / "compare.json", help="output of experiments.compare")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the pictures")
-    a = parser.parse_args()
+def draw(a) -> None:
     try:
         import matplotlib.pyplot as plt
         results = json.loads(a.results.read_text())
     except ImportError:
-        sys.exit(f"{PROGRAM}: matplotlib is missing: pip install matplotlib (nothing else in this repository needs it)")
+        raise InputError("matplotlib is missing: pip install matplotlib (nothing else here needs it)") from None
     except (OSError, ValueError) as error:
-        sys.exit(f"{PROGRAM}: {a.results}: cannot be read ({error}): run python -m experiments.compare first")
+        raise InputError(f"{a.results}: cannot be read ({reason(error)}): run experiments.compare first") from None
     plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.25, "savefig.dpi": 150, "savefig.bbox": "tight"}
     figure, axes = plt.subplots(figsize=(8.5, 5.5))
     draw_methods(axes, results)
@@ -62,7 +60,16 @@ def main() -> None:
     draw_curves(right, results, "length", "mean length of the rollouts, tokens", 1)
     right.legend(fontsize=8, frameon=False)
     figure.savefig(a.out / "curves.png")
-    print(a.out / "frontier.png", a.out / "curves.png", sep="\n")
+    say(f"{a.out / 'frontier.png'}\n{a.out / 'curves.png'}")
+
+
+def main() -> None:
+    parser = Parser(__doc__, prog=PROGRAM)
+    add, results = parser.add_argument, RESULTS / "compare.json"
+    add("--results", type=nonempty_path, default=results, help="output of experiments.compare")
+    add("--out", type=nonempty_path, default=RESULTS, help="directory for the pictures")
+    with one_line_errors(PROGRAM, "stopped"):
+        draw(parser.parse_args())
 
 
 if __name__ == "__main__":

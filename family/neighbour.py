@@ -15,6 +15,7 @@ from family.methods import METHODS, Batch, Method, position_weight
 from family.settings import FamilySettings
 from support.data import Problem
 from support.distributed import Ranks
+from support.run import say
 from support.sampling import Rollout
 
 # Stands for the core's methods with a flag of the family; its loss is never called, Trainer's own is.
@@ -46,6 +47,7 @@ class Neighbour(train.Trainer):
         self.method, self.context = METHODS.get(s.method, EGRSD), CONTEXTS[s.teacher_context]
         self.full_distributions, self.quoted_completions = self.method.full_distributions, self.context.most_peers
         self.needs_solution = self.method.reference or self.method.teacher and self.context.needs_solution
+        self.has_rollouts = self.method.rollouts
         super().__init__(s, ranks)
         self.rows_per_problem = (s.rollouts_per_prompt if self.method.rollouts else 0) + int(self.method.reference)
         self.median_entropies: list[float] = []
@@ -55,8 +57,8 @@ class Neighbour(train.Trainer):
         long = [p for p in self.problems if self.method.reference and len(p.solution.encode()) >= s.max_new_tokens]
         cut = sum(not self.reference(p).finished for p in long)
         if cut and ranks.rank == 0:
-            print(f"--method {s.method}: {cut} of {len(self.problems)} reference solutions are longer than "
-                  f"--max-new-tokens {s.max_new_tokens} and are cut there", flush=True)
+            say(f"--method {s.method}: {cut} of {len(self.problems)} reference solutions are longer than "
+                f"--max-new-tokens {s.max_new_tokens} and are cut there")
 
     def make_rollouts(self, problems: list[Problem]) -> list[Rollout]:
         return super().make_rollouts(problems) if self.method.rollouts else []

@@ -2,15 +2,18 @@
 
     run/checkpoints/step-000025/adapter/      the LoRA adapter, in PEFT's format                     (lora.py)
                                 state.pt      optimizer, every rank's random state, other tensors of the method
-                                state.json    step, running advantage, other numbers of the method
+                                state.json    step, running advantage, other numbers of the method, checksums
 
 A directory is filled under another name, flushed to disk and renamed: a kill at any moment leaves the earlier ones as
 they were. Nothing is unpickled: tensors are read with weights_only, numbers from JSON."""
 
+import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,24 +21,61 @@ from pathlib import Path
 import torch
 
 import lora
-from support.data import InputError
+from support.data import digest
 from support.distributed import Ranks
+from support.errors import InputError, LocalError, reason
+
+
+@contextmanager
+def locked(path: Path, wait: bool):
+    """Hold the lock file `path`, removed at the end; BlockingIOError if another process holds it, unless `wait`."""
+    while True:
+        with path.open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if not os.fstat(lock.fileno()).st_nlink:  # its holder removed it after we had opened it
+                continue
+            try:
+                return (yield)
+            finally:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path):
+    """LocalError with the path for whatever goes wrong inside: of a full disk alone OSError, RuntimeError (torch) and
+    types of their own (safetensors, tokenizers)."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise LocalError(f"{path}: cannot be written ({reason(error)}): free space, or see to it that the directory is "
+                         "there and can be written; what was complete before is untouched") from None
 
 
 @contextmanager
 def atomic_directory(path: Path):
-    """A directory to fill; it appears under its name only when complete and on disk, in place of an older one."""
-    work = path.with_name(path.name + ".tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    yield work
-    for entry in [*work.rglob("*"), work]:
-        _flush(entry)
-    older = path.with_name(path.name + ".old.tmp")
-    if path.exists():
-        os.rename(path, older)
-    os.rename(work, path)
-    _flush(path.parent)
+    """A directory to fill; it appears under its name only when complete and on disk, in place of an older one, with the
+    permissions of the umask. If anything goes wrong, nothing is left."""
+    work, older = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old.tmp")
+    try:
+        with writing(path):
+            shutil.rmtree(work, ignore_errors=True)
+            path.parent.mkdir(exist_ok=True)  # but not what is above it: that was there, and somebody took it away
+            work.mkdir()
+            yield work
+            os.umask(umask := os.umask(0))
+            for entry in [*work.rglob("*"), work]:
+                entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)  # safetensors writes 0600
+                _flush(entry)
+            if path.exists():
+                shutil.rmtree(older, ignore_errors=True)  # of an export that was killed
+                os.rename(path, older)
+            os.rename(work, path)
+            _flush(path.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     shutil.rmtree(older, ignore_errors=True)
 
 
@@ -48,26 +88,37 @@ def _flush(path: Path) -> None:
 def write_json(path: Path, value: dict) -> None:
     """Replace the file as a whole."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    with writing(path):
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+        _flush(partial)
+        os.replace(partial, path)
 
 
 def append_jsonl(path: Path, rows: list[dict]) -> None:
-    with path.open("a") as file:
+    with writing(path), path.open("a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def drop_later_steps(path: Path, step: int) -> None:
-    """Forget the rows of steps after the checkpoint that a resumed run starts from: they are made again."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    """Forget the rows of steps after the checkpoint that a resumed run starts from: they are made again. Warns of
+    earlier steps that are missing; InputError for a damaged line."""
+    lines, kept, steps = path.read_bytes().splitlines() if path.exists() else [], [], set()
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # a line cut off by a kill
-            break
+            row = json.loads(line)
+            if row["step"] <= step:
+                kept.append(row)
+                steps.add(row["step"])
+        except (ValueError, TypeError, LookupError) as error:
+            if number < len(lines):  # the last line may have been cut off by a kill
+                raise InputError(f"{path}: line {number}: no line of this log ({reason(error)}): correct it, or remove "
+                                 "the line") from None
+    if missing := set(range(1, step + 1)) - steps:
+        print(f"{path}: warning: {len(missing)} of the {step} steps done have no line, first step {min(missing)}",
+              file=sys.stderr)
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text("")
-    append_jsonl(partial, [row for row in rows if row["step"] <= step])
+    partial.unlink(missing_ok=True)
+    append_jsonl(partial, kept)
     os.replace(partial, path)
 
 
@@ -81,8 +132,14 @@ def save(path: Path, model, optimizer, ranks: Ranks, tensors: dict, numbers: dic
         with atomic_directory(path) as work:
             lora.save_adapter(model, work / "adapter")
             torch.save({"optimizer": optimizer.state_dict(), "rng": rng, **tensors}, work / "state.pt")
-            write_json(work / "state.json", numbers)
+            write_json(work / "state.json", numbers | {"sha256": _checksums(work, numbers)})
     ranks.barrier()
+
+
+def _checksums(path: Path, numbers: dict) -> dict[str, str]:
+    files = [*sorted(path.glob("adapter/*")), path / "state.pt"]
+    return {str(file.relative_to(path)): digest(file) for file in files} | {
+        "state.json": hashlib.sha256(json.dumps(numbers).encode()).hexdigest()}
 
 
 def load_latest(directory: Path, model, optimizer, ranks: Ranks, load_state: Callable[[dict, dict], None]) -> None:
@@ -92,16 +149,21 @@ def load_latest(directory: Path, model, optimizer, ranks: Ranks, load_state: Cal
     if path is None:
         return
     try:
+        numbers = dict(json.loads((path / "state.json").read_text()))
+        written = numbers.pop("sha256", None)
+        for name, value in _checksums(path, numbers).items() if written else ():  # older checkpoints have none
+            if value != written.get(name):
+                raise ValueError(f"{name} is not as it was written")
         lora.load_adapter(model, path / "adapter")
         tensors = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
         optimizer.load_state_dict(tensors["optimizer"])
         torch.set_rng_state(tensors["rng"]["cpu"][ranks.rank].clone())  # torch crashes on a view into a larger tensor
         if "cuda" in tensors["rng"]:
             torch.cuda.set_rng_state(tensors["rng"]["cuda"][ranks.rank].clone())
-        load_state(tensors, json.loads((path / "state.json").read_text()))
+        load_state(tensors, numbers)
     except Exception as error:  # torch and safetensors raise a dozen types for a damaged file
-        raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}: {error}): remove this directory to "
-                         "resume from the checkpoint before it") from None
+        raise InputError(f"{path}: damaged checkpoint ({reason(error)}): remove this directory to resume from the "
+                         "checkpoint before it") from None
 
 
 def latest(directory: Path) -> Path | None:

@@ -5,22 +5,25 @@ A data file has one JSON object per line: {"problem": "2+3?", "solution": "2+3=5
 does not need a solution. A user's mistake raises InputError, whose text is one line: file, line, field, and what to do.
 """
 
+import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 import lora
 import reward
 import rollout
 import teacher
 from support.distributed import choose_threads
+from support.errors import InputError, reason
 
-
-class InputError(Exception):
-    """Something a user can put right; the message is one line that says how."""
+IDENTITY = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "*.jinja")  # files that make a model what it is
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,8 @@ def load_problems(path: str | Path, need_solution: bool = True,
     A gold answer that does not equal itself under reward.is_equal could never be rewarded. Such rows raise InputError
     with their line numbers, or are left out and counted if `skip_ungradable`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such data file: check the path (--data, --eval-data)")
     problems, ungradable = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(_read(Path(path)).splitlines(), 1):
         if not line.strip():
             continue
         problem = _parse(path, number, line, need_solution)
@@ -56,6 +56,19 @@ def load_problems(path: str | Path, need_solution: bool = True,
     if not problems:
         raise InputError(f"{path}: no problem in this file: it needs one JSON object per line")
     return problems, len(ungradable)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"{path}: no such data file, or it cannot be read ({reason(error)}): check the path (--data, "
+                         "--eval-data)") from None
+    encoding = "gzip" if content.startswith(b"\x1f\x8b") else json.detect_encoding(content[:4])
+    if not encoding.startswith("utf-8"):
+        remedy = "unpack it with gunzip" if encoding == "gzip" else f"convert it with iconv -f {encoding} -t utf-8"
+        raise InputError(f"{path}: this is {encoding.upper()}, UTF-8 text is needed: {remedy}")
+    return content
 
 
 def _parse(path: Path, number: int, line: bytes, need_solution: bool) -> Problem:
@@ -70,15 +83,9 @@ def _parse(path: Path, number: int, line: bytes, need_solution: bool) -> Problem
     name = next((name for name in ("problem", "question", "prompt") if name in row), "problem")
     problem, solution, answer = row.get(name), row.get("solution"), row.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
-    checks = (name, problem, True), ("solution", solution, need_solution), ("answer", answer, False)
-    for field, value, needed in checks:
-        if value is None and needed:
-            raise InputError(f"{where}: field '{field}' is missing: add it")
-        if value is not None and not isinstance(value, str):
-            raise InputError(f"{where}: field '{field}' must be text, got {type(value).__name__}: put it in quotes")
-        if needed and not value.strip():
-            raise InputError(f"{where}: field '{field}' is empty: fill it in or remove the line")
+        answer = str(answer) if math.isfinite(answer) else ""  # 1e400 and Infinity are ungradable
+    for field, value, needed in (name, problem, True), ("solution", solution, need_solution), ("answer", answer, False):
+        _check_field(where, field, value, needed)
     if answer is None:
         if solution is None:
             raise InputError(f"{where}: field 'answer' is missing: add it, or a solution that ends in \\boxed{{...}}")
@@ -86,32 +93,90 @@ def _parse(path: Path, number: int, line: bytes, need_solution: bool) -> Problem
     return Problem(problem, solution or "", answer, number)
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool = True):
-    """(model, tokenizer) from a checkpoint directory or a hub id; no code from the hub is run.
+def _check_field(where: str, field: str, value, needed: bool) -> None:
+    if value is None and needed:
+        raise InputError(f"{where}: field '{field}' is missing: add it")
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{where}: field '{field}' must be text, got {type(value).__name__}: put it in quotes")
+    if needed and not value.strip():
+        raise InputError(f"{where}: field '{field}' is empty: fill it in or remove the line")
+    if half := re.search("[\ud800-\udfff]", value or ""):
+        raise InputError(f"{where}: field '{field}' has half of a character, {ascii(half[0])}: write it whole")
 
-    InputError if there is no such model, `rollout.sample` cannot run it, `teacher.read` cannot score with it (unless it
-    need not: `scored`), or its tokenizer has no chat template. Also chooses the number of threads that suits it.
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_digest(name: str) -> str:
+    """SHA-256 over the files of a model, of large ones the size, the first and the last mebibyte: that covers all names
+    and shapes of weights, and nobody has to read gigabytes."""
+    folder, found = Path(cached_file(name, "config.json")).parent, hashlib.sha256()
+    for path in sorted({path for pattern in IDENTITY for path in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            found.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(2**20))
+            file.seek(max(file.tell(), path.stat().st_size - 2**20))
+            found.update(file.read())
+    return found.hexdigest()
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool = True):
+    """(model, tokenizer) from a checkpoint directory or a hub id; no code that comes with them is run.
+
+    InputError if there is no such model, weights are missing, of another shape or not finite, `rollout.sample` cannot
+    run it, `teacher.read` cannot score with it (unless it need not: `scored`), or its tokenizer has no chat template
+    that works. Also chooses the number of threads that suits it.
     """
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError(f"{name}: no such model directory: check the path (--model)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+        model.to(device)
     except Exception as error:  # a missing, damaged, foreign or too large model: libraries raise a dozen types
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(f"{name}: cannot load the model ({type(error).__name__}: {reason}): check --model, a "
-                         "checkpoint directory or a hub id") from None
+        raise InputError(f"{name}: cannot load the model ({reason(error)}): check --model, a checkpoint directory or a "
+                         "hub id, which must not need code of its own") from None
+    wrong = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+    if wrong := wrong or [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise InputError(f"{name}: {len(wrong)} weights are missing, of another shape or not finite, first {wrong[0]}: "
+                         "the checkpoint is damaged or incomplete, get it again (--model)")
     try:
         rollout.attention_windows(model)
+        rollout.stop_ids(model, tokenizer)
         if scored:
             teacher.check_head(model)
     except ValueError as error:
         raise InputError(f"{name}: {error}: choose another --model") from None
+    _check_tokenizer(name, model, tokenizer)
+    choose_threads(sum(parameter.numel() for parameter in model.parameters()))
+    return model, tokenizer
+
+
+def _check_tokenizer(name: str, model, tokenizer) -> None:
     if not tokenizer.chat_template:
         raise InputError(f"{name}: the tokenizer has no chat template: take an instruction-tuned model, or set "
                          "tokenizer.chat_template and save the tokenizer (--model)")
-    choose_threads(sum(parameter.numel() for parameter in model.parameters()))
-    return model, tokenizer
+    try:
+        one, two = (teacher.encode(tokenizer, teacher.teacher_messages(f"{n}?", "2"), True) for n in (1, 2))
+    except Exception as error:  # jinja2 and templates themselves raise what they like
+        raise InputError(f"{name}: the chat template does not work ({reason(error)}): correct chat_template.jinja, or "
+                         "choose another --model") from None
+    if one == two:
+        raise InputError(f"{name}: the prompt does not depend on the problem: files of the tokenizer are missing, or "
+                         "the chat template leaves the messages out (--model)")
+    if max(one + two) >= (rows := model.get_input_embeddings().num_embeddings):
+        raise InputError(f"{name}: the tokenizer has token {max(one + two)}, the model {rows} embeddings (--model)")
+
+
+def add_adapter(model, rank: int, alpha: float) -> None:
+    """lora.add_lora; InputError if the model has no place for it."""
+    try:
+        lora.add_lora(model, rank, alpha)
+    except ValueError as error:
+        raise InputError(f"{error}: change --lora-rank, or choose another --model") from None
 
 
 def load_adapter(model, path: str | Path) -> None:
@@ -119,5 +184,5 @@ def load_adapter(model, path: str | Path) -> None:
     try:
         lora.load_adapter(model, path)
     except Exception as error:  # a missing, foreign or damaged adapter: libraries raise a dozen types
-        raise InputError(f"{path}: cannot load the adapter ({type(error).__name__}: {error}): check --adapter, a "
+        raise InputError(f"{path}: cannot load the adapter ({reason(error)}): check --adapter, a "
                          "directory with adapter_config.json and adapter_model.safetensors") from None

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from support.errors import LocalError, reason
+
 SMALL_MODEL = 10_000_000  # parameters, up to which a second thread on the CPU costs more than it saves
 DEFAULT_THREADS = torch.get_num_threads()
 
@@ -21,18 +23,35 @@ def choose_threads(parameters: int) -> None:
         torch.set_num_threads(1 if parameters < SMALL_MODEL else DEFAULT_THREADS)
 
 
+def number(name: str, default: int) -> int:
+    """Of a variable of the environment, as torchrun sets them."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise LocalError(f"{name}={text} in the environment is no number: start with torchrun, or unset it")
+    return int(text)
+
+
 class Ranks:
     """This process among all of them, and its device."""
 
     def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.distributed = "RANK" in os.environ
+        self.rank, self.world, self.local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in names if not os.environ.get(name)]
+        self.distributed = "RANK" not in missing
+        if self.rank >= self.world or missing and (self.distributed or self.world > 1):  # trains on a part of each step
+            raise LocalError(f"the environment has RANK={os.environ.get('RANK', '')} and WORLD_SIZE={self.world}"
+                             f"{', but no ' if missing else ''}{' or '.join(missing)}: start with torchrun, which sets "
+                             "what belongs together, or unset RANK and WORLD_SIZE for one process")
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.distributed:  # hours: ranks wait for each other's longest completion
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            if self.distributed:  # hours: ranks wait for each other's longest completion
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+        except (RuntimeError, ValueError) as error:  # no such GPU, a port in use, an address that is none
+            raise LocalError(f"rank {self.rank} cannot join the others ({reason(error)}): check MASTER_ADDR and "
+                             "MASTER_PORT, and that every process of a node has a GPU of its own") from None
 
     def sum(self, values: list[float]) -> list[float]:
         """Element by element over all ranks, in float64; the same on every rank."""

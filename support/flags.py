@@ -3,14 +3,28 @@
 import argparse
 from collections.abc import Iterable
 from dataclasses import Field, field, fields
+from pathlib import Path
 
-from support.data import InputError
+from support.errors import InputError
+
+SEEDS = "[0, 1e18]"  # torch takes 64 bits
 
 
 def flag(default, help: str, interval: str = "", choices: tuple | None = None):
     """One setting; interval: the numbers that it may be, such as "[0, 1)". A list is a flag to be repeated."""
     keywords = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(**keywords, metadata={"help": help, "interval": interval, "choices": choices})
+
+
+def nonempty(value: str) -> str:
+    """The type of a flag that must say something: an empty name would mean the current directory."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty: is a variable of the shell not set?")
+    return value
+
+
+def nonempty_path(value: str) -> Path:
+    return Path(nonempty(value))
 
 
 def flag_name(key: str) -> str:
@@ -21,9 +35,9 @@ def flag_name(key: str) -> str:
 class Parser(argparse.ArgumentParser):
     """Mistakes raise InputError; what is not on the command line is not in the result."""
 
-    def __init__(self, description: str, epilog: str | None = None):
-        super().__init__(description=description, epilog=epilog, argument_default=argparse.SUPPRESS,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description: str, epilog: str | None = None, prog: str | None = None):
+        super().__init__(prog, description=description, epilog=epilog, argument_default=argparse.SUPPRESS,
+                         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
         raise InputError(f"{message}; see --help")
@@ -32,11 +46,12 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser, settings: Iterable[Field], choices: dict[str, tuple] | None = None) -> None:
     """A flag per field; `choices` of fields that do not declare them."""
     for f in settings:
-        keywords = {"type": f.type, "choices": (choices or {}).get(f.name, f.metadata["choices"])}
+        kind = nonempty if f.type is str and f.default != "" else f.type
+        keywords = {"type": kind, "choices": (choices or {}).get(f.name, f.metadata["choices"])}
         if f.type is bool:
             keywords = {"action": argparse.BooleanOptionalAction}
         elif f.type is list:
-            keywords = {"action": "append"}
+            keywords = {"type": nonempty, "action": "append"}
         shown = f" (default: {f.default})" if f.type is not list and f.default not in (None, "") else ""
         parser.add_argument(flag_name(f.name), help=f.metadata["help"] + shown, **keywords)
 

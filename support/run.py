@@ -1,6 +1,6 @@
 """A run as its user meets it: the directory and its lock, signals, errors in one line, the log of a step, export."""
 
-import fcntl
+import json
 import os
 import resource
 import signal
@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,51 +18,67 @@ from torch import Tensor
 
 import lora
 from support import checkpoint, distributed
-from support.data import InputError
+from support.data import digest, model_digest
 from support.distributed import Ranks
+from support.errors import InputError, LocalError, reason
 from support.sampling import Rollout
 
 SAMPLES_PER_STEP = 4  # rollouts of rank 0 that go into samples.jsonl at each step
+PATIENCE = 5  # steps without learning, before a warning
+LEFT_BY_A_KILL = {"lock", "config.json.tmp"}  # at the start of a run: such a directory is still free
 
 
 class Interrupted(Exception):
-    """This rank got Ctrl-C or SIGTERM while sampling."""
+    """This rank got a signal while sampling."""
 
 
 class Stop(Exception):
-    """One rank got Ctrl-C or SIGTERM, all know it, and stop at the same place."""
+    """One rank got a signal, all know it, and stop at the same place."""
 
 
-class OutOfMemory(InputError):
-    """One rank ran out of memory; the others may not have."""
-
-
-def check_out(out: str | Path, remedy: str = "choose another --out") -> None:
-    """InputError if `out` is a file or a directory that is not empty."""
-    if Path(out).is_file():
-        raise InputError(f"{out}: is a file, a directory is needed: choose another --out")
-    if Path(out).exists() and any(Path(out).iterdir()):
-        raise InputError(f"{out}: output directory in use: {remedy}")
+def say(text: str) -> None:
+    """Print; a run goes on if nobody reads it any more, as in `train.py | head`, or if the disk behind it is full."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
-def hold(out: Path, ranks: Ranks):
-    """Make the directory, and hold it on rank 0 against other processes until this one ends, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a") as lock:
-        in_use = False
+def hold(out: str | Path, ranks: Ranks, remedy: str | None = "choose another --out"):
+    """Make the directory, and keep other processes out of it until this one ends; an empty one is removed again.
+
+    InputError if it cannot be made, another process is in it, or, unless `remedy` is None, it is in use: not empty, but
+    for what a killed start leaves.
+    """
+    path, problems, made = Path(out), [], []
+    with ExitStack() as stack:
+        if ranks.rank == 0:
+            try:
+                made = [place for place in (path, *path.parents) if not place.exists()]
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(checkpoint.locked(path / "lock", wait=False))
+                if remedy and {entry.name for entry in path.iterdir()} - LEFT_BY_A_KILL:
+                    problems = [f"{out}: output directory in use: {remedy}"]
+            except BlockingIOError:
+                problems = [f"{out}: output directory in use by a process that is still running: choose another --out"]
+            except FileExistsError:
+                problems = [f"{out}: is a file, a directory is needed: choose another --out"]
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+                problems = [f"{out}: cannot be made or written ({reason(error)}): choose another --out"]
         try:
-            if ranks.rank == 0:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            in_use = True
-        if ranks.max(in_use):
-            raise InputError(f"{out}: output directory in use by a process that is still running: choose another --out")
-        yield
+            for problem in ranks.gather_lists(problems):
+                raise InputError(problem)
+            yield
+        finally:
+            stack.close()
+            for place in made:
+                with suppress(OSError, ValueError):  # it is not empty, or was never made
+                    place.rmdir()
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM: noted when it comes, obeyed where all ranks agree to."""
+    """Ctrl-C, SIGTERM or SIGHUP: noted when it comes, obeyed where all ranks agree to."""
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.number = ranks, None
@@ -80,8 +96,9 @@ class StopRequest:
     @contextmanager
     def checkpointed(self, trainer):
         """Note signals from here on. If Stop comes out of the block: checkpoint, say how to go on, end the process."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda received, _: setattr(self, "number", received))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
+                signal.signal(number, lambda received, _: setattr(self, "number", received))
         try:
             yield
         except Stop:
@@ -94,13 +111,19 @@ class StopRequest:
 
 @contextmanager
 def one_line_errors(program: str, interrupted: str):
-    """Around a whole command: InputError and Ctrl-C end it with one line; the process group is left in any case."""
+    """Around a whole command: InputError, failed reading or writing, and Ctrl-C end it with one line; the process
+    group is left in any case."""
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         yield
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OutOfMemory):  # else every rank says the same
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):  # else every rank says the same
             print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:
+        print(f"{program}: {error.filename or 'a file'}: cannot be read or written ({reason(error)}): free space or "
+              "correct the path; what was complete before is untouched", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"\n{program}: {interrupted}", file=sys.stderr)
@@ -111,13 +134,35 @@ def one_line_errors(program: str, interrupted: str):
 
 @contextmanager
 def name_lack_of_memory(advice: Callable[[], str]):
-    """OutOfMemory in one line for what torch raises on the GPU and, as a RuntimeError of its own, on the CPU."""
+    """LocalError in one line for what torch raises on the GPU and, as a RuntimeError of its own, on the CPU."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise OutOfMemory(f"no free memory {advice()} or --max-new-tokens") from None
+            raise LocalError(f"no free memory {advice()}") from None
         raise
+
+
+class Watch:
+    """Finds, once each, what keeps a run from learning, when it was so for PATIENCE steps in a row."""
+
+    def __init__(self, parameters: list[Tensor]):
+        self.parameters, self.seen, self.said = parameters, Counter(), set()
+        self.before = [p.detach().clone() for p in parameters]
+
+    def warnings(self, metrics: dict) -> list[str]:
+        """metrics: those of a step, after which the parameters are what they are now."""
+        truncated, no_answer, spread = (metrics.get(name) for name in ("truncated", "no_answer", "reward_range"))
+        unmoved = all(map(torch.equal, self.before, self.parameters))
+        self.before = [p.detach().clone() for p in self.parameters]
+        signs = [(truncated == 1, "no completion finished: look at --max-new-tokens, and at samples.jsonl"),
+                 (no_answer == 1, "no completion had a boxed answer: look at first_prompts in config.json"),
+                 (spread == 0, "all rewards of a step were equal: are the problems too hard or too easy?"),
+                 (unmoved, "the adapter's weights did not move: look at --lr, and at grad_norm in metrics.jsonl")]
+        self.seen = Counter({sign: self.seen[sign] + 1 for is_so, sign in signs if is_so})
+        found = [sign for sign, steps in self.seen.items() if steps >= PATIENCE and sign not in self.said]
+        self.said.update(found)
+        return [f"warning: for {PATIENCE} steps {sign}" for sign in found]
 
 
 class StepLog:
@@ -139,7 +184,7 @@ class StepLog:
 
     def advice(self) -> str:  # for `name_lack_of_memory`
         flag = "--slots" if self.phase in ("rollout", "evaluation") else "--micro-batch"
-        return f"in the {self.phase} phase: lower {flag}"
+        return f"in the {self.phase} phase: lower {flag} or --max-new-tokens"
 
     def add(self, loss: Tensor, values: dict[str, Tensor], rows: list[Rollout], mask: Tensor) -> None:
         """A micro-batch: its loss, and values per token [B, T], to be averaged over the tokens of rollouts."""
@@ -158,6 +203,9 @@ class StepLog:
         counts = [count] * len(sums) + [num_tokens] * len(self.token_sums)
         means = {name: total / size for name, total, size in zip([*sums, *self.token_sums], totals, counts, strict=True)
                  if size}
+        rewards = self.ranks.gather_lists([row.reward for row in rollouts])
+        if rewards:
+            means["reward_range"] = max(rewards) - min(rewards)
         self.status = "".join(f"{name} {means[name]:.{digits}f}, " for name, digits in
                               (("reward", 2), ("accuracy", 2), ("length", 0)) if name in means)
         if self.ranks.rank == 0:
@@ -177,9 +225,26 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def fingerprint(files: dict[str, str]) -> dict[str, str]:
+    """By flag, what changes with the content of the files that it names."""
+    return {flag: model_digest(name) if flag == "--model" else digest(Path(name)) for flag, name in files.items()}
+
+
+def check_inputs(trainer) -> None:
+    """InputError if the data or the model of a resumed run are not those it began with; rank 0 looks, all raise."""
+    path, files, problems = trainer.out / "config.json", trainer.files, []
+    if trainer.ranks.rank == 0 and (written := json.loads(path.read_text()).get("fingerprint")):
+        problems = [f"{files[flag]}: not what {flag} named when the run began: put that back, or start a new run with "
+                    "another --out" for flag, found in fingerprint(files).items() if found != written.get(flag)]
+    elif trainer.ranks.rank == 0:
+        print(f"{path}: warning: no fingerprint: data and model may have changed since the run began", file=sys.stderr)
+    for problem in trainer.ranks.gather_lists(problems):
+        raise InputError(problem)
+
+
 def write_config(trainer) -> None:
     """config.json: the settings in use and what follows from them, which is also printed."""
-    s, world = trainer.s, trainer.ranks.world
+    s, world, first = trainer.s, trainer.ranks.world, trainer.problems[0]
     completions = s.prompts_per_step * trainer.rows_per_problem
     derived = {"device": str(trainer.ranks.device), "threads": torch.get_num_threads(), "bf16": trainer.bf16,
                "problems": len(trainer.problems), "left_out": trainer.left_out,
@@ -189,21 +254,46 @@ def write_config(trainer) -> None:
                "base_parameters": sum(p.numel() for p in trainer.model.parameters() if not p.requires_grad),
                "trained_parameters": sum(p.numel() for p in trainer.parameters)}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    student = trainer.student_prompt(first)
+    prompts = {"student": student, "teacher": trainer.teacher_prompts([Rollout([], [], False, first, student)])[0]}
     checkpoint.write_json(trainer.out / "config.json", {
         "settings": asdict(s), "trainer": type(trainer).__name__, "world_size": world, "derived": derived,
-        "versions": versions})
+        "versions": versions, "fingerprint": fingerprint(trainer.files),
+        "first_prompts": {reader: trainer.tokenizer.decode(ids) for reader, ids in prompts.items()}})
     shown = {"out": s.out, "world_size": world} | derived
-    print("  ".join(f"{key}={value}" for key, value in shown.items()), flush=True)
+    say("  ".join(f"{key}={value}" for key, value in shown.items()))
 
 
-def export(directory: Path, model, tokenizer, results: dict) -> None:
+def read_results(path: Path) -> dict:
+    """evaluation.json, if an earlier start of the run wrote one."""
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {}
+        sum(result[name] for result in results.values() for name in ("accuracy", "length", "efficiency"))
+        return results
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({reason(error)}): remove it, the evaluation is made again") from None
+
+
+def is_done(trainer) -> bool:
+    """Whether nothing is left to do for a resumed run, which rank 0 says."""
+    exported = json.loads((trainer.out / "config.json").read_text()).get("exported")
+    done = exported == trainer.step >= trainer.s.steps
+    if done and trainer.ranks.rank == 0:
+        say(f"{trainer.out}: all {trainer.step} steps are done, there is nothing to do: name more with --steps")
+    return done
+
+
+def export(trainer) -> None:
     """Write model/, an ordinary checkpoint with the adapter merged in; say what came of the run and where it lies."""
-    lora.merge(model)
-    with checkpoint.atomic_directory(directory / "model") as work:
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-    if results:
-        print(f"\n{'held-out':10}{'accuracy':>10}{'mean length':>13}{'accuracy (%) per 1,000 tokens':>31}")
-    for name, r in results.items():
-        print(f"{name:10}{r['accuracy']:10.3f}{r['length']:13.1f}{r['efficiency']:31.0f}")
-    print("", *(directory / name for name in ("model", "checkpoints", "metrics.jsonl", "samples.jsonl")), sep="\n")
+    out, lines, made = trainer.out, [], ("model", "checkpoints", "metrics.jsonl", "samples.jsonl")
+    lora.merge(trainer.model)
+    with checkpoint.atomic_directory(out / "model") as work:
+        trainer.model.save_pretrained(work)
+        trainer.tokenizer.save_pretrained(work)
+    checkpoint.write_json(out / "config.json", json.loads((out / "config.json").read_text()) | {
+        "exported": trainer.step})
+    if trainer.results:
+        lines.append(f"\n{'held-out':10}{'accuracy':>10}{'mean length':>13}{'accuracy (%) per 1,000 tokens':>31}")
+    for name, r in trainer.results.items():
+        lines.append(f"{name:10}{r['accuracy']:10.3f}{r['length']:13.1f}{r['efficiency']:31.0f}")
+    say("\n".join([*lines, "", *(str(out / name) for name in made)]))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import reward
 import rollout
 import teacher
-from support.data import InputError, Problem
+from support.data import Problem
+from support.errors import InputError
 from support.flags import flag
 
 

@@ -5,12 +5,12 @@ package family/ brings more methods and flags, if it is there: the functions her
 """
 
 import json
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from support.data import InputError
-from support.flags import Parser, add_flags, check_ranges, flag, flag_name
+from support.distributed import number
+from support.errors import InputError
+from support.flags import SEEDS, Parser, add_flags, check_ranges, flag, flag_name
 
 MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every"}
 
@@ -23,7 +23,7 @@ class Settings:
     data: str = flag("", "training problems: a JSONL file with problem, solution, answer; toy: the embedded ones")
     eval_data: str = flag("", "held-out problems, evaluated before and after training; empty: no evaluation")
     out: str = flag("runs/train", "directory of the run; must be new or empty, unless --resume")
-    seed: int = flag(0, "seed of the adapter's initial weights, the order of the problems and all sampling", "[0, inf)")
+    seed: int = flag(0, "seed of the adapter's initial weights, the order of the problems and all sampling", SEEDS)
     method: str = flag("cl-egrsd", "what is trained, see the list below")
     steps: int = flag(100, "optimizer steps of the run", "[1, inf)")
     prompts_per_step: int = flag(32, "problems per step, over all ranks", "[1, inf)")
@@ -31,10 +31,10 @@ class Settings:
     micro_batch: int = flag(4, "completions of full length per pass on one rank; lower it to save memory", "[1, inf)")
     slots: int = flag(0, "rows decoded together on one rank, 0: all; lower it to save memory", "[0, inf)")
     max_new_tokens: int = flag(1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)")
-    temperature: float = flag(1.1, "sampling temperature of the rollouts", "[0, inf)")
+    temperature: float = flag(1.1, "sampling temperature of the rollouts", "[0.01, inf)")
     top_p: float = flag(0.95, "rollouts are drawn from the likeliest tokens that make up this mass", "(0, 1]")
     top_k: int = flag(20, "rollouts are drawn from this many likeliest tokens, 0: all", "[0, inf)")
-    score_temperature: float = flag(1.0, "temperature at which teacher and student score completions", "(0, inf)")
+    score_temperature: float = flag(1.0, "temperature at which teacher and student score completions", "[0.01, inf)")
     thinking: bool = flag(False, "let the chat template open a thinking block, in training and evaluation")
     lr: float = flag(5e-6, "learning rate of AdamW", "[0, inf)")
     lr_warmup_steps: int = flag(0, "steps of linear warm-up; the rate is constant after them", "[0, inf)")
@@ -97,7 +97,7 @@ def parse(argv: list[str], description: str, family=None) -> tuple[Settings, boo
     if changed:
         raise InputError(f"{stored.out}: --resume with changed settings ({', '.join(changed)}): leave these flags out, "
                          "or start a new run with another --out")
-    if world != (here := int(os.environ.get("WORLD_SIZE", 1))):
+    if world != (here := number("WORLD_SIZE", 1)):
         raise InputError(f"{stored.out}: --resume with another world size: the run was started with {world} "
                          f"processes, this is {here}: set --nproc-per-node to match")
     return replace(stored, **{key: given[key] for key in MAY_CHANGE_ON_RESUME & given.keys()}), True
@@ -155,6 +155,14 @@ def check(s: Settings, world: int, family=None) -> None:
         family.check(s)
 
 
+def _check_type(f, value) -> None:
+    kinds = {bool: (bool, type(f.default)), float: (int, float)}.get(f.type, f.type)
+    choices = f.metadata["choices"]
+    if not isinstance(value, kinds) or f.type is int and isinstance(value, bool) or (
+            choices and value != f.default and value not in choices):
+        raise ValueError(f"{f.name} is {value!r}")
+
+
 def read_config(run: Path, family) -> tuple[Settings, int]:
     """Settings and world size of an earlier run. Older ones have a `gate` that says what gamma and window say."""
     path, kind = run / "config.json", family.FamilySettings if family else Settings
@@ -169,7 +177,9 @@ def read_config(run: Path, family) -> tuple[Settings, int]:
             raise ValueError(f"--method {values['method']} is not known here")
         if config.get("trainer") == "Trainer":  # then flags of family/, which may be gone, are at their defaults
             values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
-        return kind(**values), world
+        for f in fields(kind):
+            _check_type(f, values.get(f.name, f.default))
+        return kind(**values), int(world)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: no run that can be resumed here ({error}): check --out, or leave --resume "
                          "out") from None

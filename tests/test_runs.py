@@ -1,0 +1,645 @@
+"""What a run refuses, in one line; what it warns of; and that nothing of the user's is lost or silently wrong."""
+
+import gzip
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import stat
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import forked, tiny_qwen3, train_arguments, train_here
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation
+import lora
+import toy
+import train
+from experiments import bench, compare, diagnostics, plot, token_view
+from support import checkpoint, run
+from support.data import InputError, load_adapter, load_model, load_problems
+from support.distributed import Ranks
+
+CPU = torch.device("cpu")
+
+
+def one_line(result, *parts):
+    """The command ended with code 1 and one line on stderr that has these parts."""
+    code, lines, _ = result
+    assert code == 1 and len(lines) == 1, result
+    assert all(part in lines[0] for part in parts), lines
+    return lines[0]
+
+
+def run_train(tmp_path, *flags, **keywords):
+    return forked(tmp_path, train.main, "train.py", *flags, **keywords)
+
+
+def files_of(path):
+    return {entry.relative_to(path): entry.read_bytes() for entry in path.rglob("*") if entry.is_file()}
+
+
+@pytest.fixture(scope="module")
+def few(tiny_toy, tmp_path_factory):
+    """A data file of 24 problems."""
+    path = tmp_path_factory.mktemp("few") / "few.jsonl"
+    path.write_text("".join((tiny_toy / "train.jsonl").read_text().splitlines(keepends=True)[:24]))
+    return path
+
+
+@pytest.fixture
+def flags(tiny_toy, few):
+    """Flags of a run of two steps; changes win."""
+    def flags(out, **changes):
+        return train_arguments(tiny_toy, out, **{"data": few, "steps": 2, "prompts-per-step": 4} | changes)
+    return flags
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_toy, few, tmp_path_factory):
+    """A run of two steps with evaluations, finished."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train_here(*train_arguments(tiny_toy, out, data=few, steps=2, **{
+        "prompts-per-step": 4, "checkpoint-every": 1, "eval-data": few, "eval-samples": 1}))
+    return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+# ---- the output directory
+
+
+COMMANDS = {"train": (train.main, []), "eval": (evaluation.main, ["--model", "m", "--data", "d"]),
+            "diagnostics": (diagnostics.main, ["--model", "m", "--data", "d"]), "plot": (plot.main, []),
+            "compare": (compare.main, []), "bench": (bench.main, ["--rows", "3", "--repeats", "1"]),
+            "token_view": (token_view.main, ["tokens.jsonl"])}
+
+
+@pytest.mark.parametrize("command, flag", [*((name, "--out") for name in COMMANDS), ("compare", "--work")])
+def test_an_empty_name_is_refused_and_nothing_is_touched(tmp_path, command, flag):
+    """An unset variable of a script: the files of the current directory would be written over."""
+    main, argv = COMMANDS[command]
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "cwd" / "config.json").write_text("mine")
+    code, lines, _ = forked(tmp_path, main, "program", *argv, flag, "", before=lambda: os.chdir("cwd"))
+    assert code in (1, 2) and f"{flag}: it is empty" in lines[-1]
+    assert files_of(tmp_path / "cwd") == {Path("config.json"): b"mine"}
+
+
+@pytest.mark.parametrize("flag", ["--model", "--adapter"])
+def test_an_empty_model_or_adapter_is_refused(tmp_path, flag):
+    argv = ["eval.py", "--model", "m", "--data", "d", flag, ""]
+    one_line(forked(tmp_path, evaluation.main, *argv), f"{flag}: it is empty")
+
+
+def test_what_a_kill_before_config_json_leaves_is_no_dead_end(flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").touch()
+    (tmp_path / "run" / "config.json.tmp").write_text('{"settings": {')
+    one_line(run_train(tmp_path, "--out", "run", "--resume"), "leave --resume out")
+    assert run_train(tmp_path, *flags("run"))[0] == 0
+    assert (tmp_path / "run" / "model").is_dir() and not (tmp_path / "run" / "lock").exists()
+
+
+@pytest.mark.parametrize("name, part", [
+    ("/dev/null", "is a file"), ("x" * 300, "File name too long"), ("a\0b", "null"), ("mine/x", "Not a directory")])
+def test_a_name_that_cannot_be_a_directory_is_refused_before_the_model_is_loaded(flags, tmp_path, name, part):
+    (tmp_path / "mine").write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    result = run_train(tmp_path, *flags(name, model="no-model"))
+    one_line(result, part, "choose another --out")
+    assert set(tmp_path.iterdir()) - set(before) <= {tmp_path / "stdout", tmp_path / "stderr"}
+
+
+def test_a_directory_that_cannot_be_written(flags, tmp_path, monkeypatch):
+    def mkdir(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+    one_line(run_train(tmp_path, *flags("run"), before=lambda: monkeypatch.setattr(Path, "mkdir", mkdir)),
+             "Permission denied", "choose another --out")
+
+
+def test_a_second_start_is_refused_from_the_first_moment(flags, tmp_path):
+    """It used to pass while the first one still loaded its model, and two seeds were mixed in one directory."""
+    with run.hold(tmp_path / "run", Ranks()):
+        one_line(run_train(tmp_path, *flags("run")), "in use by a process that is still running")
+        argv = ["eval.py", "--model", "m", "--data", "d", "--out", "run"]
+        one_line(forked(tmp_path, evaluation.main, *argv), "in use by a process that is still running")
+    assert not (tmp_path / "run").exists()  # nothing was written into it
+
+
+def test_only_one_of_many_starts_at_the_same_moment_gets_the_directory(tmp_path):
+    def attempt():
+        barrier.wait()
+        try:
+            with run.hold(tmp_path / "run", Ranks()):
+                (tmp_path / "run" / "config.json").write_text("{}")
+                won.append(1)
+        except InputError:
+            pass
+    for _ in range(20):
+        barrier, won = threading.Barrier(4), []
+        threads = [threading.Thread(target=attempt) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert won == [1]
+        shutil.rmtree(tmp_path / "run")
+
+
+# ---- several processes
+
+
+@pytest.mark.parametrize("environment, part", [
+    ({"WORLD_SIZE": "4"}, "no RANK"), ({"RANK": "0"}, "no WORLD_SIZE"), ({"RANK": "x"}, "RANK=x"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"), ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}, "RANK=2 and WORLD_SIZE=2"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "port"}, "MASTER_PORT")])
+def test_half_an_environment_of_torchrun_is_refused(flags, tmp_path, environment, part):
+    """WORLD_SIZE alone, usual in SLURM scripts, trained on a fraction of each step."""
+    one_line(run_train(tmp_path, *flags("run"), environment=environment), part)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_in_use(flags, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(taken.getsockname()[1])}
+        code, lines, _ = run_train(tmp_path, *flags("run"), environment=environment)
+    assert code == 1 and "cannot join the others" in lines[-1] and "check MASTER_ADDR and MASTER_PORT" in lines[-1]
+    assert "Traceback" not in "".join(lines)
+
+
+# ---- resume: the same inputs, whole files
+
+
+@pytest.mark.parametrize("which", ["--data", "--eval-data", "--model"])
+def test_changed_inputs_are_refused_on_resume(flags, tiny_toy, few, tmp_path, which):
+    inputs = {"--data": tmp_path / "data.jsonl", "--eval-data": tmp_path / "held.jsonl", "--model": tmp_path / "model"}
+    shutil.copy(few, inputs["--data"])
+    shutil.copy(few, inputs["--eval-data"])
+    shutil.copytree(tiny_toy / "model", inputs["--model"])
+    named = {flag.removeprefix("--"): path for flag, path in inputs.items()} | {"eval-samples": 1, "eval-before": False}
+    train_here(*flags(tmp_path / "run", **named))
+    changed = inputs[which]
+    if which == "--model":
+        tensors = load_file(changed / "model.safetensors")
+        save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, changed / "model.safetensors",
+                  metadata={"format": "pt"})
+    else:
+        changed.write_text("".join(changed.read_text().splitlines(keepends=True)[:1]))
+    before = files_of(tmp_path / "run")
+    one_line(run_train(tmp_path, "--out", "run", "--resume", "--steps", 3), f"{changed}: not what {which} named",
+             "put that back")
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_run_without_a_fingerprint_resumes_with_a_warning(copied, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    del config["fingerprint"], config["exported"]
+    (copied / "config.json").write_text(json.dumps(config))
+    code, lines, _ = run_train(tmp_path, "--out", copied, "--resume", "--steps", 3)
+    assert code == 0 and len(lines) == 1 and "warning: no fingerprint" in lines[0]
+    assert "fingerprint" in json.loads((copied / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["state.pt", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"])
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.95])
+def test_a_flipped_bit_in_a_checkpoint_is_refused(copied, tmp_path, name, place):
+    path = copied / "checkpoints" / "step-000002" / name
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 4
+    path.write_bytes(content)
+    one_line(run_train(tmp_path, "--out", copied, "--resume", "--steps", 3), "step-000002: damaged checkpoint", name,
+             "remove this directory")
+    shutil.rmtree(copied / "checkpoints" / "step-000002")
+    assert run_train(tmp_path, "--out", copied, "--resume", "--steps", 3)[0] == 0
+
+
+def replace_in(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+DAMAGE = {
+    "state.json": lambda p: replace_in(p / "checkpoints/step-000002/state.json", '"step": 2', '"step": 3'),
+    "state.json is a list": lambda p: (p / "checkpoints/step-000002/state.json").write_text("[]"),
+    "metrics.jsonl": lambda p: replace_in(p / "metrics.jsonl", '{"step"', '{step"'),
+    "metrics.jsonl is of lists": lambda p: (p / "metrics.jsonl").write_text("[1]\n[2]\n"),
+    "samples.jsonl": lambda p: replace_in(p / "samples.jsonl", '"step": 1', '"step": "one"'),
+    "evaluation.json": lambda p: (p / "evaluation.json").write_text("{"),
+    "evaluation.json is a list": lambda p: (p / "evaluation.json").write_text("[1]"),
+    "evaluation.json lacks a figure": lambda p: replace_in(p / "evaluation.json", '"length"', '"width"'),
+    "evaluation.json has text": lambda p: (p / "evaluation.json").write_text(
+        '{"before": {"accuracy": "high", "length": 1, "efficiency": 1}}'),
+    "config.json": lambda p: (p / "config.json").write_text("{"),
+    "config.json is a list": lambda p: (p / "config.json").write_text("[]"),
+    "config.json has text": lambda p: replace_in(p / "config.json", '"lora_rank": 4', '"lora_rank": "four"'),
+    "config.json has true": lambda p: replace_in(p / "config.json", '"lora_rank": 4', '"lora_rank": true'),
+    "config.json has null": lambda p: replace_in(p / "config.json", '"micro_batch": 8', '"micro_batch": null'),
+    "config.json, world": lambda p: replace_in(p / "config.json", '"world_size": 1', '"world_size": "one"')}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_content_is_one_line_with_the_file(copied, tmp_path, what):
+    DAMAGE[what](copied)
+    file = "step-000002: damaged checkpoint" if "state" in what else re.split("[ ,]", what)[0]
+    one_line(run_train(tmp_path, "--out", copied, "--resume", "--steps", 3), file)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_missing_lines_of_a_log_are_said(copied, tmp_path, name):
+    lines = (copied / name).read_text().splitlines(keepends=True)
+    (copied / name).write_text("".join(line for line in lines if '"step": 2' not in line))
+    code, error, _ = run_train(tmp_path, "--out", copied, "--resume", "--steps", 3)
+    assert code == 0 and len(error) == 1
+    assert f"{name}: warning: 1 of the 2 steps done have no line, first step 2" in error[0]
+
+
+def test_nothing_to_do(copied, tmp_path):
+    before = files_of(copied)
+    code, lines, out = run_train(tmp_path, "--out", copied, "--resume", "--steps", 2)
+    assert code == 0 and lines == [] and "all 2 steps are done, there is nothing to do" in out
+    assert files_of(copied) == before
+    shutil.rmtree(copied / "model")  # as after a kill in the export, which says `exported` only at its end
+    replace_in(copied / "config.json", '"exported": 2', '"exported": 1')
+    code, lines, out = run_train(tmp_path, "--out", copied, "--resume")
+    assert code == 0 and "nothing to do" not in out and (copied / "model").is_dir()
+
+
+# ---- broken weights, tokenizers, adapters
+
+
+def tensors_of(path, change):
+    save_file(change(load_file(path / "model.safetensors")), path / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_nan(tensors):
+    tensors["model.norm.weight"][3] = torch.nan
+    return tensors
+
+
+def with_config(path, name, **changes):
+    config = json.loads((path / name).read_text())
+    (path / name).write_text(json.dumps(config | changes))
+
+
+def with_code(path):
+    (path / "code.py").write_text(f"open({str(path / 'ran')!r}, 'w')\n")
+    with_config(path, "config.json", model_type="mine",
+                auto_map={"AutoConfig": "code.A", "AutoModelForCausalLM": "code.B"})
+
+
+BROKEN = {
+    "a layer is missing": (lambda p: tensors_of(p, lambda t: {k: v for k, v in t.items() if ".1." not in k}),
+                           ["11 weights are missing", "model.layers.1."]),
+    "another shape": (lambda p: tensors_of(p, lambda t: t | {"model.norm.weight": torch.ones(7)}),
+                      ["1 weights are missing, of another shape", "model.norm.weight"]),
+    "not finite": (lambda p: tensors_of(p, with_nan), ["not finite", "model.norm.weight"]),
+    "no tokenizer.json": (lambda p: (p / "tokenizer.json").unlink(), ["cannot load the model"]),
+    "no tokenizer at all": (lambda p: [(p / f"tokenizer{part}.json").unlink() for part in ("", "_config")],
+                            ["files of the tokenizer are missing"]),
+    "broken template": (lambda p: (p / "chat_template.jinja").write_text("{% for m in messages %}{{ m"),
+                        ["chat template does not work", "correct chat_template.jinja"]),
+    "template that refuses": (lambda p: (p / "chat_template.jinja").write_text("{{ raise_exception('no') }}"),
+                              ["chat template does not work (TemplateError: no)"]),
+    "template without messages": (lambda p: (p / "chat_template.jinja").write_text("hello"),
+                                  ["does not depend on the problem"]),
+    "another's tokenizer": (lambda p: (with_config(p, "config.json", vocab_size=40), tensors_of(p, lambda t: {
+        k: v[:40].clone() if "embed" in k else v for k, v in t.items()})), ["the model 40 embeddings"]),
+    "no end": (lambda p: (with_config(p, "config.json", eos_token_id=None),
+                          with_config(p, "generation_config.json", eos_token_id=None),
+                          with_config(p, "tokenizer_config.json", eos_token=None)), ["eos_token_id"]),
+    "code of its own": (with_code, ["cannot load the model", "code"])}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_model_is_refused_in_one_line(flags, tiny_toy, tmp_path, what):
+    path = tmp_path / "model"
+    shutil.copytree(tiny_toy / "model", path)
+    break_it, parts = BROKEN[what]
+    break_it(path)
+    one_line(run_train(tmp_path, *flags("run", model=path)), str(path), *parts)
+    assert not (path / "ran").exists() and not (tmp_path / "run").exists()
+
+
+def test_code_that_comes_with_a_known_model_is_not_run_and_nobody_is_asked(tiny_toy, tmp_path):
+    path = Path(shutil.copytree(tiny_toy / "model", tmp_path / "model"))
+    with_code(path)
+    with_config(path, "config.json", model_type="qwen3")
+    load_model(str(path), torch.float32, CPU)
+    assert not (path / "ran").exists()
+
+
+def test_every_load_forbids_remote_code():
+    root = Path(train.__file__).parent
+    calls = [call for file in root.rglob("*.py") if not {".venv", "tests"} & set(file.parts)
+             for call in re.findall(r"Auto\w+\.from_pretrained\((?:[^()]|\n)*\)", file.read_text())]
+    assert len(calls) >= 2 and all("trust_remote_code=False" in call for call in calls), calls
+
+
+@pytest.fixture
+def adapter(finished, tmp_path):
+    return Path(shutil.copytree(finished / "checkpoints/step-000002/adapter", tmp_path / "adapter"))
+
+
+def adapter_with_nan(path):
+    tensors = load_file(path / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("break_it, part", [
+    (adapter_with_nan, "not finite"), (lambda p: with_config(p, "adapter_config.json", r="4"), "must be numbers"),
+    (lambda p: with_config(p, "adapter_config.json", lora_alpha="8"), "must be numbers"),
+    (lambda p: with_config(p, "adapter_config.json", lora_alpha=None), "must be numbers"),
+    (lambda p: (p / "adapter_config.json").write_text("[]"), "cannot load")])
+def test_a_broken_adapter_is_refused(adapter, tiny_toy, break_it, part):
+    """With a NaN it evaluated to 0.00."""
+    model = load_model(str(tiny_toy / "model"), torch.float32, CPU)[0]
+    break_it(adapter)
+    with pytest.raises(InputError, match=part) as error:
+        load_adapter(model, adapter)
+    assert "\n" not in str(error.value)
+
+
+# ---- flags and data
+
+
+@pytest.mark.parametrize("changes, part", [
+    ({"lora-rank": 1_000_000_000}, "change --lora-rank"), ({"seed": 2**70}, "--seed must be in"),
+    ({"temperature": 0}, "--temperature must be in"),
+    ({"score-temperature": 1e-320}, "--score-temperature must be in")])
+def test_values_that_cannot_work(flags, tmp_path, changes, part):
+    one_line(run_train(tmp_path, *flags("run", **changes)), part)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag, value", [("--temperature", "inf"), ("--temperature", "nan"), ("--seed", 2**70)])
+def test_values_that_cannot_work_in_evaluation(tmp_path, flag, value):
+    one_line(forked(tmp_path, evaluation.main, "eval.py", "--model", "m", "--data", "d", flag, value), f"{flag} must")
+
+
+@pytest.mark.parametrize("main, argv", [
+    (train.main, ["--temperatur", "1"]), (evaluation.main, ["--temperatur", "1"]), (diagnostics.main, ["--gam", "1"]),
+    (compare.main, ["--step", "1"]), (plot.main, ["--result", "r"]), (token_view.main, ["t", "--colou", "gate"]),
+    (bench.main, ["--row", "3"])])
+def test_abbreviated_flags_are_refused(tmp_path, main, argv):
+    code, lines, _ = forked(tmp_path, main, "program", *argv)
+    assert code in (1, 2) and "unrecognized arguments: --" in lines[-1]
+
+
+ROW = {"problem": "What is 2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}
+
+
+@pytest.mark.parametrize("content, part", [
+    (json.dumps(ROW).encode("utf-16"), "UTF-16, UTF-8 text is needed: convert it with iconv"),
+    (json.dumps(ROW).encode("utf-16-le"), "UTF-16-LE, UTF-8 text is needed: convert it with iconv"),
+    (gzip.compress(json.dumps(ROW).encode()), "GZIP, UTF-8 text is needed: unpack it with gunzip"),
+    (b'{"problem": "p", "solution": "s", "answer": 1e400}', "line 1: field 'answer': 1 gold answers"),
+    (b'{"problem": "p", "solution": "s", "answer": Infinity}', "line 1: field 'answer': 1 gold answers"),
+    (b'{"problem": "p", "solution": "s", "answer": NaN}', "line 1: field 'answer': 1 gold answers"),
+    (json.dumps(ROW | {"problem": "\ud83d"}).encode(), "line 1: field 'problem' has half of a character, '\\ud83d'"),
+    (json.dumps(ROW | {"solution": "a\udc00b"}).encode(), "line 1: field 'solution' has half of a character"),
+    (json.dumps(ROW | {"answer": "5\ud83d"}).encode(), "line 1: field 'answer' has half of a character")])
+def test_data_that_cannot_be_used_is_named(tmp_path, content, part):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(part)) as error:
+        load_problems(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_of_utf8_is_no_mistake(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps(ROW), encoding="utf-8-sig")
+    assert load_problems(tmp_path / "data.jsonl")[0][0].answer == "5"
+
+
+def test_unreadable_data(tmp_path, monkeypatch):
+    def read_bytes(self):
+        raise PermissionError(13, "Permission denied", str(self))
+    with pytest.raises(InputError, match="cannot be read .IsADirectory.*check the path"):
+        load_problems(tmp_path)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(InputError, match="cannot be read .PermissionError.*check the path"):
+        load_problems(tmp_path / "data.jsonl")
+    with pytest.raises(InputError, match="check the path"):
+        load_problems("a\0b")
+
+
+def test_no_message_passes_on_the_advice_to_unpickle(copied, tmp_path):
+    """torch's own advice for a file that it does not read: load it with weights_only=False, which runs its code."""
+    path = copied / "checkpoints/step-000002"
+    state = json.loads((path / "state.json").read_text())
+    del state["sha256"]  # as an older checkpoint
+    (path / "state.json").write_text(json.dumps(state))
+    torch.save({"optimizer": Path("x")}, path / "state.pt")
+    line = one_line(run_train(tmp_path, "--out", copied, "--resume", "--steps", 3), "damaged checkpoint")
+    assert "weights_only" not in line and "arbitrary code" not in line
+
+
+# ---- disks that are full, directories that go, readers that leave
+
+
+@pytest.mark.parametrize("limit", [1000, 4000, 8000, 30_000, 200_000, 1_384_000])
+def test_a_full_disk_is_one_line_and_what_was_complete_stays(flags, tmp_path, limit):
+    """Files cannot grow beyond `limit` bytes: config, logs, adapter, optimizer and model fail in turn, and the three
+    libraries that write them raise three types of error."""
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    own = flags("run", **{"lora-rank": 8})
+    one_line(run_train(tmp_path, *own, before=full), "run/", "cannot be written", "free space")
+    assert not list(tmp_path.glob("run/**/*.tmp/*"))
+    resume = ["--out", "run", "--resume"] if (tmp_path / "run/config.json").exists() else own
+    assert run_train(tmp_path, *resume)[0] == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2] and (tmp_path / "run/model").is_dir()
+
+
+def test_the_output_directory_is_removed_during_the_run(flags, tmp_path):
+    def remove():
+        finish = run.StepLog.finish_step
+
+        def finish_step(*args, **kwargs):
+            metrics = finish(*args, **kwargs)
+            shutil.rmtree("run")
+            return metrics
+        run.StepLog.finish_step = finish_step
+    one_line(run_train(tmp_path, *flags("run"), before=remove), "run/metrics.jsonl: cannot be written")
+
+
+def test_a_closed_pipe_after_everything_was_saved_is_no_failure(flags, tmp_path):
+    def close():
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, sys.stdout.fileno())
+    assert run_train(tmp_path, *flags("run"), before=close)[:2] == (0, [])
+    assert (tmp_path / "run/model").is_dir()
+    assert run_train(tmp_path, *flags("other"), stdout="/dev/full")[:2] == (0, [])
+
+
+def test_sighup_leaves_a_checkpoint_as_sigterm_does(flags, tmp_path):
+    """A terminal that closes."""
+    def hang_up():
+        save = checkpoint.append_jsonl
+
+        def append_jsonl(path, rows):
+            save(path, rows)
+            if path.name == "metrics.jsonl":
+                os.kill(os.getpid(), signal.SIGHUP)
+        checkpoint.append_jsonl = append_jsonl
+    code, lines, _ = run_train(tmp_path, *flags("run", steps=50, **{"checkpoint-every": 50}), before=hang_up)
+    assert code == 128 + signal.SIGHUP and "stopped after step 1" in lines[-1] and "--resume" in lines[-1]
+
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        hang_up()
+    assert run_train(tmp_path, *flags("nohup"), before=ignore)[0] == 0
+
+
+# ---- permissions
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_everything_follows_the_umask(flags, tmp_path, monkeypatch, mask):
+    """safetensors writes files that only their owner can read."""
+    monkeypatch.setattr(toy, "_warm_up", lambda *args: None)
+    monkeypatch.setattr(toy, "accuracy", lambda *args: 0.0)
+    before = os.umask(mask)
+    try:
+        train_here(*flags(tmp_path / "run"))
+        model = tiny_qwen3()
+        lora.add_lora(model, 4, 8)
+        lora.save_adapter(model, tmp_path / "adapter")
+        toy.build(0, tmp_path / "toys")
+    finally:
+        os.umask(before)
+    entries = [path for name in ("run", "adapter", "toys") for path in [tmp_path / name, *(tmp_path / name).rglob("*")]]
+    assert len(entries) > 20
+    for path in entries:
+        wanted = (0o777 if path.is_dir() else 0o666) & ~mask
+        assert stat.S_IMODE(path.stat().st_mode) == wanted, path
+
+
+# ---- the toy's cache
+
+
+@pytest.fixture
+def quick_toy(monkeypatch):
+    monkeypatch.setattr(toy, "_warm_up", lambda *args: None)
+    monkeypatch.setattr(toy, "accuracy", lambda *args: 0.0)
+
+
+def test_two_builders_both_succeed(quick_toy, tmp_path):
+    def build():
+        barrier.wait()
+        paths.append(toy.build(0, tmp_path / "toys"))
+    barrier, paths = threading.Barrier(3), []
+    threads = [threading.Thread(target=build) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(paths) == 3 and [*(tmp_path / "toys").iterdir()] == [paths[0]]
+
+
+def test_another_builder_was_faster(quick_toy, tmp_path, monkeypatch):
+    make = toy._make
+
+    def slow(path, seed):
+        make(path, seed)
+        other = path.with_name(path.name.removesuffix(".tmp"))
+        shutil.copytree(path, other)  # what another machine on the same file system may do in spite of the lock
+    monkeypatch.setattr(toy, "_make", slow)
+    path = toy.build(0, tmp_path / "toys")
+    assert [*(tmp_path / "toys").iterdir()] == [path] and (path / "test.jsonl").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_build_leaves_nothing_that_stays(quick_toy, tmp_path, how):
+    def build():
+        toy._warm_up = lambda *args: os.kill(os.getpid(), how)
+        toy.build(0, tmp_path / "toys")
+    forked(tmp_path, build)
+    path = toy.build(0, tmp_path / "toys")
+    assert [*(tmp_path / "toys").iterdir()] == [path]
+
+
+# ---- runs that learn nothing
+
+
+@pytest.mark.parametrize("changes, part", [
+    ({"max-new-tokens": 3}, "no completion finished: look at --max-new-tokens"),
+    ({"max-new-tokens": 3}, "no completion had a boxed answer"),
+    ({"max-new-tokens": 3}, "all rewards of a step were equal"),
+    ({"lr": 0}, "the adapter's weights did not move: look at --lr")])
+def test_a_run_that_learns_nothing_says_so_once(flags, tmp_path, changes, part):
+    code, lines, _ = run_train(tmp_path, *flags("run", steps=12, **{"checkpoint-every": 12} | changes))
+    assert code == 0 and sum(part in line for line in lines) == 1, lines
+    assert all(line.startswith("warning: for 5 steps ") for line in lines)
+
+
+def test_a_run_that_learns_says_nothing(flags, tmp_path):
+    assert run_train(tmp_path, *flags("run", steps=8, **{"prompts-per-step": 12}))[:2] == (0, [])
+
+
+def test_the_five_steps_must_be_in_a_row():
+    parameters = [torch.zeros(3)]
+    watch, found = run.Watch(parameters), []
+    for truncated in [1, 1, 1, 1, 0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]:
+        parameters[0] += 1e-6
+        found.append(watch.warnings({"truncated": truncated, "no_answer": 0.0, "reward_range": 0.5}))
+    assert [len(lines) for lines in found] == [0] * 9 + [1] + [0] * 6
+
+
+def test_config_json_shows_the_first_problem_s_two_prompts(finished, few):
+    prompts = json.loads((finished / "config.json").read_text())["first_prompts"]
+    first = json.loads(few.read_text().splitlines()[0])
+    assert first["problem"] in prompts["student"] and first["solution"] not in prompts["student"]
+    assert first["problem"] in prompts["teacher"] and first["solution"] in prompts["teacher"]
+
+
+# ---- token_view
+
+
+TOKENS = {"problem": "p\u202e", "prompt": "\x00", "solution": "s", "answer": "1", "correct": True, "reward": 1.0,
+          "A": 0.5, "tokens": ["a\u202eb", "\x00", "\u2066x", "\ud83d", "é", "line\n"], "kind": [0] * 6,
+          **{name: [0.5] * 6 for name in ("entropy", "lookahead", "gate", "delta", "advantage")}}
+
+
+def test_token_view_shows_what_would_garble_the_page(tmp_path):
+    (tmp_path / "tokens.jsonl").write_text(json.dumps(TOKENS) + "\n")
+    code, lines, _ = forked(tmp_path, token_view.main, "token_view", "tokens.jsonl")
+    page = (tmp_path / "token_view.html").read_text()
+    assert code == 0 and not token_view.HIDDEN.search(page) and "\\u202e" not in page and "\\u0000" not in page
+    assert "a[U+202E]b" in page and "[U+0000]" in page and "[U+D83D]" in page and "é" in page and "line↵" in page
+
+
+@pytest.mark.parametrize("content, argv, part", [
+    ("", [], "no lines"), (json.dumps(TOKENS), ["--count", "0"], "--count is below 1"),
+    ("[]", [], "not a tokens.jsonl"),
+    (json.dumps(TOKENS), ["--out", "."], "cannot be read or written (IsADirectoryError"),
+    (json.dumps(TOKENS), ["--out", "/dev/null/x"], "cannot be read or written"),
+    (json.dumps(TOKENS), ["--out", "/dev/full"], "cannot be read or written")])
+def test_token_view_mistakes_are_one_line(tmp_path, content, argv, part):
+    (tmp_path / "tokens.jsonl").write_text(content)
+    one_line(forked(tmp_path, token_view.main, "token_view", "tokens.jsonl", *argv), part)
+
+
+def test_doctests():
+    import doctest
+    assert doctest.testmod(token_view).attempted > 0 == doctest.testmod(token_view).failed

@@ -33,6 +33,7 @@ def atomic_directory(path: Path):
         _flush(entry)
     older = path.with_name(path.name + ".old.tmp")
     if path.exists():
+        shutil.rmtree(older, ignore_errors=True)  # left by a kill before the last line
         os.rename(path, older)
     os.rename(work, path)
     _flush(path.parent)

@@ -6,6 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from support import checkpoint
+
+
+def test_what_a_kill_at_the_end_of_an_export_leaves_is_no_obstacle(tmp_path, monkeypatch):
+    """The second export is killed before it removes the first one; the third one finds both."""
+    for number in range(3):
+        with monkeypatch.context() as patch, checkpoint.atomic_directory(tmp_path / "model") as work:
+            (work / "weights").write_text(str(number))
+            if number == 1:
+                patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)
+    assert (tmp_path / "model" / "weights").read_text() == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
 
 @pytest.mark.slow
 def test_random_kills_change_nothing():

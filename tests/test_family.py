@@ -210,8 +210,9 @@ def test_every_method_equals_a_loop(name, step, zeros):
 def test_a_step_equals_plain_logits(tiny_toy, tmp_path, name, step):
     """Loss and gradient norm of metrics.jsonl, from the whole logits of one row at a time and the loops above: the mean
     is one over the micro-batches of the step, and over the tokens that the method keeps."""
-    s, _ = train.parse_arguments(list(map(str, arguments(tiny_toy, tmp_path, name, lr=0.0, seed=1,
-                                                         **{"micro-batch": 3}))))
+    (tmp_path / "few.jsonl").write_text("".join((tiny_toy / "train.jsonl").open().readlines()[:20]))
+    few = {"data": tmp_path / "few.jsonl", "micro-batch": 3} | ({} if METHODS[name].groups else {"prompts-per-step": 5})
+    s, _ = train.parse_arguments(list(map(str, arguments(tiny_toy, tmp_path, name, lr=0.0, seed=1, **few))))
     t = neighbour.Neighbour(s, Ranks())
     t.log.bar = tqdm(disable=True)
     torch.manual_seed(0)

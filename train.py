@@ -148,6 +148,7 @@ class Trainer:
             log.add(loss, self.token_metrics(batch), batch.rows, batch.mask)
 
         log.begin("update")
+        self.before_clipping(num_tokens)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm).item()  # the norm before clipping
         self.check_gradient(grad_norm)
         lr = s.lr * min(1.0, (self.step + 1) / max(1, s.lr_warmup_steps))
@@ -225,6 +226,9 @@ class Trainer:
     def other_rows(self, problems: list[Problem]) -> list[Rollout]:
         """Rows that are no rollouts, to be read and learned from beside them."""
         return []
+
+    def before_clipping(self, num_tokens: float) -> None:
+        """What else changes the gradients of the step, of so many tokens of rollouts on all ranks."""
 
     def after_update(self) -> None:
         """What else changes with a step, such as the teacher's weights."""

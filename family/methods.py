@@ -2,14 +2,14 @@ r"""EGRSD's neighbours: each method is one short function over the same rollouts
 
     python train.py --method rlsd              train.py --help lists the names
 
-A method turns a micro-batch into a loss per token [B, T]; the step takes the mean over its tokens and drops what
-stands outside the mask. Two shapes occur, and they add up:
+A method turns a micro-batch into a loss per token [B, T]; the step takes the mean over its tokens, or over those that a
+method keeps, and drops what stands outside the mask. Two shapes occur, and they add up:
 
     policy(batch, c)         -c_t log p_theta(y_t)           policy gradient with a coefficient c, a constant
     batch.divergence(f)      f(log p_T, log p_S) per token   a function of both full distributions, with its gradient
 
 A_i is the advantage, d_t = log p_T(y_t) - log p_S(y_t) without gradient, H_t the teacher's entropy in nats, t counts
-from 1. A completion whose teacher has nothing to be shown has d = H = 0 and no divergence.
+from 1. A completion whose teacher has nothing to be shown has d = H = 0 and no divergence. `finite` bounds log 0.
 
 Grade of evidence in every docstring: P read in the paper or its authors' code, S second-hand notes that quote the
 equations. Optimizer, LoRA, sampling and length reward are those of the run, not of each source, and there is never an
@@ -42,10 +42,11 @@ class Batch(train.Batch):
     window: int = 3
     eps: float = 0.2
     floor: float = 0.1
+    kept: Tensor | None = None  # bool [B, T]: the rollouts' tokens that the step's mean counts; a loss may keep fewer
 
     @property
     def d(self) -> Tensor:  # [B, T] log p_T - log p_S, a constant
-        return (self.teacher_logp - self.logp).detach()
+        return (finite(self.teacher_logp) - self.logp).detach()
 
     @property
     def A(self) -> Tensor:  # [B, 1]
@@ -129,14 +130,13 @@ def rlrt(batch: Batch, lam: float = 0.5, eps: float = 0.2) -> Tensor:
 def antisd(batch: Batch, weight: float = 0.5, warmup: int = 5) -> Tensor:
     """c = A - g * weight * 0.5 * (softplus(d) - log 2), 2605.11609. Grade P. Its expectation ascends weight * JSD.
 
-    g is 0 in the warm-up steps; then 1, to 0 once the median of H is below 0.93 of its warm-up value, to 1 again when
-    it is back at that value (between the two it stays as it is, also right after the warm-up). Simplified: the warm-up
-    value is the median of its steps, the median of a step that over completions of their median H.
+    g, a Schmitt trigger, is 0 in the warm-up steps and after them; 1 once the median of H is at or above its warm-up
+    value, 0 again once it is below 0.93 of that value; between the two it stays as it is. Simplified: the warm-up value
+    is the median of its steps, the median of a step that over completions of their median H.
     """
     g = 0.0
     if len(batch.median_entropies) > warmup:
         reference = sorted(batch.median_entropies[:warmup])[warmup // 2]
-        g = 1.0
         for median in batch.median_entropies[warmup:]:
             g = 0.0 if median < 0.93 * reference else 1.0 if median >= reference else g
     return policy(batch, batch.A - g * weight * 0.5 * (torch.nn.functional.softplus(batch.d) - math.log(2)))
@@ -145,14 +145,15 @@ def antisd(batch: Batch, weight: float = 0.5, warmup: int = 5) -> Tensor:
 @method("reopold", "REOPOLD: the log-ratio as the coefficient, floored, later on uncertain tokens only",
         full_distributions=True)
 def reopold(batch: Batch, switch_step: int = 50, share: float = 0.2) -> Tensor:
-    """c = max(d, log(0.1) / 0.9); before `switch_step` without the tokens at that bound, later only on the 20 % with
-    the student's highest entropies. 2603.11137. Grade P (code). Simplified: 20 % of a completion, not of the batch."""
+    """c = max(d, b), b = log(0.1) / 0.9, mean over kept tokens: before `switch_step` those with d > b, later the 20 %
+    of highest student entropy. 2603.11137. Grade P (code). Simplified: 20 % of a completion, not of the batch."""
     bound = math.log(0.1) / 0.9
     keep = batch.d > bound
     if batch.step >= switch_step:
         H = batch.divergence(student_entropy).detach().masked_fill(~batch.mask, -math.inf)
         rank = H.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the most uncertain token
         keep = rank < (share * batch.mask.sum(1, keepdim=True)).ceil()
+    batch.kept = keep & batch.mask
     return policy(batch, batch.d.clamp(min=bound) * keep)
 
 
@@ -165,7 +166,7 @@ def vopd(batch: Batch) -> Tensor:
 
 @method("eopd", "EOPD: the log-ratio, plus forward KL where the teacher is uncertain", full_distributions=True)
 def eopd(batch: Batch, nats: float = 0.8) -> Tensor:
-    """c = d, plus 1[H > 0.8] * KL(p_T || p_S) on the teacher's top 16, both renormalised. 2603.07079. Grade S."""
+    """c = d, plus 1[H > 0.8] * KL(p_T || p_S) on the teacher's top 16, only p_T renormalised. 2603.07079. Grade S."""
     return policy(batch, batch.d) + (batch.entropy > nats) * batch.divergence(partial(forward_kl_top, k=16))
 
 
@@ -196,10 +197,10 @@ def pw_opsd(batch: Batch) -> Tensor:
     return position_weight(batch.mask) * per_completion * batch.divergence(clipped_forward_kl)
 
 
-@method("topk-opd", "top-k OPD: reverse KL on the student's 16 likeliest tokens", full_distributions=True)
+@method("topk-opd", "top-k OPD: policy gradient on the student's 16 likeliest tokens", full_distributions=True)
 def topk_opd(batch: Batch) -> Tensor:
-    """Sum over the student's top 16 of q * (log p_S - log p_T), q being p_S renormalised there. 2604.13016. Grade P."""
-    return batch.divergence(partial(reverse_kl_top, k=16))
+    """-c log p_S on the student's top 16, c = q log(p_T / p_S), q = p_S renormalised. 2604.13016. Grade P (code)."""
+    return batch.divergence(partial(policy_top, k=16))
 
 
 @method("mopd", "MOPD: SDPO's divergence to a teacher that sees two correct peers and a failed one",
@@ -214,37 +215,42 @@ def sdpo(batch: Batch) -> Tensor:
 
 
 # Divergences: log p_T and log p_S [n, V] of the same n tokens -> [n] in nats, with the gradient by log p_S. Rows must
-# be normalised: sum exp = 1. k is cut to V.
+# be normalised: sum exp = 1. k is cut to V. Where a probability is 0, p log p is 0 and an infinite value large.
+
+
+def finite(logs: Tensor) -> Tensor:
+    """Log-probs [...] in nats, -inf replaced by log 2^-149 = -103.3, of the smallest float32; this bound is ours."""
+    return logs.masked_fill(logs == -math.inf, -149 * math.log(2))
 
 
 def clipped_forward_kl(teacher: Tensor, student: Tensor, most: float = 0.05) -> Tensor:
     """sum_v min(p_T log(p_T / p_S), most): [n, V] twice -> [n], nats; may be negative. OPSD, 2601.18734."""
-    return (teacher.exp() * (teacher - student)).clamp(max=most).sum(-1)
+    return (teacher.exp() * (finite(teacher) - finite(student))).clamp(max=most).sum(-1)
 
 
 def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(p_S || p_T): [n, V] twice -> [n], nats, >= 0."""
-    return (student.exp() * (student - teacher)).sum(-1)
+    """KL(p_S || p_T): [n, V] twice -> [n], nats, >= 0. Where p_T = 0 < p_S it is infinite: `finite` bounds it."""
+    return (student.exp() * (finite(student) - finite(teacher))).sum(-1)
 
 
 def student_entropy(teacher: Tensor, student: Tensor) -> Tensor:
     """-sum_v p_S log p_S: [n, V] twice -> [n], nats; the teacher is not used."""
-    return -(student.exp() * student).sum(-1)
+    return -(student.exp() * finite(student)).sum(-1)
 
 
 def forward_kl_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
-    """KL(p_T || p_S) on the teacher's k likeliest tokens, both renormalised there: [n, V] twice -> [n], nats."""
+    """KL(p_T || p_S) on the teacher's k likeliest tokens, only p_T renormalised: [n, V] twice -> [n], nats, >= 0."""
     top = teacher.topk(min(k, teacher.shape[-1])).indices
-    p, q = (x.gather(-1, top).log_softmax(-1) for x in (teacher, student))
+    p, q = finite(teacher.gather(-1, top)).log_softmax(-1), finite(student.gather(-1, top))
     return (p.exp() * (p - q)).sum(-1)
 
 
-def reverse_kl_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
-    """sum_v q (log p_S - log p_T) on the student's k likeliest tokens, q being p_S renormalised there, the logs not:
-    [n, V] twice -> [n], nats; may be negative. 2604.13016."""
+def policy_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
+    """-sum_v c log p_S on the student's k likeliest tokens, c = q (log p_T - log p_S) held constant, q being p_S
+    renormalised there, the logs not: [n, V] twice -> [n], nats; may be negative. 2604.13016."""
     top = student.topk(min(k, student.shape[-1])).indices
-    q, p = student.gather(-1, top), teacher.gather(-1, top)
-    return (q.softmax(-1) * (q - p)).sum(-1)
+    q, p = finite(student.gather(-1, top)), finite(teacher.gather(-1, top))
+    return -((q.softmax(-1) * (p - q)).detach() * q).sum(-1)
 
 
 def jensen_shannon_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
@@ -253,7 +259,7 @@ def jensen_shannon_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
     top = student.topk(min(k, student.shape[-1])).indices
 
     def with_rest(x):
-        x = x.gather(-1, top)
+        x = finite(x.gather(-1, top))
         return torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()], -1)  # [n, k + 1]
 
     p, q = with_rest(teacher), with_rest(student)

@@ -23,10 +23,12 @@ EGRSD = Method(train.Trainer.loss, "with a flag of the family", uses=("advantage
 
 
 class GroupAdvantage(egrsd.RunningAdvantage):
-    """GRPO, arXiv 2402.03300: A = (r - mean) / (std + 1e-4) within each problem's `group` rollouts."""
+    """GRPO, arXiv 2402.03300: A = (r - mean) / (std + 1e-4) within a problem's `group` rollouts; ValueError if < 2."""
 
     def __init__(self, group: int):
         super().__init__()
+        if group < 2:
+            raise ValueError(f"group must be >= 2, the standard deviation of one reward is not defined, got {group}")
         self.group = group
 
     def advantage(self, rewards: Tensor) -> Tensor:
@@ -51,6 +53,7 @@ class Neighbour(train.Trainer):
         super().__init__(s, ranks)
         self.rows_per_problem = (s.rollouts_per_prompt if self.method.rollouts else 0) + int(self.method.reference)
         self.median_entropies: list[float] = []
+        self.num_kept = 0.0  # tokens of this rank's rollouts that the mean of the step counts
         self.teacher_adapter = [] if s.teacher_schedule == "frozen" else [p.detach().clone() for p in self.parameters]
         if s.advantage == "group":
             self.baseline = GroupAdvantage(s.rollouts_per_prompt)
@@ -135,13 +138,23 @@ class Neighbour(train.Trainer):
         if self.method is EGRSD:
             return super().loss(batch)
         is_reference = torch.tensor([row.is_reference for row in batch.rows], device=device)
-        losses = self.method.loss(Batch(
+        own = Batch(
             **vars(batch), correct=torch.tensor([row.correct for row in batch.rows], device=device),
             is_reference=is_reference, divergence=self.divergence(batch), step=self.step,
             num_completions=s.prompts_per_step * s.rollouts_per_prompt, median_entropies=self.median_entropies,
-            gamma=s.gamma, window=s.window, eps=s.eps, floor=s.floor))
+            gamma=s.gamma, window=s.window, eps=s.eps, floor=s.floor, kept=batch.mask & ~is_reference.unsqueeze(-1))
+        losses = self.method.loss(own)
+        self.num_kept += own.kept.sum().item()
         share = torch.where(is_reference, 1 / max(1, self.num_reference), 1 / max(1, batch.num_tokens)).unsqueeze(-1)
         return (torch.where(batch.mask, losses, 0.0) * share).sum()
+
+    def before_clipping(self, num_tokens: float) -> None:
+        """Make the mean one over the tokens that the method keeps, whose number in the step is known only now."""
+        kept, = self.ranks.sum([self.num_kept])
+        scale = num_tokens / kept if kept else 1.0  # exactly 1 where all are kept
+        for parameter in self.parameters:
+            parameter.grad *= scale
+        self.log.loss, self.num_kept = self.log.loss * scale, 0.0
 
     def divergence(self, batch: train.Batch) -> Callable[[Callable], Tensor]:
         """Batch.divergence: 0 where the teacher had nothing to be shown."""

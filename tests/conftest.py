@@ -37,21 +37,24 @@ def model():
     return tiny_qwen3()
 
 
-@pytest.fixture(scope="session")
-def tiny_toy(tmp_path_factory):
+def make_tiny_toy(root, problems):
     """A toy that is made in seconds: the problems have one number, the traces are its box.
 
-    It is half learned, so that some answers are right.
+    It is half learned, so that some answers are right. Every run reads and grades all `problems` of its training data.
     """
     import toy
-    patch = pytest.MonkeyPatch()
-    patch.setattr(toy, "make_problem", lambda rng: rng.integers(100, 1000, size=1).tolist())
-    patch.setattr(toy, "UPDATES", 45)
-    path = toy.build(root=tmp_path_factory.mktemp("toy"))
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "make_problem", lambda rng: rng.integers(100, 1000, size=1).tolist())
+        patch.setattr(toy, "UPDATES", 45)
+        path = toy.build(root=root)
     rows = (path / "train.jsonl").read_text().splitlines(keepends=True)
-    (path / "train.jsonl").write_text("".join(rows[:320]))  # every run reads and grades all of them
+    (path / "train.jsonl").write_text("".join(rows[:problems]))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_toy(tmp_path_factory):
+    return make_tiny_toy(tmp_path_factory.mktemp("toy"), problems=320)
 
 
 @contextmanager

@@ -43,11 +43,7 @@ def page(rows: list[dict], title: str, colour: str = "entropy") -> str:
 
 
 def visible(text: str) -> str:
-    r"""Characters that would garble the page, or break it, become their code.
-
-    >>> visible("a\x00b")
-    'a[U+0000]b'
-    """
+    """Characters that would garble the page, or break it, become their code, such as [U+202E]."""
     return HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 from family.contexts import CONTEXTS
 from family.methods import METHODS
-from support.distributed import number
+from support.distributed import environment_number
 from support.errors import InputError
 from support.flags import flag, flag_name
 from support.settings import Settings
@@ -41,7 +41,7 @@ def bring(name: str, preset: dict, given: dict) -> dict:
     method = METHODS[name]
     brought = method.recipe | method.needs
     if method.groups and "rollouts_per_prompt" not in preset | given:
-        world = number("WORLD_SIZE", 1)
+        world = environment_number("WORLD_SIZE", 1)
         prompts = (preset | given).get("prompts_per_step", Settings.prompts_per_step)
         brought |= {"rollouts_per_prompt": GROUP, "prompts_per_step": max(1, round(prompts / GROUP / world)) * world}
     return brought

@@ -23,7 +23,7 @@ def choose_threads(parameters: int) -> None:
         torch.set_num_threads(1 if parameters < SMALL_MODEL else DEFAULT_THREADS)
 
 
-def number(name: str, default: int) -> int:
+def environment_number(name: str, default: int) -> int:
     """Of a variable of the environment, as torchrun sets them."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
@@ -35,9 +35,10 @@ class Ranks:
     """This process among all of them, and its device."""
 
     def __init__(self):
-        self.rank, self.world, self.local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in names if not os.environ.get(name)]
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        self.rank, self.world, self.local_rank = map(environment_number, names, (0, 1, 0))
+        needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in needed if not os.environ.get(name)]
         self.distributed = "RANK" not in missing
         if self.rank >= self.world or missing and (self.distributed or self.world > 1):  # trains on a part of each step
             raise LocalError(f"the environment has RANK={os.environ.get('RANK', '')} and WORLD_SIZE={self.world}"

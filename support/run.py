@@ -125,6 +125,11 @@ def one_line_errors(program: str, interrupted: str):
         print(f"{program}: {error.filename or 'a file'}: cannot be read or written ({reason(error)}): free space or "
               "correct the path; what was complete before is untouched", file=sys.stderr)
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        print(f"{program}: rank {os.environ.get('RANK')} lost another process, whose message says why", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"\n{program}: {interrupted}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from support.distributed import number
+from support.distributed import environment_number
 from support.errors import InputError
 from support.flags import SEEDS, Parser, add_flags, check_ranges, flag, flag_name
 
@@ -97,7 +97,7 @@ def parse(argv: list[str], description: str, family=None) -> tuple[Settings, boo
     if changed:
         raise InputError(f"{stored.out}: --resume with changed settings ({', '.join(changed)}): leave these flags out, "
                          "or start a new run with another --out")
-    if world != (here := number("WORLD_SIZE", 1)):
+    if world != (here := environment_number("WORLD_SIZE", 1)):
         raise InputError(f"{stored.out}: --resume with another world size: the run was started with {world} "
                          f"processes, this is {here}: set --nproc-per-node to match")
     return replace(stored, **{key: given[key] for key in MAY_CHANGE_ON_RESUME & given.keys()}), True

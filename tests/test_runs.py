@@ -183,6 +183,14 @@ def test_a_port_in_use(flags, tmp_path):
     assert "Traceback" not in "".join(lines)
 
 
+def test_the_others_of_a_process_that_failed_say_so_in_one_line(capsys):
+    with pytest.raises(SystemExit, match="1"), run.one_line_errors("train.py", ""):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:10454")
+    assert re.fullmatch("train.py: rank .* lost another process, whose message says why\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="a bug"), run.one_line_errors("train.py", ""):
+        raise RuntimeError("a bug")
+
+
 # ---- resume: the same inputs, whole files
 
 
@@ -638,8 +646,3 @@ def test_token_view_shows_what_would_garble_the_page(tmp_path):
 def test_token_view_mistakes_are_one_line(tmp_path, content, argv, part):
     (tmp_path / "tokens.jsonl").write_text(content)
     one_line(forked(tmp_path, token_view.main, "token_view", "tokens.jsonl", *argv), part)
-
-
-def test_doctests():
-    import doctest
-    assert doctest.testmod(token_view).attempted > 0 == doctest.testmod(token_view).failed

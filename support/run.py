@@ -209,7 +209,7 @@ class StepLog:
         means = {name: total / size for name, total, size in zip([*sums, *self.token_sums], totals, counts, strict=True)
                  if size}
         rewards = self.ranks.gather_lists([row.reward for row in rollouts])
-        if rewards:
+        if len(rewards) > 1:
             means["reward_range"] = max(rewards) - min(rewards)
         self.status = "".join(f"{name} {means[name]:.{digits}f}, " for name, digits in
                               (("reward", 2), ("accuracy", 2), ("length", 0)) if name in means)

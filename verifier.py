@@ -34,7 +34,8 @@ MAX_CHARS = 20_000  # longer answers are refused
 MAX_READ_CHARS = 250  # longer answers are compared as text
 MAX_DEPTH = 25  # nested brackets, arguments and exponents
 MAX_BITS = 24_000  # of a fraction, numerator and denominator together; 1/2006! has 19,1xx
-MAX_WORK = 200  # for one comparison, in additions of small fractions (about 5 microseconds each)
+MAX_WORK = 1_000  # for one comparison, in additions of small fractions (about 5 microseconds each)
+POINTS, ENOUGH, FEWEST = 60, 5, 3  # sample points to try; where both sides are numbers: to compare; to need
 
 
 class _Unreadable(Exception):
@@ -45,17 +46,24 @@ _REFUSED = (_Unreadable, ArithmeticError, ValueError, LookupError, RecursionErro
 _NOTHING = {"", "nan", "{}", "()", "[]"}
 
 
+class _Node(NamedTuple):
+    """A formula with variables: the place of its last computation in `_Reader.nodes`."""
+    index: int
+
+
 class _Value(NamedTuple):
     """An answer, or a part of one.
 
-    kind         parts                                                                    form
-    number       per sample point (a constant: once) a number, "undefined" or "not real"  its sign, in a relation
-    word                                                                                  (compared by its text)
-    base                                                                                  digits_{base} (not in text)
+    kind         parts                                         form
+    number       one constant, "undefined" or _Node            words that change it
+    difference   left side - right side, as for a number       the sign between them, such words
+    word                                                       (compared by its text)
+    base                                                       digits_{base} (not in text)
     list, union  elements in any order (a set is a list, too)
-    tuple        elements in order                                                        brackets of a pair, e.g. "(]"
-    matrix       entries row by row                                                       row lengths
-    relation     left side - right side per sign, in any order                            the 5 of x = 5, or None
+    tuple        elements in order                             brackets of a pair, e.g. "(]"; ":" of a ratio
+    matrix       entries row by row                            row lengths, "cases" for a system
+    relation     a difference per sign, in any order           the 5 of x = 5, or None
+    label        the left side of f(x) = 5, a word             the 5
     """
     kind: str
     text: str
@@ -90,38 +98,64 @@ def _same(a: _Value, b: _Value, reader: "_Reader") -> bool:
     kinds = {a.kind, b.kind}
     if "word" in kinds or kinds > {"base"}:
         return a.text == b.text and a.text not in _NOTHING
-    if kinds > {"relation"}:
-        a, b = (v.form if v.kind == "relation" else v for v in (a, b))
+    if len(kinds) == 2 and kinds & {"relation", "label"}:
+        a, b = (v.form if v.kind in ("relation", "label") else v for v in (a, b))
         return None not in (a, b) and _same(a, b, reader)
+    if kinds == {"label"}:
+        return a.parts[0].text == b.parts[0].text and _same(a.form, b.form, reader)
     if "list" in kinds and not (len(kinds) == 2 and "()" in (a.form, b.form)):
         return _same_in_any_order(*(v.parts if v.kind == "list" else (v,) for v in (a, b)), reader)
     if len(kinds) == 1 and a.kind in ("union", "relation"):
-        is_repeated = a.text == b.text and not any(part.parts == ("undefined",) for part in a.parts)
-        return is_repeated or _same_in_any_order(a.parts, b.parts, reader)
+        return _same_in_any_order(a.parts, b.parts, reader)
     if a.form != b.form and "list" not in kinds or len(kinds - {"list", "tuple"}) > 1:
         return False
-    if a.kind == "number":
-        pairs = [pair for pair in _broadcast(a.parts, b.parts) if not any(isinstance(x, str) for x in pair)]
-        is_repeated = a.text == b.text and "not real" in a.parts
-        return all(_close(x, y) for x, y in pairs) if pairs else is_repeated
+    if a.kind in ("number", "difference"):
+        return _same_formula(a, b, reader)
     return len(a.parts) == len(b.parts) and all(_same(x, y, reader) for x, y in zip(a.parts, b.parts, strict=True))
 
 
 def _same_in_any_order(xs, ys, reader: "_Reader") -> bool:
-    """Match greedily: enough, because being the same is transitive."""
-    rest = list(ys)
-    for x in xs:
-        found = next((k for k, y in enumerate(rest) if _same(x, y, reader)), None)
-        if found is None:
+    """Whether every x has a y of its own. Being the same is not transitive: 52_8 = 52 = 52_9.
+
+    So the first y that fits may be the wrong one: an x that finds its y taken asks the holder to find another.
+    """
+    holders = {}
+
+    def place(x: int, asked: set) -> bool:
+        for y in sorted(range(len(ys)), key=holders.__contains__):  # the free ones first
+            if y not in asked and _same(xs[x], ys[y], reader):
+                asked.add(y)
+                if y not in holders or place(holders[y], asked):
+                    holders[y] = x
+                    return True
+        return False
+
+    return len(xs) == len(ys) and all(place(x, set()) for x in range(len(xs)))
+
+
+def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
+    """Whether two formulas agree at the first points where both are numbers; differences may differ by a factor.
+
+    With too few such points the texts decide, unless there is no value at all, as for 1/0.
+    """
+    formulas = a.parts + b.parts
+    is_constant, scales, found = not any(isinstance(x, _Node) for x in formulas), None, 0
+    for k in range(1 if is_constant else POINTS):
+        x, y = point = [reader.value(formula, k) for formula in formulas]
+        if any(isinstance(z, str) for z in point) or a.kind == "difference" and x == y == 0:
+            continue
+        if a.kind == "difference":
+            if x == 0 or y == 0:
+                return False
+            scales = scales or (point if a.form[0] in ("=", "\\ne") else [abs(x), abs(y)])
+            x, y = (reader.compute_at(_divide, pair, True) for pair in zip(point, scales, strict=True))
+        if not _close(x, y):
             return False
-        del rest[found]
-    return not rest
-
-
-def _broadcast(*vectors: tuple) -> list[tuple]:
-    """Per sample point, the values of all vectors; a constant has the same value everywhere."""
-    size = max(map(len, vectors))
-    return list(zip(*(v * size if len(v) < size else v for v in vectors), strict=True))
+        found += 1
+        if is_constant or found == ENOUGH:
+            return True
+    return found >= FEWEST or a.text == b.text and any(
+        reader.value(formulas[0], k) != "undefined" for k in range(FEWEST))
 
 
 # Numbers: Fraction (exact), Decimal (50 digits, real) or complex (floats)
@@ -182,6 +216,8 @@ def _power(x, y):
         return x ** int(y)
     if isinstance(x, complex) or isinstance(y, complex):
         return cmath.exp(_to_complex(y) * cmath.log(_to_complex(x)))
+    if x == _E:
+        return _to_decimal(y).exp()
     if x >= 0:
         return _to_decimal(x).sqrt() if y == Fraction(1, 2) else _to_decimal(x) ** _to_decimal(y)
     if isinstance(y, Fraction) and y.denominator % 2:
@@ -196,10 +232,19 @@ def _logarithm(x):
     return cmath.log(_to_complex(x)) if isinstance(x, complex) or x <= 0 else _to_decimal(x).ln()
 
 
+_QUOTIENTS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "tanh": ("sinh", "cosh"), "coth": ("cosh", "sinh"),
+              "sec": ("one", "cos"), "csc": ("one", "sin"), "sech": ("one", "cosh"), "csch": ("one", "sinh")}
+
+
 def _sine(name: str, x):
-    """One of the _SINES."""
-    if name == "tan":
-        return _divide(_sine("sin", x), _sine("cos", x))
+    """One of the _SINES, or the constant one."""
+    if name == "one":
+        return Fraction(1)
+    if name in _QUOTIENTS:
+        return _divide(*(_sine(part, x) for part in _QUOTIENTS[name]))
+    if name in ("sinh", "cosh"):
+        up, down = _power(_E, x), _power(_E, -x)
+        return _divide(_add(up, down if name == "cosh" else -down), Fraction(2))
     z = _to_complex(x)
     if abs(z) > 1e4:
         raise _Unreadable("too many turns for floats")
@@ -208,9 +253,17 @@ def _sine(name: str, x):
     return result if abs(result) > 1e-14 * abs(z) else Fraction(0)
 
 
-_SINES = {"sin", "cos", "tan", "arcsin", "arccos", "arctan"}
-_FUNCTIONS = {"abs": abs, "exp": lambda x: _power(_E, x), "ln": _logarithm, "log": _logarithm,
-              "lg": _logarithm, **{name: functools.partial(_sine, name) for name in _SINES}}
+def _round(direction, x) -> Fraction:
+    """floor or ceil; log_2(8) is 3, although its digits may be 2.99..."""
+    nearest = Fraction(round(x.real if isinstance(x, complex) and not x.imag else x))
+    return nearest if _close(x, nearest) else Fraction(direction(x.real))
+
+
+_SINES = {"sin", "cos", *_QUOTIENTS, "sinh", "cosh", "arcsin", "arccos", "arctan", "arcsinh", "arccosh", "arctanh"}
+_FUNCTIONS = {"abs": abs, "exp": functools.partial(_power, _E), "ln": _logarithm, "log": _logarithm,
+              "lg": _logarithm, "floor": functools.partial(_round, math.floor),
+              "ceil": functools.partial(_round, math.ceil),
+              **{name: functools.partial(_sine, name) for name in _SINES}}
 
 
 def _natural(x) -> int:
@@ -225,11 +278,16 @@ def _factorial(x):
 
 
 def _binomial(n, k):
-    if k < 0:
-        return Fraction(0)
     n, k = _natural(n), _natural(k)
     _check_bits(min(k, abs(n - k)) * n.bit_length())
     return Fraction(math.comb(n, k))
+
+
+def _cost(operation, point, result) -> int:
+    """In additions of small fractions; roots and exponentials with base e are fast."""
+    if isinstance(result, Decimal) and operation in (_power, _logarithm):
+        return 1 if point[-1] == Fraction(1, 2) else 4 if point[0] == _E else 20 if operation is _power else 8
+    return 1 + (result.numerator.bit_length() >> 6) if operation is _binomial else 1
 
 
 def _bits(x) -> tuple[int, int]:
@@ -241,24 +299,34 @@ def _check_bits(bits) -> None:
         raise _Unreadable("fraction too large")
 
 
-@functools.lru_cache(maxsize=1024)
-def _sample_points(variable: str) -> tuple:
-    """Three values in (0, 1), {20..120} and (-6, 0): for sqrt(1 - x^2), factorials and |x|."""
-    draw = random.Random(variable)  # seeded by a string: the same in every process
-    return Fraction(draw.randint(1, 14), 15), Fraction(draw.randint(20, 120)), Fraction(-draw.randint(1, 89), 15)
+@functools.lru_cache(maxsize=4096)
+def _sample(variable: str, k: int) -> Fraction:
+    """Value k of a variable, or of an unknown function such as f(3), in turn from five ranges.
+
+    They are (0, 1), {20..120}, (-6, 0), {1..12} and (1, 14): for sqrt(1 - x^2), factorials, |x|, 2^(2^n), sqrt(x - 9).
+    """
+    draw = random.Random(f"{variable} {k}")  # seeded by a string: the same in every process
+    low, high, denominator = ((1, 14, 15), (20, 120, 1), (-89, -1, 15), (1, 12, 1), (16, 209, 15))[k % 5]
+    return Fraction(draw.randint(low, high), denominator)
 
 
 # Reading, first half: TeX -> normalised text -> tokens
 
 _SYMBOLS = str.maketrans("−–×·⋅∗÷，\u00a0\u2009\u202f", "--****/,   ", '€£"') | str.maketrans({
     "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∈": "\\in ",
-    "∪": "\\cup ", "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "²": "^{2}", "³": "^{3}"})
+    "∪": "\\cup ", "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "²": "^{2}", "³": "^{3}",
+    "≈": "\\approx ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil "})
 _GROUPS, _COMMA_GROUPS = (
     re.compile(rf"(?<![0-9.,])[1-9][0-9]{{0,2}}(?:(?:{separator})[0-9]{{3}})+(?![0-9]|,[0-9]{closing})")
     for separator, closing in ((r"\{,\}|,\\[!,] ?|\\[,;: ]|~| (?![0-9]+\s*/)", ""), (",", r"|[^(\[]*(?:[)\]]|\\\})")))
 _COSMETIC = re.compile(r"(\\\\)|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|q?quad|math(?:bf|it|bb)"
                        r"|boldsymbol)(?![A-Za-z])|\\[!,;:> $()]|\\?%|[$~]")
 _DEGREE = re.compile(r"(?:\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|°)(?: ?[CF]\b)?")
+_ARRAY = re.compile(r"\\(begin|end) ?\{array\}(?: ?\{[lcr|@ ]*\})?")
+_SYSTEM = re.compile(r"\\\{ ?\\begin ?\{matrix\}(.*)\\end ?\{matrix\} ?\.")
+_AND = re.compile(r",?\s*(?:\\(?:text[a-z]*|mathrm|mbox) ?\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))")
+_PREFIX = re.compile(r'("?[a-z][a-z "\']*\b(?:is|are|equals)\b|"?(?:(?:the|my|final) )*answers?\b)[: "]*(?![a-z]{2}|["=])',
+                     re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text[a-z]*|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _MIXED = re.compile(r"(?<![\w.^/}\\])([0-9]+)(?: +([0-9]+) ?/ ?([0-9]+)"
                     r"| ?\\[dtc]?frac\{([0-9]+)\}\{([0-9]+)\})(?![0-9.])")
@@ -268,7 +336,7 @@ _ROMAN = {"e", "i", *_FUNCTIONS}  # may be in \mathrm and are no words
 _WORDS = set(  # shorter than four letters, or often written without a space after a number
     "no yes nan odd one two ten mm cm km mg kg ml ft yd mi in lb oz hr hrs min sec mph kph day men per usd "
     "pts sq gal rad deg cup bag box boy dog egg hat kid pen way cats cups dogs days hours minutes seconds "
-    "feet inches miles yards cents dollars degrees percent people points units apples".split())
+    "square cubic ways meters feet inches miles yards cents dollars degrees percent people points units apples".split())
 
 
 def _normalise(text: str, commas_group: bool) -> str:
@@ -283,9 +351,10 @@ def _normalise(text: str, commas_group: bool) -> str:
 
     def mark_letters(match):
         letters = match[0]
-        if letters in _FUNCTIONS or letters in ("sqrt", "pi", "infty"):
-            return "\\" + letters
         before = match.string[:match.start()]  # four letters in a row are a word, but not in 5abcd
+        is_unit = letters == "sec" and before.rstrip()[-1:].isdigit() and match.string[match.end():][:1] != "("
+        if not is_unit and letters in _FUNCTIONS or letters in ("sqrt", "pi", "infty"):
+            return "\\" + letters
         is_word = letters.lower() in _WORDS or len(letters) >= 4 and not before[-1:].isdigit()
         return f'"{letters}"' if is_word and letters.isalpha() else letters
 
@@ -297,8 +366,12 @@ def _normalise(text: str, commas_group: bool) -> str:
     for pattern in (_GROUPS, _COMMA_GROUPS) if commas_group else (_GROUPS,):
         text = pattern.sub(lambda m: re.sub("[^0-9]", "", m[0]), text)
     text = " ".join(_COSMETIC.sub(lambda m: m[1] or " ", text).split())
-    text = re.sub(r",?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", _DEGREE.sub("°", text))
+    text = _SYSTEM.sub(r"\\begin{cases}\1\\end{cases}", _ARRAY.sub(r"\\\1{matrix}", text))
+    text = _AND.sub(",", _DEGREE.sub("°", text))
     text = re.sub(r"_ ?([A-Za-z0-9])", r"_{\1}", _TEXT.sub(lambda m: re.sub("[^,]+", mark_word, m[1]), text))
+    if prefix := _PREFIX.match(text):  # The answer is 5: a label, as in Answer = 5
+        rest = text[prefix.end():].replace('"', "", prefix[0].count('"') % 2)
+        text = '"' + prefix[1].replace('"', "") + '"=' + rest
     text = re.sub(r"\|([^|]+)\|", r"\\abs{\1}", re.sub(r"\\[lr]?vert(?![A-Za-z])", "|", text))
     text = re.sub(r"(frac|binom) ?([0-9])", r"\1{\2}", text)
     text = re.sub(r"(frac|binom)(\{[^{}]*\}) ?([0-9])", r"\1\2{\3}", text)
@@ -328,19 +401,31 @@ def _plain_text(tokens: list[str]) -> str:
 
 # Reading, second half: tokens -> value
 
-_OPEN, _CLOSE = {"(", "[", "{", "\\{", "\\begin"}, {")", "]", "}", "\\}", "\\end"}
+_BRACKETS = {"(", "[", "{", "\\{"}
+_OPEN = {*_BRACKETS, "\\begin", "\\lfloor", "\\lceil"}
+_CLOSE = {")", "]", "}", "\\}", "\\end", "\\rfloor", "\\rceil"}
 _MIRRORED = {">": "<", "\\ge": "\\le"}
-_RELATIONS = {"=", "<", "\\le", "\\ne", "\\in", *_MIRRORED}
-_LABEL = re.compile(r"""[A-Za-z]'*(?:\^\{-1\})?\([A-Za-z0-9,]*\)|\([A-Za-z,]+\)|[A-Z]{2,}|("[^"]*")+""")
+_RELATIONS = {"=", "<", "\\le", "\\ne", "\\in", "\\approx", *_MIRRORED}
+_LABEL = re.compile(r"""[A-Za-z]'*(?:\^\{-1\})?\([A-Za-z0-9,]*\)|\([A-Za-z,]+\)|[A-Z]{2,}|[A-Za-z]+(:[A-Za-z]+)+|("[^"]*")+""")
 _BASE = re.compile(r"\(?([0-9][0-9A-Z]*|[A-F][0-9A-F]+)\)?_\{([0-9]{1,2})\}")
-_NO_UNIT = re.compile("approx|mod|more|less|than|least|most|not|when|if")
+_NO_UNIT = re.compile(r"\b(?:approx[a-z]*|about|around|roughly|nearly|almost|mod|more|less|fewer|greater|than|least|most|not"
+                      r"|never|when|if|unless|except|wrong|incorrect)\b")
+_SCALES = {"dozen": Fraction(12), **{word: Fraction(10 ** zeros) for word, zeros in {
+    "hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}.items()}}
+_CHANGING = re.compile(  # from here on to the end of the word: directions, signs, factors
+    r"\b(?:(?:counter|anti|clock)-?(?:clock)?wise|north|south|east|west|up|down|above|below|under|over|ahead|behind"
+    r"|forward|backward|before|after|ago|earl|late|b\.?c|a\.?d\b|c\.?e\b|[ap]\.?m\b|(?:to the|of the|on the) left|leftw"
+    r"|right|profit|loss|los[te]|gain|increas|decreas|ris|rose|fall|fell|drop|deficit|surplus|debt|owe|credit|debit"
+    r"|deposit|withdr|positive|negative|minus|plus|short|excess|extra|inside|outside|hal[fv]|third|quarter|fourth|fifth"
+    r"|sixth|seventh|eighth|ninth|tenth|squared|cubed|factorial|double|triple|twice|" + "|".join(_SCALES) + r")\w*")
 _SYMBOL_WORDS = {"\\infty": "\\infty", "+\\infty": "\\infty", "-\\infty": "-\\infty",
                  "\\emptyset": "\\emptyset", "\\{\\}": "\\emptyset"}
-_CLOSING = {"(": ")", "[": "]", "{": "}"}
+_CLOSING = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 # The last level (see `expression`) at which to look for the operator, and the level of its right side
 _INFIX = {"+": (0, 1), "-": (0, 1), "*": (1, 3), "/": (1, 3), "^": (3, 3)}
 _CONSTANTS = {"\\pi": _PI, "e": _E, "i": 1j}
 _COMMANDS = {*_FUNCTIONS, "frac", "sqrt", "binom", "pi"}
+_SIMPLE = {"-", "/", "\\frac", "{", "}", "\\pi"}
 
 
 def _split(tokens: list[str], separators: set) -> tuple[list, list]:
@@ -356,9 +441,22 @@ def _split(tokens: list[str], separators: set) -> tuple[list, list]:
     return pieces, found
 
 
+def _elements(tokens: list[str]) -> list:
+    """Of a list, a set or a tuple; a comma may end it."""
+    return _split(tokens[:-1] if tokens[-1:] == [","] else tokens, {",", ";"})[0]
+
+
 class _Reader:
-    """Recursive descent. First the shape of the answer (list, tuple, relation, ...), then its formulas."""
-    left = MAX_WORK
+    """Recursive descent. First the shape of the answer (list, tuple, relation, ...), then its formulas.
+
+    One reader reads both answers and computes what they share once.
+    """
+
+    def __init__(self):
+        self.left = MAX_WORK
+        self.known = {}  # the results of the computations so far
+        self.nodes = []  # the computations with variables, each after those of its arguments
+        self.values = [[] for _ in range(POINTS)]  # per sample point, of as many nodes as were needed
 
     def spend(self, units: int) -> None:
         self.left -= units
@@ -386,10 +484,11 @@ class _Reader:
 
     def answer(self, tokens: list[str]) -> _Value:
         items = []
-        for piece in _split(tokens, {",", ";"})[0]:
-            # 1 \pm 2 is 1 + 2 and 1 - 2; all signs of one element go together.
-            for plus, minus in ("+-", "-+") if {"\\pm", "\\mp"} & {*piece} else ("  ",):
-                items.append([{"\\pm": plus, "\\mp": minus}.get(token, token) for token in piece])
+        for piece in _elements(tokens):
+            # 1 \pm 2 is 1 + 2 and 1 - 2; all signs of one element go together. A set doubles its own elements.
+            is_double = {"\\pm", "\\mp"} & {*piece} and "\\{" not in piece
+            for signs in ({"\\pm": "+", "\\mp": "-"}, {"\\pm": "-", "\\mp": "+"}) if is_double else ({},):
+                items.append([signs.get(token, token) for token in piece])
         if len(items) == 1:
             return self.item(items[0])
         return _Value("list", _plain_text(tokens), tuple(map(self.item, items)))
@@ -399,27 +498,39 @@ class _Reader:
         self.spend(2)
         sides, signs = _split(tokens, _RELATIONS)
         if signs:
-            return self.relation(sides, signs, text)
+            value = self.relation(sides, signs, text)
+            if value.kind == "number" and "\\approx" not in signs and any({*"+-*"} & {*side[1:]} for side in sides):
+                raise _Unreadable("2+3 = 5 is an equation, and not only its value, as 1/2 = 0.5 is")
+            return value
         pieces, _ = _split(tokens, {"\\cup"})
         if len(pieces) > 1:
             return _Value("union", text, tuple(map(self.item, pieces)))
+        pieces, _ = _split(tokens, {":"})
+        if len(pieces) > 1:
+            terms = tuple(map(self.item, pieces))
+            if any(term.kind != "number" or term.parts == (0,) for term in terms):
+                raise _Unreadable("no ratio; perhaps a time, as 3:00")
+            return _Value("tuple", text, terms, ":")
         if tokens[0] == "\\begin":
             return self.matrix(tokens, text)
         if text in _SYMBOL_WORDS or all(token[0] == '"' for token in tokens):
             return _Value("word", _SYMBOL_WORDS.get(text, text))
-        if tokens[0] in _OPEN and tokens[-1] in _CLOSE and len(_split(tokens, _CLOSE)[0]) == 2:
+        if tokens[0] in _BRACKETS and tokens[-1] in _CLOSE and len(_split(tokens, _CLOSE)[0]) == 2:
             return self.deeper(self.bracket, tokens, text)
         if (base := _BASE.fullmatch(text)) and 2 <= int(base[2]) <= 36:
             int(base[1], int(base[2]))  # refuses 99_8
             return _Value("base", base[1].lstrip("0") or "0", form=base[0].lstrip("(0").replace(")", ""))
-        return _Value("number", text, self.formula(tokens))
+        return _Value("number", text, (self.formula(tokens),), tuple(self.words))
 
     def bracket(self, tokens: list[str], text: str) -> _Value:
         inner, brackets = tokens[1:-1], tokens[0] + tokens[-1]
         if brackets == "\\{\\}":
+            pieces, _ = _split(inner, {"|", ":", "\\mid"})
+            if len(pieces) == 2 and _VARIABLE.fullmatch(pieces[0][0]) and pieces[0][1:2] in ([], ["\\in"]):
+                return self.answer(pieces[1])
             value = self.answer(inner)
             return value if value.kind == "list" else _Value("list", text, (value,))
-        pieces, _ = _split(inner, {",", ";"})
+        pieces = _elements(inner)
         if brackets == "{}" or len(pieces) == 1 and brackets in ("()", "[]"):
             return self.answer(inner)
         if brackets not in ("()", "[]", "(]", "[)"):
@@ -428,71 +539,123 @@ class _Reader:
 
     def matrix(self, tokens: list[str], text: str) -> _Value:
         r"""\begin { "pmatrix" } a & b \\ c & d \end { "pmatrix" }"""
-        if tokens[1:4] != tokens[-3:] or not tokens[2].endswith('matrix"') or "\\end" != tokens[-4]:
+        name = tokens[2].strip('"')
+        if tokens[1:4] != tokens[-3:] or name[-6:] not in ("matrix", "cases") or name[0] in "vV" or "\\end" != tokens[-4]:
             raise _Unreadable("no matrix")
         rows = [_split(row, {"&"})[0] for row in _split(tokens[4:-4], {"\\\\"})[0] if row]
-        return _Value("matrix", text, tuple(self.item(entry) for row in rows for entry in row), [*map(len, rows)])
+        form = [*map(len, rows), name == "cases"]
+        return _Value("matrix", text, tuple(self.item(entry) for row in rows for entry in row), form)
 
     def relation(self, sides: list, signs: list, text: str) -> _Value:
+        if "\\approx" in signs:  # what follows is rounded
+            end = signs.index("\\approx")
+            sides, signs = sides[:end + 1], signs[:end]
+        if not signs:
+            value = self.item(sides[0])
+            if value.kind != "number" or isinstance(value.parts[0], _Node):
+                raise _Unreadable("no value")
+            return value
         name = "".join(sides[0])
-        if signs == ["\\in"] and _VARIABLE.fullmatch(name) or signs == ["="] and _LABEL.fullmatch(name):
+        if signs == ["\\in"] and _VARIABLE.fullmatch(name):
             return self.item(sides[1])
+        if {*signs} == {"="} and _LABEL.fullmatch(name):
+            if name[0] == '"' and (_NO_UNIT.search(name.lower()) or _CHANGING.search(name.lower())):
+                raise _Unreadable("more than a label")
+            value = self.item(sides[1]) if len(signs) == 1 else self.relation(sides[1:], signs[1:], text)
+            return _Value("label", text, (_Value("word", _plain_text(sides[0])),), value)
         pairs = (sides, sides[::-1]) if signs == ["="] else ()
         values = [value for side, value in pairs if len(side) == 1 and _VARIABLE.match(side[0])]
         assigned = self.item(values[0]) if values else None
         if assigned and assigned.kind != "number":
             return assigned
-        vectors = [self.formula(side) for side in sides]
-        return _Value("relation", text, tuple(map(self.constraint, signs, vectors, vectors[1:])), assigned)
+        formulas, words = [], []
+        for side in sides:
+            formulas.append(self.formula(side))
+            words += self.words
+        kept = [0, *(k for k in range(1, len(sides)) if not self.is_repeated(formulas, sides, signs, k))]
+        if len(kept) < len(sides):
+            return self.relation([sides[k] for k in kept], [signs[k - 1] for k in kept[1:]], text)
+        return _Value("relation", text, tuple(
+            self.difference(text, (sign, *words), *pair)
+            for sign, pair in zip(signs, zip(formulas, formulas[1:]), strict=True)), assigned)
 
-    def constraint(self, sign: str, left: tuple, right: tuple) -> _Value:
-        """left - right, scaled so that 2x < 4 becomes x < 2 and, for = and !=, -x = -2 becomes x = 2."""
-        if sign in _MIRRORED:
-            sign, left, right = _MIRRORED[sign], right, left
-        vector = self.compute(_OPERATORS["-"], left, right)
-        scale = next((x for x in vector if not isinstance(x, str) and x != 0), None)
-        if "undefined" in vector:
-            return _Value("number", "", ("undefined",), sign)
-        if scale is None or len(vector) == 1:
+    def is_repeated(self, formulas: list, sides: list, signs: list, k: int) -> bool:
+        """Whether side k only says again what others say: 0.5 in x = 1/2 = 0.5, ab in S = ab = 6."""
+        is_node = [isinstance(x, _Node) for x in formulas]
+        if {*signs} == {"="} and 0 < k < len(signs) and len(sides[0]) == 1 and len(sides[k]) > 1:
+            return is_node[k] and not is_node[-1]
+        if signs[k - 1] != "=" or is_node[k - 1] or is_node[k]:
+            return False
+        return "undefined" not in formulas and _close(formulas[k - 1], formulas[k])
+
+    def difference(self, text: str, form: tuple, left, right) -> _Value:
+        if form[0] in _MIRRORED:
+            form, left, right = (_MIRRORED[form[0]], *form[1:]), right, left
+        difference = self.compute(_add, left, self.compute(_multiply, right, Fraction(-1)))
+        if not isinstance(difference, (_Node, str)):
             raise _Unreadable("always true or false")
-        scale = scale if sign in ("=", "\\ne") else abs(scale)
-        return _Value("number", "", self.compute(_divide, vector, (scale,)), sign)
+        return _Value("difference", text, (difference,), form)
 
-    # Formulas: a value is a vector, its numbers at the sample points
+    # Formulas: a constant is computed while it is read, a formula with variables later, at sample points
 
-    def compute(self, operation, *vectors) -> tuple:
-        points = _broadcast(*vectors)
-        return tuple(self.compute_at(operation, point, len(points) > 1) for point in points)
+    def compute(self, operation, *arguments):
+        """The result of an operation on constants, else the node that stands for it."""
+        key = operation, arguments, tuple(map(type, arguments))
+        if key not in self.known:
+            if isinstance(operation, str) or any(isinstance(x, _Node) for x in arguments):
+                self.spend(1)
+                self.nodes.append((operation, arguments))
+                self.known[key] = _Node(len(self.nodes) - 1)
+            else:
+                self.known[key] = self.compute_at(operation, arguments, False)
+        return self.known[key]
 
-    def compute_at(self, operation, point: tuple, is_real: bool):
-        """A number, "undefined", or "not real": no real number where the variables have this value."""
+    def value(self, formula, k: int):
+        """What a formula is at sample point k: a number, "undefined", or "unknown" (not real, or too large)."""
+        if not isinstance(formula, _Node):
+            return formula
+        values = self.values[k]
+        for operation, arguments in self.nodes[len(values):formula.index + 1]:
+            point = [values[x.index] if isinstance(x, _Node) else x for x in arguments]
+            if isinstance(operation, str):  # a variable, or an unknown function: any value, the same for the same text
+                self.spend(2)
+                operation = functools.partial(_sample, operation + "".join(map(str, point)), k)
+                point = [x for x in point if isinstance(x, str)]
+            values.append(self.compute_at(operation, point, True))
+        return values[formula.index]
+
+    def compute_at(self, operation, point, is_sample: bool):
+        """A number or "undefined"; at a sample point also "unknown", also for (-2)! and for n over k with k > n."""
         if missing := [x for x in point if isinstance(x, str)]:
             return missing[0]
         try:
             result = operation(*point)
+            top, bottom = _bits(result)
+            _check_bits(top + bottom)
+            if isinstance(result, (float, complex)):
+                result = _to_complex(result)
         except ZeroDivisionError:
             return "undefined"
         except (ValueError, TypeError):  # complex numbers have no order
-            return "not real" if is_real else "undefined"
-        top, bottom = _bits(result)
-        _check_bits(top + bottom)
-        is_slow = isinstance(result, Decimal) and operation in (_power, _logarithm)
-        is_slow = operation is _binomial or is_slow and point[-1] != Fraction(1, 2)  # a square root is fast
-        self.spend(12 if is_slow else 1 + (top + bottom >> 9) + (top * bottom >> 20))
-        if isinstance(result, (float, complex)):
-            result = _to_complex(result)
+            return "unknown" if is_sample else "undefined"
+        except (_Unreadable, ArithmeticError):
+            if is_sample:
+                return "unknown"
+            raise
+        self.spend(_cost(operation, point, result) + (top + bottom >> 9) + (top * bottom >> 20))
+        if isinstance(result, complex):
             if abs(result.imag) <= 1e-12 * abs(result):
                 return complex(result.real)
-            if is_real and not any(isinstance(x, complex) and x.imag for x in point):
-                return "not real"
-        return result
+            if is_sample and not any(isinstance(x, complex) and x.imag for x in point):
+                return "unknown"
+        return "unknown" if is_sample and operation is _binomial and result == 0 else result
 
-    def formula(self, tokens: list[str]) -> tuple:
-        self.tokens, self.at, self.in_sine = [*tokens, ""], 0, 0
-        vector = self.expression(0)
+    def formula(self, tokens: list[str]):
+        self.tokens, self.at, self.in_sine, self.words = [*tokens, ""], 0, 0, []
+        result = self.expression(0)
         if self.tokens[self.at]:
             raise _Unreadable("unexpected " + self.tokens[self.at])
-        return vector
+        return result
 
     def takes(self, wanted: str) -> bool:
         """Step over the next token if it is the one wanted."""
@@ -500,26 +663,27 @@ class _Reader:
         self.at += is_next
         return is_next
 
-    def expression(self, level: int) -> tuple:
+    def expression(self, level: int):
         """Level 0: sums; 1: products; 2: the argument of a function, as in sin 2x; 3: powers."""
         if self.takes("-"):
-            left = self.compute(_multiply, self.deeper(self.expression, 3), (Fraction(-1),))
+            left = self.compute(_multiply, self.deeper(self.expression, 3), Fraction(-1))
         else:
             left = self.deeper(self.expression, 3) if self.takes("+") else self.primary()
         while True:
             token = self.tokens[self.at]
             loosest, right = _INFIX.get(token, (-1, 0))
             if level <= loosest:
+                base = self.tokens[self.at - 1]
                 self.at += 1
                 left = self.compute(_OPERATORS[token], left, self.deeper(self.expression, right))
+                if token == "^" and self.is_argument(base):
+                    raise _Unreadable("f^{-1}(3) is no product")
             elif self.takes("!"):
                 left = self.compute(_factorial, left)
             elif self.takes("°"):
-                left = self.compute(_multiply, left, (_PI / 180,)) if self.in_sine else left
-            elif level <= 1 and token[:1] == '"' and len(left) == 1 and not _NO_UNIT.search(token.lower()):
-                self.at += 1
-                if self.starts_factor(self.tokens[self.at]):
-                    raise _Unreadable("more than a unit")
+                left = self.compute(_multiply, left, _PI / 180) if self.in_sine else left
+            elif level <= 1 and token[:1] == '"':
+                left = self.unit(left, token.strip('"').lower().split())
             elif level <= 2 and self.starts_factor(token) and not (level == 2 and token[1:] in _FUNCTIONS):
                 left = self.compute(_multiply, left, self.expression(3))
             else:
@@ -529,7 +693,27 @@ class _Reader:
         is_number = token[:1].isdigit() and self.tokens[self.at - 1] in ("!", ")")
         return is_number or token in _CLOSING or token[1:] in _COMMANDS or _VARIABLE.match(token) is not None
 
-    def primary(self) -> tuple:
+    def unit(self, left, words: list[str]):
+        """Step over the words after a number: a unit means nothing here, 10 million is a product, a loss is noted."""
+        self.at += 1
+        phrase = " ".join(words)
+        is_unit = not isinstance(left, _Node) or {*words} <= _WORDS
+        if not is_unit or _NO_UNIT.search(phrase) or self.starts_factor(self.tokens[self.at]):
+            raise _Unreadable("more than a unit")
+        while words and words[0].rstrip("s") in _SCALES:
+            left = self.compute(_multiply, left, _SCALES[words.pop(0).rstrip("s")])
+        self.words += _CHANGING.findall(" ".join(words))
+        return left
+
+    def is_argument(self, name: str) -> bool:
+        """Whether the bracket that follows a letter is no factor: see the policies."""
+        if not _VARIABLE.match(name) or name in _CONSTANTS or self.tokens[self.at] != "(":
+            return False
+        inner = _split(self.tokens[self.at:], {")"})[0][0][1:]
+        is_term = all(token.isdigit() or token in _SIMPLE or _VARIABLE.match(token) for token in inner)
+        return name[0] == "f" or is_term and name not in inner and "-" not in inner[1:]
+
+    def primary(self):
         token = self.tokens[self.at]
         self.at += 1
         self.spend(1)
@@ -537,25 +721,27 @@ class _Reader:
             value = self.deeper(self.expression, 0)
             if not self.takes(_CLOSING[token]):
                 raise _Unreadable("bracket not closed")
-            return value
+            return self.compute(_FUNCTIONS[token[2:]], value) if token[2:] in _FUNCTIONS else value
         if token in ("\\frac", "\\binom"):
             operation = _divide if token == "\\frac" else _binomial
             return self.compute(operation, self.deeper(self.primary), self.deeper(self.primary))
         if token == "\\sqrt":
-            degree = self.deeper(self.primary) if self.tokens[self.at] == "[" else (Fraction(2),)
-            exponent = self.compute(_divide, (Fraction(1),), degree)
+            degree = self.deeper(self.primary) if self.tokens[self.at] == "[" else Fraction(2)
+            exponent = self.compute(_divide, Fraction(1), degree)
             return self.compute(_power, self.deeper(self.primary), exponent)
         if token[1:] in _FUNCTIONS:
             return self.deeper(self.function, token[1:])
         if token in _CONSTANTS:
-            return (_CONSTANTS[token],)
-        return _sample_points(token) if _VARIABLE.match(token) else (_number(token),)
+            return _CONSTANTS[token]
+        if not _VARIABLE.match(token):
+            return _number(token)
+        return self.compute(token, *([self.deeper(self.primary)] if self.is_argument(token) else []))
 
-    def function(self, name: str) -> tuple:
-        base = self.primary() if self.takes("_") else (Fraction(10),)
-        exponent = self.primary() if self.takes("^") else (Fraction(1),)
-        if exponent == (Fraction(-1),) and "arc" + name in _SINES:
-            name, exponent = "arc" + name, (Fraction(1),)
+    def function(self, name: str):
+        base = self.primary() if self.takes("_") else Fraction(10)
+        exponent = self.primary() if self.takes("^") else Fraction(1)
+        if exponent == Fraction(-1) and "arc" + name in _SINES:
+            name, exponent = "arc" + name, Fraction(1)
         self.in_sine += name in _SINES
         value = self.primary() if self.tokens[self.at] in _CLOSING else self.expression(2)
         self.in_sine -= name in _SINES

@@ -47,7 +47,7 @@ _NOTHING = {"", "nan", "{}", "()", "[]"}
 
 
 class _Node(NamedTuple):
-    """A formula with variables: the place of its last computation in `_Reader.nodes`."""
+    """A formula with variables: the place of its last operation in `_Reader.nodes`."""
     index: int
 
 
@@ -55,15 +55,15 @@ class _Value(NamedTuple):
     """An answer, or a part of one.
 
     kind         parts                                         form
-    number       one constant, "undefined" or _Node            words that change it
-    difference   left side - right side, as for a number       the sign between them, such words
+    number       a constant, "undefined" or a _Node            words that change it, e.g. ("loss",)
+    difference   left side - right side, in the same way       the sign between them, and such words
     word                                                       (compared by its text)
     base                                                       digits_{base} (not in text)
     list, union  elements in any order (a set is a list, too)
     tuple        elements in order                             brackets of a pair, e.g. "(]"; ":" of a ratio
-    matrix       entries row by row                            row lengths, "cases" for a system
+    matrix       entries row by row                            row lengths; whether it is a system
     relation     a difference per sign, in any order           the 5 of x = 5, or None
-    label        the left side of f(x) = 5, a word             the 5
+    label        the left side of f(x) = 5, as text            the 5
     """
     kind: str
     text: str
@@ -102,7 +102,7 @@ def _same(a: _Value, b: _Value, reader: "_Reader") -> bool:
         a, b = (v.form if v.kind in ("relation", "label") else v for v in (a, b))
         return None not in (a, b) and _same(a, b, reader)
     if kinds == {"label"}:
-        return a.parts[0].text == b.parts[0].text and _same(a.form, b.form, reader)
+        return a.parts == b.parts and _same(a.form, b.form, reader)
     if "list" in kinds and not (len(kinds) == 2 and "()" in (a.form, b.form)):
         return _same_in_any_order(*(v.parts if v.kind == "list" else (v,) for v in (a, b)), reader)
     if len(kinds) == 1 and a.kind in ("union", "relation"):
@@ -134,28 +134,27 @@ def _same_in_any_order(xs, ys, reader: "_Reader") -> bool:
 
 
 def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
-    """Whether two formulas agree at the first points where both are numbers; differences may differ by a factor.
+    """Whether formulas agree where both are numbers, two differences up to a factor: 2x - 2y = 0 is x - y = 0.
 
     With too few such points the texts decide, unless there is no value at all, as for 1/0.
     """
-    formulas = a.parts + b.parts
-    is_constant, scales, found = not any(isinstance(x, _Node) for x in formulas), None, 0
+    is_constant, factor, found = {_Node}.isdisjoint(map(type, a.parts + b.parts)), None, 0
     for k in range(1 if is_constant else POINTS):
-        x, y = point = [reader.value(formula, k) for formula in formulas]
-        if any(isinstance(z, str) for z in point) or a.kind == "difference" and x == y == 0:
+        reader.spend(1)
+        x, y = reader.value(*a.parts, k), reader.value(*b.parts, k)
+        if isinstance(x, str) or isinstance(y, str) or a.kind == "difference" and x == y == 0:
             continue
         if a.kind == "difference":
-            if x == 0 or y == 0:
+            x = 0 if 0 in (x, y) else reader.compute_at(_divide, (x, y), True)
+            y = factor = x if factor is None else factor
+            if x == 0 or a.form[0] in ("<", "\\le") and x.real < 0:
                 return False
-            scales = scales or (point if a.form[0] in ("=", "\\ne") else [abs(x), abs(y)])
-            x, y = (reader.compute_at(_divide, pair, True) for pair in zip(point, scales, strict=True))
         if not _close(x, y):
             return False
         found += 1
         if is_constant or found == ENOUGH:
             return True
-    return found >= FEWEST or a.text == b.text and any(
-        reader.value(formulas[0], k) != "undefined" for k in range(FEWEST))
+    return found >= FEWEST or a.text == b.text and any(reader.value(*a.parts, k) != "undefined" for k in range(FEWEST))
 
 
 # Numbers: Fraction (exact), Decimal (50 digits, real) or complex (floats)
@@ -219,7 +218,7 @@ def _power(x, y):
     if x == _E:
         return _to_decimal(y).exp()
     if x >= 0:
-        return _to_decimal(x).sqrt() if y == Fraction(1, 2) else _to_decimal(x) ** _to_decimal(y)
+        return _to_decimal(x).sqrt() if y == Fraction(1, 2) else (_to_decimal(y) * _to_decimal(x).ln()).exp()
     if isinstance(y, Fraction) and y.denominator % 2:
         return -_power(-x, y) if y.numerator % 2 else _power(-x, y)
     return _power(_to_complex(x), y)
@@ -283,13 +282,6 @@ def _binomial(n, k):
     return Fraction(math.comb(n, k))
 
 
-def _cost(operation, point, result) -> int:
-    """In additions of small fractions; roots and exponentials with base e are fast."""
-    if isinstance(result, Decimal) and operation in (_power, _logarithm):
-        return 1 if point[-1] == Fraction(1, 2) else 4 if point[0] == _E else 20 if operation is _power else 8
-    return 1 + (result.numerator.bit_length() >> 6) if operation is _binomial else 1
-
-
 def _bits(x) -> tuple[int, int]:
     return (x.numerator.bit_length(), x.denominator.bit_length()) if isinstance(x, Fraction) else (0, 0)
 
@@ -300,13 +292,12 @@ def _check_bits(bits) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _sample(variable: str, k: int) -> Fraction:
-    """Value k of a variable, or of an unknown function such as f(3), in turn from five ranges.
-
-    They are (0, 1), {20..120}, (-6, 0), {1..12} and (1, 14): for sqrt(1 - x^2), factorials, |x|, 2^(2^n), sqrt(x - 9).
+def _sample(name: str, k: int, *argument) -> Fraction:
+    """Value k of a variable or of an unknown function. The ranges take turns: (0, 1), {20..120}, (-6, 0), {1..12} and
+    (1, 4): for sqrt(1 - x^2), sqrt(x - 9), |x|, 2^(2^n), arccos(x - 2), and for factorials.
     """
-    draw = random.Random(f"{variable} {k}")  # seeded by a string: the same in every process
-    low, high, denominator = ((1, 14, 15), (20, 120, 1), (-89, -1, 15), (1, 12, 1), (16, 209, 15))[k % 5]
+    draw = random.Random(f"{name} {k} {argument}")  # seeded by a string: the same in every process
+    low, high, denominator = ((1, 14, 15), (20, 120, 1), (-89, -1, 15), (1, 12, 1), (16, 59, 15))[k % 5]
     return Fraction(draw.randint(low, high), denominator)
 
 
@@ -438,25 +429,23 @@ def _split(tokens: list[str], separators: set) -> tuple[list, list]:
             pieces.append([])
         else:
             pieces[-1].append(token)
+    if found[-1:] == [","] and not pieces[-1]:  # a comma may end a list
+        pieces.pop()
     return pieces, found
 
 
-def _elements(tokens: list[str]) -> list:
-    """Of a list, a set or a tuple; a comma may end it."""
-    return _split(tokens[:-1] if tokens[-1:] == [","] else tokens, {",", ";"})[0]
+def _is_constant(tokens) -> bool:
+    return all(token in _CONSTANTS or not _VARIABLE.match(token) for token in tokens)
 
 
 class _Reader:
-    """Recursive descent. First the shape of the answer (list, tuple, relation, ...), then its formulas.
-
-    One reader reads both answers and computes what they share once.
-    """
+    """Recursive descent. First the shape of the answer (list, tuple, relation, ...), then its formulas."""
 
     def __init__(self):
         self.left = MAX_WORK
-        self.known = {}  # the results of the computations so far
-        self.nodes = []  # the computations with variables, each after those of its arguments
-        self.values = [[] for _ in range(POINTS)]  # per sample point, of as many nodes as were needed
+        self.known = {}  # operation and arguments -> result
+        self.nodes = []  # the operations on formulas with variables, each after its arguments
+        self.values = [[] for _ in range(POINTS)]  # per sample point the results of the first nodes
 
     def spend(self, units: int) -> None:
         self.left -= units
@@ -484,7 +473,7 @@ class _Reader:
 
     def answer(self, tokens: list[str]) -> _Value:
         items = []
-        for piece in _elements(tokens):
+        for piece in _split(tokens, {",", ";"})[0]:
             # 1 \pm 2 is 1 + 2 and 1 - 2; all signs of one element go together. A set doubles its own elements.
             is_double = {"\\pm", "\\mp"} & {*piece} and "\\{" not in piece
             for signs in ({"\\pm": "+", "\\mp": "-"}, {"\\pm": "-", "\\mp": "+"}) if is_double else ({},):
@@ -502,15 +491,14 @@ class _Reader:
             if value.kind == "number" and "\\approx" not in signs and any({*"+-*"} & {*side[1:]} for side in sides):
                 raise _Unreadable("2+3 = 5 is an equation, and not only its value, as 1/2 = 0.5 is")
             return value
-        pieces, _ = _split(tokens, {"\\cup"})
-        if len(pieces) > 1:
-            return _Value("union", text, tuple(map(self.item, pieces)))
-        pieces, _ = _split(tokens, {":"})
-        if len(pieces) > 1:
-            terms = tuple(map(self.item, pieces))
-            if any(term.kind != "number" or term.parts == (0,) for term in terms):
+        pieces, separators = _split(tokens, {"\\cup", ":"})
+        if separators:
+            parts = tuple(map(self.item, pieces))
+            if ":" not in separators:
+                return _Value("union", text, parts)
+            if any(part.kind != "number" or part.parts == (0,) for part in parts) or "\\cup" in separators:
                 raise _Unreadable("no ratio; perhaps a time, as 3:00")
-            return _Value("tuple", text, terms, ":")
+            return _Value("tuple", text, parts, ":")
         if tokens[0] == "\\begin":
             return self.matrix(tokens, text)
         if text in _SYMBOL_WORDS or all(token[0] == '"' for token in tokens):
@@ -530,7 +518,7 @@ class _Reader:
                 return self.answer(pieces[1])
             value = self.answer(inner)
             return value if value.kind == "list" else _Value("list", text, (value,))
-        pieces = _elements(inner)
+        pieces, _ = _split(inner, {",", ";"})
         if brackets == "{}" or len(pieces) == 1 and brackets in ("()", "[]"):
             return self.answer(inner)
         if brackets not in ("()", "[]", "(]", "[)"):
@@ -550,60 +538,52 @@ class _Reader:
         if "\\approx" in signs:  # what follows is rounded
             end = signs.index("\\approx")
             sides, signs = sides[:end + 1], signs[:end]
-        if not signs:
-            value = self.item(sides[0])
-            if value.kind != "number" or isinstance(value.parts[0], _Node):
-                raise _Unreadable("no value")
-            return value
+            if not signs and (not _is_constant(sides[0]) or sides[0][0][0] == '"'):
+                raise _Unreadable("no exact value")
         name = "".join(sides[0])
         if signs == ["\\in"] and _VARIABLE.fullmatch(name):
             return self.item(sides[1])
         if {*signs} == {"="} and _LABEL.fullmatch(name):
             if name[0] == '"' and (_NO_UNIT.search(name.lower()) or _CHANGING.search(name.lower())):
                 raise _Unreadable("more than a label")
-            value = self.item(sides[1]) if len(signs) == 1 else self.relation(sides[1:], signs[1:], text)
-            return _Value("label", text, (_Value("word", _plain_text(sides[0])),), value)
+            return _Value("label", text, (_plain_text(sides[0]),), self.relation(sides[1:], signs[1:], text))
+        if {*signs} == {"="}:
+            sides = self.shortened(sides)
+            signs = signs[:len(sides) - 1]
+        if not signs:
+            return self.item(sides[0])
         pairs = (sides, sides[::-1]) if signs == ["="] else ()
         values = [value for side, value in pairs if len(side) == 1 and _VARIABLE.match(side[0])]
         assigned = self.item(values[0]) if values else None
         if assigned and assigned.kind != "number":
             return assigned
-        formulas, words = [], []
-        for side in sides:
-            formulas.append(self.formula(side))
-            words += self.words
-        kept = [0, *(k for k in range(1, len(sides)) if not self.is_repeated(formulas, sides, signs, k))]
-        if len(kept) < len(sides):
-            return self.relation([sides[k] for k in kept], [signs[k - 1] for k in kept[1:]], text)
-        return _Value("relation", text, tuple(
-            self.difference(text, (sign, *words), *pair)
-            for sign, pair in zip(signs, zip(formulas, formulas[1:]), strict=True)), assigned)
+        return _Value("relation", text, tuple(map(self.difference, signs, sides, sides[1:])), assigned)
 
-    def is_repeated(self, formulas: list, sides: list, signs: list, k: int) -> bool:
-        """Whether side k only says again what others say: 0.5 in x = 1/2 = 0.5, ab in S = ab = 6."""
-        is_node = [isinstance(x, _Node) for x in formulas]
-        if {*signs} == {"="} and 0 < k < len(signs) and len(sides[0]) == 1 and len(sides[k]) > 1:
-            return is_node[k] and not is_node[-1]
-        if signs[k - 1] != "=" or is_node[k - 1] or is_node[k]:
-            return False
-        return "undefined" not in formulas and _close(formulas[k - 1], formulas[k])
+    def shortened(self, sides: list) -> list:
+        """x = 1/2 = 0.5 says no more than x = 1/2, and S = ab = 6 than S = 6."""
+        kept = sides[:1]
+        for side in sides[1:]:
+            if not (_is_constant(kept[-1] + side) and _close(self.formula(kept[-1]), self.formula(side))):
+                kept.append(side)
+        is_middle = len(kept) == 3 and len(kept[0]) == 1 < len(kept[1]) and _is_constant(kept[2])
+        return kept[::2] if is_middle else kept
 
-    def difference(self, text: str, form: tuple, left, right) -> _Value:
-        if form[0] in _MIRRORED:
-            form, left, right = (_MIRRORED[form[0]], *form[1:]), right, left
-        difference = self.compute(_add, left, self.compute(_multiply, right, Fraction(-1)))
-        if not isinstance(difference, (_Node, str)):
+    def difference(self, sign: str, left: list, right: list) -> _Value:
+        if sign in _MIRRORED:
+            sign, left, right = _MIRRORED[sign], right, left
+        tokens = ["(", *left, ")", "-", "(", *right, ")"]
+        value = self.formula(tokens)
+        if not isinstance(value, (_Node, str)):
             raise _Unreadable("always true or false")
-        return _Value("difference", text, (difference,), form)
+        return _Value("difference", _plain_text(tokens), (value,), (sign, *self.words))
 
     # Formulas: a constant is computed while it is read, a formula with variables later, at sample points
 
     def compute(self, operation, *arguments):
-        """The result of an operation on constants, else the node that stands for it."""
+        """The result of an operation on constants, or the node that stands for it; no operation is done twice."""
         key = operation, arguments, tuple(map(type, arguments))
         if key not in self.known:
-            if isinstance(operation, str) or any(isinstance(x, _Node) for x in arguments):
-                self.spend(1)
+            if isinstance(operation, str) or _Node in key[2]:
                 self.nodes.append((operation, arguments))
                 self.known[key] = _Node(len(self.nodes) - 1)
             else:
@@ -611,38 +591,34 @@ class _Reader:
         return self.known[key]
 
     def value(self, formula, k: int):
-        """What a formula is at sample point k: a number, "undefined", or "unknown" (not real, or too large)."""
+        """What a formula is at sample point k."""
         if not isinstance(formula, _Node):
             return formula
         values = self.values[k]
         for operation, arguments in self.nodes[len(values):formula.index + 1]:
-            point = [values[x.index] if isinstance(x, _Node) else x for x in arguments]
-            if isinstance(operation, str):  # a variable, or an unknown function: any value, the same for the same text
-                self.spend(2)
-                operation = functools.partial(_sample, operation + "".join(map(str, point)), k)
-                point = [x for x in point if isinstance(x, str)]
+            point = tuple(values[x.index] if isinstance(x, _Node) else x for x in arguments)
+            if isinstance(operation, str):  # x is a function of nothing, f(3) one of 3, and unknown both
+                operation = functools.partial(_sample, operation, k)
             values.append(self.compute_at(operation, point, True))
         return values[formula.index]
 
-    def compute_at(self, operation, point, is_sample: bool):
-        """A number or "undefined"; at a sample point also "unknown", also for (-2)! and for n over k with k > n."""
+    def compute_at(self, operation, point: tuple, is_sample: bool):
+        """A number or "undefined"; with variables also "unknown": not real, too large, (-2)!, n over k for k > n."""
         if missing := [x for x in point if isinstance(x, str)]:
             return missing[0]
         try:
             result = operation(*point)
             top, bottom = _bits(result)
             _check_bits(top + bottom)
-            if isinstance(result, (float, complex)):
-                result = _to_complex(result)
+            result = _to_complex(result) if isinstance(result, (float, complex)) else result
         except ZeroDivisionError:
             return "undefined"
-        except (ValueError, TypeError):  # complex numbers have no order
+        except (_Unreadable, ArithmeticError, ValueError, TypeError) as error:  # complex numbers have no order
+            if not is_sample and not isinstance(error, (ValueError, TypeError)):
+                raise
             return "unknown" if is_sample else "undefined"
-        except (_Unreadable, ArithmeticError):
-            if is_sample:
-                return "unknown"
-            raise
-        self.spend(_cost(operation, point, result) + (top + bottom >> 9) + (top * bottom >> 20))
+        is_slow = isinstance(result, Decimal) and operation in (_power, _logarithm)
+        self.spend(12 if is_slow else 1 + (top + bottom >> (6 if operation is _binomial else 9)) + (top * bottom >> 20))
         if isinstance(result, complex):
             if abs(result.imag) <= 1e-12 * abs(result):
                 return complex(result.real)

@@ -19,6 +19,7 @@ from verifier import is_equal
 __all__ = ["extract_answer", "grade", "is_equal", "shaped_reward"]
 
 MAX_BRACES = 2_000  # in a box; with more it counts as never closed
+MAX_PLACEHOLDER = 200  # a box that begins with so many characters of placeholders holds no answer
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
 _BARE_BOX = re.compile(r"[-+−]?[0-9]+(?:[.,/][0-9]+)*|[A-Za-z]")  # as in \boxed 5
@@ -53,7 +54,7 @@ def extract_answer(text: str) -> str | None:
         if depth == 0:
             answer = text[start + 1:brace.start()].strip()
             break
-    return None if _PLACEHOLDER.fullmatch(answer) else answer
+    return None if _PLACEHOLDER.fullmatch(answer, 0, MAX_PLACEHOLDER) else answer
 
 
 def grade(text: str, gold: str) -> bool:

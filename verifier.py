@@ -44,18 +44,14 @@ class _Unreadable(Exception):
 
 _REFUSED = (_Unreadable, ArithmeticError, ValueError, LookupError, RecursionError)
 _NOTHING = {"", "nan", "{}", "()", "[]"}
-
-
-class _Node(NamedTuple):
-    """A formula with variables: the place of its last operation in `_Reader.nodes`."""
-    index: int
+_UNDEFINED, _UNKNOWN = "undefined", "unknown"  # no number: as 1/0; not real, or too large, at a sample point
 
 
 class _Value(NamedTuple):
     """An answer, or a part of one.
 
     kind         parts                                         form
-    number       a constant, "undefined" or a _Node            words that change it, e.g. ("loss",)
+    number       a constant, or a function of sample points    words that change it, e.g. ("loss",)
     difference   left side - right side, in the same way       the sign between them, and such words
     word                                                       (compared by its text)
     base                                                       digits_{base} (not in text)
@@ -63,7 +59,7 @@ class _Value(NamedTuple):
     tuple        elements in order                             brackets of a pair, e.g. "(]"; ":" of a ratio
     matrix       entries row by row                            row lengths; whether it is a system
     relation     a difference per sign, in any order           the 5 of x = 5, or None
-    label        the left side of f(x) = 5, as text            the 5
+    label        the left side of f(x) = 5 or x in A, as text  the 5, the A
     """
     kind: str
     text: str
@@ -98,12 +94,12 @@ def _same(a: _Value, b: _Value, reader: "_Reader") -> bool:
     kinds = {a.kind, b.kind}
     if "word" in kinds or kinds > {"base"}:
         return a.text == b.text and a.text not in _NOTHING
-    if len(kinds) == 2 and kinds & {"relation", "label"}:
-        a, b = (v.form if v.kind in ("relation", "label") else v for v in (a, b))
-        return None not in (a, b) and _same(a, b, reader)
     if kinds == {"label"}:
         return a.parts == b.parts and _same(a.form, b.form, reader)
-    if "list" in kinds and not (len(kinds) == 2 and "()" in (a.form, b.form)):
+    if kinds > {"relation"} or kinds > {"label"}:
+        a, b = (v.form if v.kind in ("relation", "label") else v for v in (a, b))
+        return None not in (a, b) and _same(a, b, reader)
+    if "list" in kinds and not (len(kinds) == 2 and "()" in (a.form, b.form) and min(len(a.parts), len(b.parts)) > 1):
         return _same_in_any_order(*(v.parts if v.kind == "list" else (v,) for v in (a, b)), reader)
     if len(kinds) == 1 and a.kind in ("union", "relation"):
         return _same_in_any_order(a.parts, b.parts, reader)
@@ -114,23 +110,12 @@ def _same(a: _Value, b: _Value, reader: "_Reader") -> bool:
     return len(a.parts) == len(b.parts) and all(_same(x, y, reader) for x, y in zip(a.parts, b.parts, strict=True))
 
 
-def _same_in_any_order(xs, ys, reader: "_Reader") -> bool:
-    """Whether every x has a y of its own. Being the same is not transitive: 52_8 = 52 = 52_9.
-
-    So the first y that fits may be the wrong one: an x that finds its y taken asks the holder to find another.
-    """
-    holders = {}
-
-    def place(x: int, asked: set) -> bool:
-        for y in sorted(range(len(ys)), key=holders.__contains__):  # the free ones first
-            if y not in asked and _same(xs[x], ys[y], reader):
-                asked.add(y)
-                if y not in holders or place(holders[y], asked):
-                    holders[y] = x
-                    return True
-        return False
-
-    return len(xs) == len(ys) and all(place(x, set()) for x in range(len(xs)))
+def _same_in_any_order(xs: tuple, ys: tuple, reader: "_Reader") -> bool:
+    """Whether every x has a y of its own. The first that fits may be the wrong one, as in 52, 52_8 and 52_8, 52_9."""
+    if len(xs) != len(ys) or not xs:
+        return len(xs) == len(ys)
+    return any(_same(xs[0], y, reader) and _same_in_any_order(xs[1:], ys[:k] + ys[k + 1:], reader)
+               for k, y in enumerate(ys))
 
 
 def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
@@ -138,14 +123,14 @@ def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
 
     With too few such points the texts decide, unless there is no value at all, as for 1/0.
     """
-    is_constant, factor, found = {_Node}.isdisjoint(map(type, a.parts + b.parts)), None, 0
+    is_constant, factor, found = not any(map(callable, a.parts + b.parts)), None, 0
     for k in range(1 if is_constant else POINTS):
         reader.spend(1)
-        x, y = reader.value(*a.parts, k), reader.value(*b.parts, k)
+        x, y = (_at(k, *v.parts) for v in (a, b))
         if isinstance(x, str) or isinstance(y, str) or a.kind == "difference" and x == y == 0:
             continue
         if a.kind == "difference":
-            x = 0 if 0 in (x, y) else reader.compute_at(_divide, (x, y), True)
+            x = 0 if 0 in (x, y) else reader.compute_at(_divide, (x, y), False)
             y = factor = x if factor is None else factor
             if x == 0 or a.form[0] in ("<", "\\le") and x.real < 0:
                 return False
@@ -154,7 +139,12 @@ def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
         found += 1
         if is_constant or found == ENOUGH:
             return True
-    return found >= FEWEST or a.text == b.text and any(reader.value(*a.parts, k) != "undefined" for k in range(FEWEST))
+    return found >= FEWEST or a.text == b.text and any(_at(k, *a.parts) != _UNDEFINED for k in range(POINTS))
+
+
+def _at(k: int, formula):
+    """Its value at sample point k."""
+    return formula(k) if callable(formula) else formula
 
 
 # Numbers: Fraction (exact), Decimal (50 digits, real) or complex (floats)
@@ -231,19 +221,16 @@ def _logarithm(x):
     return cmath.log(_to_complex(x)) if isinstance(x, complex) or x <= 0 else _to_decimal(x).ln()
 
 
-_QUOTIENTS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "tanh": ("sinh", "cosh"), "coth": ("cosh", "sinh"),
-              "sec": ("one", "cos"), "csc": ("one", "sin"), "sech": ("one", "cosh"), "csch": ("one", "sinh")}
+_QUOTIENTS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": ("", "cos"), "csc": ("", "sin"),
+              "tanh": ("sinh", "cosh"), "coth": ("cosh", "sinh"), "sech": ("", "cosh"), "csch": ("", "sinh")}
+_SINES = {"sin", "cos", *_QUOTIENTS, "sinh", "cosh", "arcsin", "arccos", "arctan", "arcsinh", "arccosh", "arctanh"}
 
 
 def _sine(name: str, x):
-    """One of the _SINES, or the constant one."""
-    if name == "one":
-        return Fraction(1)
+    """One of the _SINES."""
     if name in _QUOTIENTS:
-        return _divide(*(_sine(part, x) for part in _QUOTIENTS[name]))
-    if name in ("sinh", "cosh"):
-        up, down = _power(_E, x), _power(_E, -x)
-        return _divide(_add(up, down if name == "cosh" else -down), Fraction(2))
+        top, bottom = _QUOTIENTS[name]
+        return _divide(_sine(top, x) if top else Fraction(1), _sine(bottom, x))
     z = _to_complex(x)
     if abs(z) > 1e4:
         raise _Unreadable("too many turns for floats")
@@ -252,17 +239,16 @@ def _sine(name: str, x):
     return result if abs(result) > 1e-14 * abs(z) else Fraction(0)
 
 
-def _round(direction, x) -> Fraction:
-    """floor or ceil; log_2(8) is 3, although its digits may be 2.99..."""
-    nearest = Fraction(round(x.real if isinstance(x, complex) and not x.imag else x))
-    return nearest if _close(x, nearest) else Fraction(direction(x.real))
+def _floor(x) -> Fraction:
+    """The floor of log_2(8) is 3, although its digits may be 2.99..."""
+    if isinstance(x, complex) and x.imag:
+        raise ValueError("complex numbers have no order")
+    nearest = Fraction(round(x.real))
+    return nearest if _close(x, nearest) else Fraction(math.floor(x.real))
 
 
-_SINES = {"sin", "cos", *_QUOTIENTS, "sinh", "cosh", "arcsin", "arccos", "arctan", "arcsinh", "arccosh", "arctanh"}
-_FUNCTIONS = {"abs": abs, "exp": functools.partial(_power, _E), "ln": _logarithm, "log": _logarithm,
-              "lg": _logarithm, "floor": functools.partial(_round, math.floor),
-              "ceil": functools.partial(_round, math.ceil),
-              **{name: functools.partial(_sine, name) for name in _SINES}}
+_FUNCTIONS = {"abs": abs, "exp": functools.partial(_power, _E), "floor": _floor, "ceil": lambda x: -_floor(-x),
+              **dict.fromkeys(("ln", "log", "lg"), _logarithm), **{x: functools.partial(_sine, x) for x in _SINES}}
 
 
 def _natural(x) -> int:
@@ -315,9 +301,9 @@ _COSMETIC = re.compile(r"(\\\\)|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|text
 _DEGREE = re.compile(r"(?:\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|°)(?: ?[CF]\b)?")
 _ARRAY = re.compile(r"\\(begin|end) ?\{array\}(?: ?\{[lcr|@ ]*\})?")
 _SYSTEM = re.compile(r"\\\{ ?\\begin ?\{matrix\}(.*)\\end ?\{matrix\} ?\.")
-_AND = re.compile(r",?\s*(?:\\(?:text[a-z]*|mathrm|mbox) ?\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))")
-_PREFIX = re.compile(r'("?[a-z][a-z "\']*\b(?:is|are|equals)\b|"?(?:(?:the|my|final) )*answers?\b)[: "]*(?![a-z]{2}|["=])',
-                     re.IGNORECASE)
+_AND = re.compile(r",?\s*(?:\\(?:text|mbox) ?\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))")
+_PREFIX = re.compile(r'("?[a-z][a-z "\']*\b(?:is|are|equals)\b|"?(?:(?:the|my|final) )*answers?\b)[: "]*'
+                     r'(?![a-z]{2}|["=])', re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text[a-z]*|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _MIXED = re.compile(r"(?<![\w.^/}\\])([0-9]+)(?: +([0-9]+) ?/ ?([0-9]+)"
                     r"| ?\\[dtc]?frac\{([0-9]+)\}\{([0-9]+)\})(?![0-9.])")
@@ -325,7 +311,7 @@ _WORD = r'"[^"]*"(?: ?\^ ?\{?-?[0-9]\}?)?'
 _PHRASE = re.compile(rf"{_WORD}(?: ?[/*]? ?{_WORD}| ?/ ?[a-z](?![A-Za-z]))*")
 _ROMAN = {"e", "i", *_FUNCTIONS}  # may be in \mathrm and are no words
 _WORDS = set(  # shorter than four letters, or often written without a space after a number
-    "no yes nan odd one two ten mm cm km mg kg ml ft yd mi in lb oz hr hrs min sec mph kph day men per usd "
+    "no No NO yes nan odd one two ten mm cm km kg ft yd mi in lb oz hrs min sec mph kph day men per usd "
     "pts sq gal rad deg cup bag box boy dog egg hat kid pen way cats cups dogs days hours minutes seconds "
     "square cubic ways meters feet inches miles yards cents dollars degrees percent people points units apples".split())
 
@@ -346,7 +332,8 @@ def _normalise(text: str, commas_group: bool) -> str:
         is_unit = letters == "sec" and before.rstrip()[-1:].isdigit() and match.string[match.end():][:1] != "("
         if not is_unit and letters in _FUNCTIONS or letters in ("sqrt", "pi", "infty"):
             return "\\" + letters
-        is_word = letters.lower() in _WORDS or len(letters) >= 4 and not before[-1:].isdigit()
+        is_word = (letters if len(letters) < 3 else letters.lower()) in _WORDS
+        is_word = is_word or len(letters) >= 4 and not before[-1:].isdigit()
         return f'"{letters}"' if is_word and letters.isalpha() else letters
 
     def add_fraction(match):
@@ -386,32 +373,31 @@ _TOKEN = re.compile(r"[0-9]+\.[0-9]*\\(?:overline|bar) ?(?:\{[0-9]+\}|[0-9])|(?:
 def _plain_text(tokens: list[str]) -> str:
     """One spelling: no quotes, no spaces except between numbers; for words no case and no brackets either."""
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", " ".join(tokens).replace('"', ""))
+    text = re.sub(r"\^\{([A-Za-z]|[0-9](?=\}(?![0-9])))\}", r"^\1", text)
     word = re.fullmatch(r"\(?([A-Za-z][A-Za-z,'.-]*?)\)?\.?", text)
     return word[1].lower() if word else text
 
 
 # Reading, second half: tokens -> value
 
-_BRACKETS = {"(", "[", "{", "\\{"}
-_OPEN = {*_BRACKETS, "\\begin", "\\lfloor", "\\lceil"}
-_CLOSE = {")", "]", "}", "\\}", "\\end", "\\rfloor", "\\rceil"}
+_CLOSING = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
+_OPEN, _CLOSE = {*_CLOSING, "\\{", "\\begin"}, {*_CLOSING.values(), "\\}", "\\end"}
 _MIRRORED = {">": "<", "\\ge": "\\le"}
 _RELATIONS = {"=", "<", "\\le", "\\ne", "\\in", "\\approx", *_MIRRORED}
-_LABEL = re.compile(r"""[A-Za-z]'*(?:\^\{-1\})?\([A-Za-z0-9,]*\)|\([A-Za-z,]+\)|[A-Z]{2,}|[A-Za-z]+(:[A-Za-z]+)+|("[^"]*")+""")
+_LABEL = re.compile(r"""[A-Za-z]'*(?:\^\{-1\})?\([A-Za-z0-9,]*\)|\([A-Za-z,]+\)|[A-Z]{2,}|[A-Za-z]+(:[A-Za-z]+)+"""
+                    '|("[^"]*")+')
 _BASE = re.compile(r"\(?([0-9][0-9A-Z]*|[A-F][0-9A-F]+)\)?_\{([0-9]{1,2})\}")
-_NO_UNIT = re.compile(r"\b(?:approx[a-z]*|about|around|roughly|nearly|almost|mod|more|less|fewer|greater|than|least|most|not"
-                      r"|never|when|if|unless|except|wrong|incorrect)\b")
-_SCALES = {"dozen": Fraction(12), **{word: Fraction(10 ** zeros) for word, zeros in {
-    "hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}.items()}}
-_CHANGING = re.compile(  # from here on to the end of the word: directions, signs, factors
-    r"\b(?:(?:counter|anti|clock)-?(?:clock)?wise|north|south|east|west|up|down|above|below|under|over|ahead|behind"
-    r"|forward|backward|before|after|ago|earl|late|b\.?c|a\.?d\b|c\.?e\b|[ap]\.?m\b|(?:to the|of the|on the) left|leftw"
-    r"|right|profit|loss|los[te]|gain|increas|decreas|ris|rose|fall|fell|drop|deficit|surplus|debt|owe|credit|debit"
-    r"|deposit|withdr|positive|negative|minus|plus|short|excess|extra|inside|outside|hal[fv]|third|quarter|fourth|fifth"
-    r"|sixth|seventh|eighth|ninth|tenth|squared|cubed|factorial|double|triple|twice|" + "|".join(_SCALES) + r")\w*")
+_NO_UNIT = re.compile(r"\b(?:approx[a-z]*|about|around|roughly|nearly|almost|mod|more|less|fewer|greater|than|least"
+                      r"|most|not|never|when|if|unless|except|wrong|incorrect)\b")
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_CHANGING = re.compile(  # words that begin so tell a direction, a sign or a factor
+    r"\b(?:counter|anti|clockwise|north|south|east|west|up|down|above|below|under|over|ahead|behind|forward|backward"
+    r"|before|after|ago|earl|late|b\.?c\b|a\.?d\b|b?c\.?e\b|[ap]\.?m\b|(?:the|of) left|leftw|right|profit|los[ste]|gain"
+    r"|increas|decreas|ris|rose|fall|fell|drop|deficit|surplus|debt|owe|credit|debit|deposit|withdr|positive|negative"
+    r"|minus|plus|short|excess|extra|inside|outside|hal[fv]|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth"
+    rf"|tenth|squared|cubed|factorial|double|triple|twice|{'|'.join(_SCALES)})\w*")
 _SYMBOL_WORDS = {"\\infty": "\\infty", "+\\infty": "\\infty", "-\\infty": "-\\infty",
                  "\\emptyset": "\\emptyset", "\\{\\}": "\\emptyset"}
-_CLOSING = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 # The last level (see `expression`) at which to look for the operator, and the level of its right side
 _INFIX = {"+": (0, 1), "-": (0, 1), "*": (1, 3), "/": (1, 3), "^": (3, 3)}
 _CONSTANTS = {"\\pi": _PI, "e": _E, "i": 1j}
@@ -442,10 +428,7 @@ class _Reader:
     """Recursive descent. First the shape of the answer (list, tuple, relation, ...), then its formulas."""
 
     def __init__(self):
-        self.left = MAX_WORK
-        self.known = {}  # operation and arguments -> result
-        self.nodes = []  # the operations on formulas with variables, each after its arguments
-        self.values = [[] for _ in range(POINTS)]  # per sample point the results of the first nodes
+        self.left, self.known = MAX_WORK, {}  # no operation is done twice, in either answer
 
     def spend(self, units: int) -> None:
         self.left -= units
@@ -503,7 +486,7 @@ class _Reader:
             return self.matrix(tokens, text)
         if text in _SYMBOL_WORDS or all(token[0] == '"' for token in tokens):
             return _Value("word", _SYMBOL_WORDS.get(text, text))
-        if tokens[0] in _BRACKETS and tokens[-1] in _CLOSE and len(_split(tokens, _CLOSE)[0]) == 2:
+        if tokens[0] in ("(", "[", "{", "\\{") and tokens[-1] in _CLOSE and len(_split(tokens, _CLOSE)[0]) == 2:
             return self.deeper(self.bracket, tokens, text)
         if (base := _BASE.fullmatch(text)) and 2 <= int(base[2]) <= 36:
             int(base[1], int(base[2]))  # refuses 99_8
@@ -514,7 +497,7 @@ class _Reader:
         inner, brackets = tokens[1:-1], tokens[0] + tokens[-1]
         if brackets == "\\{\\}":
             pieces, _ = _split(inner, {"|", ":", "\\mid"})
-            if len(pieces) == 2 and _VARIABLE.fullmatch(pieces[0][0]) and pieces[0][1:2] in ([], ["\\in"]):
+            if len(pieces) == 2 and "".join(pieces[0][1:]) in ("", "\\in{R}", "\\inR") and pieces[0][0] in pieces[1]:
                 return self.answer(pieces[1])
             value = self.answer(inner)
             return value if value.kind == "list" else _Value("list", text, (value,))
@@ -528,7 +511,8 @@ class _Reader:
     def matrix(self, tokens: list[str], text: str) -> _Value:
         r"""\begin { "pmatrix" } a & b \\ c & d \end { "pmatrix" }"""
         name = tokens[2].strip('"')
-        if tokens[1:4] != tokens[-3:] or name[-6:] not in ("matrix", "cases") or name[0] in "vV" or "\\end" != tokens[-4]:
+        is_known = re.fullmatch("[pbB]?(?:small)?matrix|cases", name)
+        if not is_known or tokens[1:4] != tokens[-3:] or tokens[-4] != "\\end":
             raise _Unreadable("no matrix")
         rows = [_split(row, {"&"})[0] for row in _split(tokens[4:-4], {"\\\\"})[0] if row]
         form = [*map(len, rows), name == "cases"]
@@ -536,27 +520,26 @@ class _Reader:
 
     def relation(self, sides: list, signs: list, text: str) -> _Value:
         if "\\approx" in signs:  # what follows is rounded
-            end = signs.index("\\approx")
-            sides, signs = sides[:end + 1], signs[:end]
+            signs = signs[:signs.index("\\approx")]
+            sides = sides[:len(signs) + 1]
             if not signs and (not _is_constant(sides[0]) or sides[0][0][0] == '"'):
                 raise _Unreadable("no exact value")
-        name = "".join(sides[0])
-        if signs == ["\\in"] and _VARIABLE.fullmatch(name):
-            return self.item(sides[1])
-        if {*signs} == {"="} and _LABEL.fullmatch(name):
+        name, is_equation = "".join(sides[0]), {*signs} == {"="}
+        if is_equation and _LABEL.fullmatch(name) or signs == ["\\in"] and _VARIABLE.fullmatch(name):
             if name[0] == '"' and (_NO_UNIT.search(name.lower()) or _CHANGING.search(name.lower())):
                 raise _Unreadable("more than a label")
             return _Value("label", text, (_plain_text(sides[0]),), self.relation(sides[1:], signs[1:], text))
-        if {*signs} == {"="}:
+        if is_equation:
             sides = self.shortened(sides)
             signs = signs[:len(sides) - 1]
         if not signs:
             return self.item(sides[0])
-        pairs = (sides, sides[::-1]) if signs == ["="] else ()
-        values = [value for side, value in pairs if len(side) == 1 and _VARIABLE.match(side[0])]
-        assigned = self.item(values[0]) if values else None
-        if assigned and assigned.kind != "number":
-            return assigned
+        assigned = None
+        for side, value in (sides, sides[::-1]) if signs == ["="] else ():
+            if len(side) == 1 and _VARIABLE.match(side[0]) and not assigned:
+                assigned = self.item(value)
+                if assigned.kind != "number":
+                    return _Value("label", text, (side[0],), assigned)
         return _Value("relation", text, tuple(map(self.difference, signs, sides, sides[1:])), assigned)
 
     def shortened(self, sides: list) -> list:
@@ -565,7 +548,7 @@ class _Reader:
         for side in sides[1:]:
             if not (_is_constant(kept[-1] + side) and _close(self.formula(kept[-1]), self.formula(side))):
                 kept.append(side)
-        is_middle = len(kept) == 3 and len(kept[0]) == 1 < len(kept[1]) and _is_constant(kept[2])
+        is_middle = [_is_constant(side) for side in kept] == [False, False, True] and len(kept[0]) == 1 < len(kept[1])
         return kept[::2] if is_middle else kept
 
     def difference(self, sign: str, left: list, right: list) -> _Value:
@@ -573,58 +556,44 @@ class _Reader:
             sign, left, right = _MIRRORED[sign], right, left
         tokens = ["(", *left, ")", "-", "(", *right, ")"]
         value = self.formula(tokens)
-        if not isinstance(value, (_Node, str)):
+        if not callable(value) and value != _UNDEFINED:
             raise _Unreadable("always true or false")
         return _Value("difference", _plain_text(tokens), (value,), (sign, *self.words))
 
     # Formulas: a constant is computed while it is read, a formula with variables later, at sample points
 
     def compute(self, operation, *arguments):
-        """The result of an operation on constants, or the node that stands for it; no operation is done twice."""
+        """The result of an operation; if an argument is a function of the sample point, so is the result."""
+        def result(k: int):
+            return self.compute_at(operation, [_at(k, x) for x in arguments], True)
         key = operation, arguments, tuple(map(type, arguments))
         if key not in self.known:
-            if isinstance(operation, str) or _Node in key[2]:
-                self.nodes.append((operation, arguments))
-                self.known[key] = _Node(len(self.nodes) - 1)
-            else:
-                self.known[key] = self.compute_at(operation, arguments, False)
+            is_constant = not any(map(callable, arguments))
+            self.known[key] = self.compute_at(operation, arguments, False) if is_constant else functools.cache(result)
         return self.known[key]
 
-    def value(self, formula, k: int):
-        """What a formula is at sample point k."""
-        if not isinstance(formula, _Node):
-            return formula
-        values = self.values[k]
-        for operation, arguments in self.nodes[len(values):formula.index + 1]:
-            point = tuple(values[x.index] if isinstance(x, _Node) else x for x in arguments)
-            if isinstance(operation, str):  # x is a function of nothing, f(3) one of 3, and unknown both
-                operation = functools.partial(_sample, operation, k)
-            values.append(self.compute_at(operation, point, True))
-        return values[formula.index]
-
-    def compute_at(self, operation, point: tuple, is_sample: bool):
-        """A number or "undefined"; with variables also "unknown": not real, too large, (-2)!, n over k for k > n."""
-        if missing := [x for x in point if isinstance(x, str)]:
+    def compute_at(self, operation, point, is_sample: bool):
+        if missing := [x for x in point if x is _UNDEFINED or x is _UNKNOWN]:
             return missing[0]
         try:
             result = operation(*point)
             top, bottom = _bits(result)
             _check_bits(top + bottom)
             result = _to_complex(result) if isinstance(result, (float, complex)) else result
-        except ZeroDivisionError:
-            return "undefined"
-        except (_Unreadable, ArithmeticError, ValueError, TypeError) as error:  # complex numbers have no order
-            if not is_sample and not isinstance(error, (ValueError, TypeError)):
-                raise
-            return "unknown" if is_sample else "undefined"
+        except (ZeroDivisionError, ValueError):
+            return _UNDEFINED
+        except (_Unreadable, ArithmeticError):
+            if is_sample:
+                return _UNKNOWN
+            raise
         is_slow = isinstance(result, Decimal) and operation in (_power, _logarithm)
         self.spend(12 if is_slow else 1 + (top + bottom >> (6 if operation is _binomial else 9)) + (top * bottom >> 20))
         if isinstance(result, complex):
             if abs(result.imag) <= 1e-12 * abs(result):
                 return complex(result.real)
             if is_sample and not any(isinstance(x, complex) and x.imag for x in point):
-                return "unknown"
-        return "unknown" if is_sample and operation is _binomial and result == 0 else result
+                return _UNKNOWN
+        return _UNKNOWN if is_sample and operation is _binomial and result == 0 else result
 
     def formula(self, tokens: list[str]):
         self.tokens, self.at, self.in_sine, self.words = [*tokens, ""], 0, 0, []
@@ -673,11 +642,11 @@ class _Reader:
         """Step over the words after a number: a unit means nothing here, 10 million is a product, a loss is noted."""
         self.at += 1
         phrase = " ".join(words)
-        is_unit = not isinstance(left, _Node) or {*words} <= _WORDS
+        is_unit = not callable(left) or {*words} <= _WORDS
         if not is_unit or _NO_UNIT.search(phrase) or self.starts_factor(self.tokens[self.at]):
             raise _Unreadable("more than a unit")
         while words and words[0].rstrip("s") in _SCALES:
-            left = self.compute(_multiply, left, _SCALES[words.pop(0).rstrip("s")])
+            left = self.compute(_multiply, left, Fraction(_SCALES[words.pop(0).rstrip("s")]))
         self.words += _CHANGING.findall(" ".join(words))
         return left
 
@@ -711,7 +680,8 @@ class _Reader:
             return _CONSTANTS[token]
         if not _VARIABLE.match(token):
             return _number(token)
-        return self.compute(token, *([self.deeper(self.primary)] if self.is_argument(token) else []))
+        argument = [self.deeper(self.primary)] if self.is_argument(token) else []
+        return self.compute(_sample, token, int, *argument)  # int(k) is k, the number of the sample point
 
     def function(self, name: str):
         base = self.primary() if self.takes("_") else Fraction(10)

@@ -51,8 +51,8 @@ class _Value(NamedTuple):
     """An answer, or a part of one.
 
     kind         parts                                         form
-    number       a constant, or a function of sample points    words that change it, e.g. ("loss",)
-    difference   left side - right side, in the same way       the sign between them, and such words
+    number       a constant, or a function of sample points    "", and the words after it
+    difference   left side - right side, in the same way       the sign between them, and their words
     word                                                       (compared by its text)
     base                                                       digits_{base} (not in text)
     list, union  elements in any order (a set is a list, too)
@@ -103,10 +103,10 @@ def _same(a: _Value, b: _Value, reader: "_Reader") -> bool:
         return _same_in_any_order(*(v.parts if v.kind == "list" else (v,) for v in (a, b)), reader)
     if len(kinds) == 1 and a.kind in ("union", "relation"):
         return _same_in_any_order(a.parts, b.parts, reader)
+    if kinds in ({"number"}, {"difference"}):
+        return a.form[0] == b.form[0] and _same_words(a.form[1:], b.form[1:]) and _same_formula(a, b, reader)
     if a.form != b.form and "list" not in kinds or len(kinds - {"list", "tuple"}) > 1:
         return False
-    if a.kind in ("number", "difference"):
-        return _same_formula(a, b, reader)
     return len(a.parts) == len(b.parts) and all(_same(x, y, reader) for x, y in zip(a.parts, b.parts, strict=True))
 
 
@@ -116,6 +116,22 @@ def _same_in_any_order(xs: tuple, ys: tuple, reader: "_Reader") -> bool:
         return len(xs) == len(ys)
     return any(_same(xs[0], y, reader) and _same_in_any_order(xs[1:], ys[:k] + ys[k + 1:], reader)
                for k, y in enumerate(ys))
+
+
+def _same_words(xs: tuple, ys: tuple) -> bool:
+    """5 min = 5 minutes = 5 = 5 cm, but not 5 boys = 5 girls; a word that changes the number cannot be left out."""
+    def is_left_out(x: str, others: tuple) -> bool:
+        return not any(x == y or not _CHANGING.match(x + " " + y) and (_abbreviates(x, y) or _abbreviates(y, x))
+                       for y in others)
+    few, many = sorted((xs, ys), key=len)
+    return not any(is_left_out(x, many) for x in few) and not any(
+        _CHANGING.match(y) and is_left_out(y, few) for y in many)
+
+
+def _abbreviates(short: str, long: str) -> bool:
+    """Whether its letters stand there in this order, as ft in feet."""
+    rest = iter(long)
+    return short[0] == long[0] and len(long) > 3 and all(letter in rest for letter in short)
 
 
 def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
@@ -302,8 +318,8 @@ _DEGREE = re.compile(r"(?:\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![
 _ARRAY = re.compile(r"\\(begin|end) ?\{array\}(?: ?\{[lcr|@ ]*\})?")
 _SYSTEM = re.compile(r"\\\{ ?\\begin ?\{matrix\}(.*)\\end ?\{matrix\} ?\.")
 _AND = re.compile(r",?\s*(?:\\(?:text|mbox) ?\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))")
-_PREFIX = re.compile(r'("?[a-z][a-z "\']*\b(?:is|are|equals)\b|"?(?:(?:the|my|final) )*answers?\b)[: "]*'
-                     r'(?![a-z]{2}|["=])', re.IGNORECASE)
+_PREFIX = re.compile(r'("?[a-z][a-z ,"\']*\b(?:is|are|equals)\b|"?(?:(?:the|my|final) )*(?:answers?|solutions?|total|so'
+                     r'|thus|hence|therefore)\b)[:, "]+(?![a-z]{2}|[:, "=]|$)', re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text[a-z]*|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _MIXED = re.compile(r"(?<![\w.^/}\\])([0-9]+)(?: +([0-9]+) ?/ ?([0-9]+)"
                     r"| ?\\[dtc]?frac\{([0-9]+)\}\{([0-9]+)\})(?![0-9.])")
@@ -324,7 +340,7 @@ def _normalise(text: str, commas_group: bool) -> str:
     """
     def mark_word(match):
         is_word = re.match("[^0-9]*[A-Za-z]", match[0]) and match[0].strip() not in _ROMAN
-        return f'"{match[0]}"' if is_word else match[0]
+        return f'"{match[0]}"' if is_word else match[0] + " "
 
     def mark_letters(match):
         letters = match[0]
@@ -389,13 +405,15 @@ _LABEL = re.compile(r"""[A-Za-z]'*(?:\^\{-1\})?\([A-Za-z0-9,]*\)|\([A-Za-z,]+\)|
 _BASE = re.compile(r"\(?([0-9][0-9A-Z]*|[A-F][0-9A-F]+)\)?_\{([0-9]{1,2})\}")
 _NO_UNIT = re.compile(r"\b(?:approx[a-z]*|about|around|roughly|nearly|almost|mod|more|less|fewer|greater|than|least"
                       r"|most|not|never|when|if|unless|except|wrong|incorrect)\b")
-_SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES = {"ten": 10, "dozen": 12, "hundred": 100, "thousand": 1000, "lakh": 10**5, "million": 10**6, "crore": 10**7,
+           "billion": 10**9, "trillion": 10**12}
 _CHANGING = re.compile(  # words that begin so tell a direction, a sign or a factor
-    r"\b(?:counter|anti|clockwise|north|south|east|west|up|down|above|below|under|over|ahead|behind|forward|backward"
-    r"|before|after|ago|earl|late|b\.?c\b|a\.?d\b|b?c\.?e\b|[ap]\.?m\b|(?:the|of) left|leftw|right|profit|los[ste]|gain"
+    r"\b(?:counter|anti|clockwise|north|south|east|west|up|down|above|below|under|over|ahead|behind|forward"
+    r"|backward|before|after|ago|earl|late|b\.?c\b|a\.?d\b|b?c\.?e\b|[ap]\.?m\b|the left|leftw|right|inw|outw|profit|los[ste]|gain"
     r"|increas|decreas|ris|rose|fall|fell|drop|deficit|surplus|debt|owe|credit|debit|deposit|withdr|positive|negative"
-    r"|minus|plus|short|excess|extra|inside|outside|hal[fv]|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth"
-    rf"|tenth|squared|cubed|factorial|double|triple|twice|{'|'.join(_SCALES)})\w*")
+    r"|minus|plus|short|excess|extra|inside|outside|faster|slower|higher|lower|older|younger|taller|off\b|discount|hal[fv]"
+    r"|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|squared|cubed|factorial|double|triple|twice|gross|score"
+    rf"|{'|'.join(_SCALES)})\w*")
 _SYMBOL_WORDS = {"\\infty": "\\infty", "+\\infty": "\\infty", "-\\infty": "-\\infty",
                  "\\emptyset": "\\emptyset", "\\{\\}": "\\emptyset"}
 # The last level (see `expression`) at which to look for the operator, and the level of its right side
@@ -491,7 +509,7 @@ class _Reader:
         if (base := _BASE.fullmatch(text)) and 2 <= int(base[2]) <= 36:
             int(base[1], int(base[2]))  # refuses 99_8
             return _Value("base", base[1].lstrip("0") or "0", form=base[0].lstrip("(0").replace(")", ""))
-        return _Value("number", text, (self.formula(tokens),), tuple(self.words))
+        return _Value("number", text, (self.formula(tokens),), ("", *self.words))
 
     def bracket(self, tokens: list[str], text: str) -> _Value:
         inner, brackets = tokens[1:-1], tokens[0] + tokens[-1]
@@ -628,7 +646,7 @@ class _Reader:
             elif self.takes("°"):
                 left = self.compute(_multiply, left, _PI / 180) if self.in_sine else left
             elif level <= 1 and token[:1] == '"':
-                left = self.unit(left, token.strip('"').lower().split())
+                left = self.unit(left, re.findall("the left|[a-z][a-z.]*", token.lower()))
             elif level <= 2 and self.starts_factor(token) and not (level == 2 and token[1:] in _FUNCTIONS):
                 left = self.compute(_multiply, left, self.expression(3))
             else:
@@ -647,7 +665,7 @@ class _Reader:
             raise _Unreadable("more than a unit")
         while words and words[0].rstrip("s") in _SCALES:
             left = self.compute(_multiply, left, Fraction(_SCALES[words.pop(0).rstrip("s")]))
-        self.words += _CHANGING.findall(" ".join(words))
+        self.words += words
         return left
 
     def is_argument(self, name: str) -> bool:

@@ -3,18 +3,25 @@ r"""Are two answers equal? A prediction is compared with a gold answer, both TeX
     >>> is_equal(r"\dfrac34", "0.75"), is_equal("0.333", r"\frac13")
     (True, False)
 
-How: normalise the TeX, cut it into tokens, read them into a small value, compare two values. A formula is computed
-while it is read: in fractions, in 50 digits after a root, pi, e or a logarithm, in complex floats after i or a sine. A
-variable stands for three fixed pseudo-random numbers; formulas are equal when they agree wherever both are real:
-sqrt(ab) = sqrt(a)sqrt(b), but sqrt(x^2) is |x|, not x. What cannot be read or costs too much equals only the same text.
+How: normalise the TeX, cut it into tokens, read them into a small value, compare two values. A constant is computed
+while it is read: in fractions, in 50 digits after a root, pi, e or a logarithm, in complex floats after i or a sine.
+Formulas with variables are computed at sample points, fixed pseudo-random numbers, and are equal when they agree at the
+first five of 60 where both are real: sqrt(ab) = sqrt(a)sqrt(b), but sqrt(x^2) is |x|, not x. What is real at fewer than
+three, cannot be read or costs too much equals only the same text.
 
 Policies, where usage differs:
 - Exact: 0.333 is not 1/3. Unreduced is fine: 2/4 = 1/2. 3\frac12 is mixed, 2^10 is 2^{10}, 1/2x is (1/2)x.
-- Ignored: units and other words after a number, currency, % and degrees (50% = 50, not 0.5; sin 30° = 1/2).
+- A chain is its exact value: x = 1/2 = 0.5 and 1/2 \approx 0.5 are 1/2; but 2+3 = 5 is an equation, and not 5.
+- Ignored: currency, % and degrees (50% = 50, not 0.5; sin 30° = 1/2), words after a number (5 cm = 5) unless they
+  change it (5 west, 5 loss) or the other number has different ones (5 hours, 5 minutes). 10 million is 10,000,000.
 - 1,234 is a number, "1, 234" and (1,234) are two; 1,234 is a list if the other side is a list or tuple.
-- Bare lists and sets are unordered and alike, tuples are ordered: 1,2 = (1,2), but not (2,1). No extra
-  elements. (0,1) is a pair or an interval; an inequality is no interval; a column vector is no tuple.
-- x = 5 and f(x) = 5 equal 5. Equations and inequalities may be rescaled: 2x+2y = 6 is x+y-3 = 0.
+- Bare lists and sets are unordered and alike, tuples are ordered: 1,2 = (1,2), but not (2,1). No extra elements; a
+  comma may end a list. (0,1) is a pair or an interval; an inequality is no interval; a column vector is no tuple.
+  6:8 is neither 3:4 (it may be a time) nor 6/8. {x | x > 0} is x > 0; an array is a matrix.
+- x = 5, f(x) = 5 and "The answer is 5" equal 5, but not each other if the names differ: x = 5 is not y = 5.
+  Equations and inequalities may be rescaled: 2x+2y = 6 is x+y-3 = 0.
+- f(...) is a function. So is any letter before brackets with one simple term, as g(0) or P(2x); x(x+1), n(2^n), a(1.5)
+  and 2(3) are products. n over k is compared where n >= k.
 - 52_8 = 52: the digits are enough, on either side, without the base; the decimal value 42 is not equal.
 - \log has base 10, \ln base e; odd roots of negative numbers are real; words ignore case, variables do not.
 
@@ -120,18 +127,17 @@ def _same_in_any_order(xs: tuple, ys: tuple, reader: "_Reader") -> bool:
 
 def _same_words(xs: tuple, ys: tuple) -> bool:
     """5 min = 5 minutes = 5 = 5 cm, but not 5 boys = 5 girls; a word that changes the number cannot be left out."""
-    def is_left_out(x: str, others: tuple) -> bool:
-        return not any(x == y or not _CHANGING.match(x + " " + y) and (_abbreviates(x, y) or _abbreviates(y, x))
-                       for y in others)
     few, many = sorted((xs, ys), key=len)
-    return not any(is_left_out(x, many) for x in few) and not any(
-        _CHANGING.match(y) and is_left_out(y, few) for y in many)
+    rest = [y for y in many if not any(_alike(x, y) for x in few)]
+    return all(any(_alike(x, y) for y in many) for x in few) and not any(map(_CHANGING.match, rest))
 
 
-def _abbreviates(short: str, long: str) -> bool:
-    """Whether its letters stand there in this order, as ft in feet."""
-    rest = iter(long)
-    return short[0] == long[0] and len(long) > 3 and all(letter in rest for letter in short)
+def _alike(x: str, y: str) -> bool:
+    """Whether the words are the same, or one abbreviates the other, as ft does feet: its letters in this order."""
+    short, long = sorted((x, y), key=len)
+    letters = iter(long)
+    is_short = short[0] == long[0] and len(long) > 3 and all(letter in letters for letter in short)
+    return x == y or is_short and not _CHANGING.match(long)
 
 
 def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
@@ -408,12 +414,11 @@ _NO_UNIT = re.compile(r"\b(?:approx[a-z]*|about|around|roughly|nearly|almost|mod
 _SCALES = {"ten": 10, "dozen": 12, "hundred": 100, "thousand": 1000, "lakh": 10**5, "million": 10**6, "crore": 10**7,
            "billion": 10**9, "trillion": 10**12}
 _CHANGING = re.compile(  # words that begin so tell a direction, a sign or a factor
-    r"\b(?:counter|anti|clockwise|north|south|east|west|up|down|above|below|under|over|ahead|behind|forward"
-    r"|backward|before|after|ago|earl|late|b\.?c\b|a\.?d\b|b?c\.?e\b|[ap]\.?m\b|the left|leftw|right|inw|outw|profit|los[ste]|gain"
-    r"|increas|decreas|ris|rose|fall|fell|drop|deficit|surplus|debt|owe|credit|debit|deposit|withdr|positive|negative"
-    r"|minus|plus|short|excess|extra|inside|outside|faster|slower|higher|lower|older|younger|taller|off\b|discount|hal[fv]"
-    r"|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|squared|cubed|factorial|double|triple|twice|gross|score"
-    rf"|{'|'.join(_SCALES)})\w*")
+    r"\b(?:counter|anti|clockwise|north|south|east|west|up|down|above|below|under|over|ahead|behind|forward|backward"
+    r"|before|after|ago|earl|late|b\.?c\b|a\.?d\b|b?c\.?e\b|[ap]\.?m\b|the left|leftw|right|inw|outw|inside|outside"
+    r"|profit|los[ste]|gain|increas|decreas|ris|rose|fall|fell|drop|deficit|surplus|debt|owe|credit|debit|deposit|withdr"
+    r"|short|excess|extra|discount|off\b|positive|negative|minus|plus|hal[fv]|third|quarter|fourth|fifth|sixth|seventh|eighth"
+    rf"|ninth|squared|cubed|factorial|double|triple|twice|gross|score|{'|'.join(_SCALES)})\w*")
 _SYMBOL_WORDS = {"\\infty": "\\infty", "+\\infty": "\\infty", "-\\infty": "-\\infty",
                  "\\emptyset": "\\emptyset", "\\{\\}": "\\emptyset"}
 # The last level (see `expression`) at which to look for the operator, and the level of its right side

@@ -55,6 +55,23 @@ def test_extract_answer(text, answer):
     assert reward.extract_answer(text) == answer
 
 
+@pytest.mark.parametrize("unit", [".", ". ", r"\ldots", "your ", "\ud800", "\x00", "{", "1,", r"\boxed"])
+def test_a_million_characters_are_read_in_linear_time(unit):
+    """Dots took 150 ms where the whole box was searched for placeholders."""
+    times = []
+    for text in [rf"\boxed{{{(unit * 10**6)[:10**6]}}}"] * 3:
+        start = time.perf_counter()
+        reward.extract_answer(text)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.12
+
+
+def test_five_million_characters_are_harmless():
+    text = "\ud800\x00.{" * 1_250_000
+    assert reward.extract_answer(text) is None and reward.extract_answer(text + r"\boxed{5}") == "5"
+    assert not reward.grade(rf"\boxed{{{text}}}", "5") and not reward.grade(r"\boxed{" + "." * 5_000_000 + "}", "5")
+
+
 def test_shaped_reward():
     assert reward.shaped_reward(True, 0, 1024) == 1.5
     assert reward.shaped_reward(True, 1024, 1024) == 1.0

@@ -10,6 +10,7 @@ What counts as equal stands at the top of verifier.py.
 Copy this file with verifier.py: together they need only the standard library.
 """
 
+import collections
 import itertools
 import math
 import re
@@ -42,10 +43,10 @@ def extract_answer(text: str) -> str | None:
     if not isinstance(text, str):
         return None
     thought_end = text.rfind("</think>")
-    boxes = list(_BOX.finditer(text, max(0, thought_end)))
-    if not boxes or text.rfind("<think>") > thought_end:
+    last = collections.deque(_BOX.finditer(text, max(0, thought_end)), maxlen=1)
+    if not last or text.rfind("<think>") > thought_end:
         return None
-    start, depth = boxes[-1].end(), 0
+    start, depth = last[0].end(), 0
     bare = _BARE_BOX.match(text, start)
     answer = bare[0] if bare else ""
     braces = _BRACE.finditer(text, start) if text.startswith("{", start) else ()

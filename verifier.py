@@ -323,7 +323,7 @@ _COSMETIC = re.compile(r"(\\\\)|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|text
 _DEGREE = re.compile(r"(?:\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|°)(?: ?[CF]\b)?")
 _ARRAY = re.compile(r"\\(begin|end) ?\{array\}(?: ?\{[lcr|@ ]*\})?")
 _SYSTEM = re.compile(r"\\\{ ?\\begin ?\{matrix\}(.*)\\end ?\{matrix\} ?\.")
-_AND = re.compile(r",?\s*(?:\\(?:text|mbox) ?\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))")
+_AND = re.compile(r",?\s*(?:\\(?:text[a-z]*|mbox) ?\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))")
 _PREFIX = re.compile(r'("?[a-z][a-z ,"\']*\b(?:is|are|equals)\b|"?(?:(?:the|my|final) )*(?:answers?|solutions?|total|so'
                      r'|thus|hence|therefore)\b)[:, "]+(?![a-z]{2}|[:, "=]|$)', re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text[a-z]*|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
@@ -362,7 +362,7 @@ def _normalise(text: str, commas_group: bool) -> str:
         whole, top, bottom = filter(None, match.groups())
         return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
 
-    text = text.translate(_SYMBOLS)
+    text = re.sub(r"\\(?:math(?:bf|it|bb)|boldsymbol) ?\{([A-Za-z])\}", r" \1 ", text.translate(_SYMBOLS))
     for pattern in (_GROUPS, _COMMA_GROUPS) if commas_group else (_GROUPS,):
         text = pattern.sub(lambda m: re.sub("[^0-9]", "", m[0]), text)
     text = " ".join(_COSMETIC.sub(lambda m: m[1] or " ", text).split())
@@ -569,7 +569,7 @@ class _Reader:
         """x = 1/2 = 0.5 says no more than x = 1/2, and S = ab = 6 than S = 6."""
         kept = sides[:1]
         for side in sides[1:]:
-            if not (_is_constant(kept[-1] + side) and _close(self.formula(kept[-1]), self.formula(side))):
+            if not _is_constant(kept[-1] + side) or self.formula(["(", *kept[-1], ")", "-", "(", *side, ")"]) != 0:
                 kept.append(side)
         is_middle = [_is_constant(side) for side in kept] == [False, False, True] and len(kept[0]) == 1 < len(kept[1])
         return kept[::2] if is_middle else kept
@@ -675,9 +675,12 @@ class _Reader:
 
     def is_argument(self, name: str) -> bool:
         """Whether the bracket that follows a letter is no factor: see the policies."""
-        if not _VARIABLE.match(name) or name in _CONSTANTS or self.tokens[self.at] != "(":
+        bracket = self.tokens[self.at]
+        if not _VARIABLE.match(name) or bracket not in ("(", "["):
             return False
-        inner = _split(self.tokens[self.at:], {")"})[0][0][1:]
+        inner = _split(self.tokens[self.at:], {_CLOSING[bracket]})[0][0][1:]
+        if name in _CONSTANTS:
+            return inner == ["0"]  # i(0) is a current
         is_term = all(token.isdigit() or token in _SIMPLE or _VARIABLE.match(token) for token in inner)
         return name[0] == "f" or is_term and name not in inner and "-" not in inner[1:]
 
@@ -699,11 +702,11 @@ class _Reader:
             return self.compute(_power, self.deeper(self.primary), exponent)
         if token[1:] in _FUNCTIONS:
             return self.deeper(self.function, token[1:])
-        if token in _CONSTANTS:
+        argument = [self.deeper(self.primary)] if self.is_argument(token) else []
+        if token in _CONSTANTS and not argument:
             return _CONSTANTS[token]
         if not _VARIABLE.match(token):
             return _number(token)
-        argument = [self.deeper(self.primary)] if self.is_argument(token) else []
         return self.compute(_sample, token, int, *argument)  # int(k) is k, the number of the sample point
 
     def function(self, name: str):

@@ -141,7 +141,7 @@ def _alike(x: str, y: str) -> bool:
 
 
 def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
-    """Whether formulas agree where both are numbers, two differences up to a factor: 2x - 2y = 0 is x - y = 0.
+    """Whether they agree where both are numbers, differences up to a factor: 2x - 2y = 0 is x - y = 0.
 
     With too few such points the texts decide, unless there is no value at all, as for 1/0.
     """
@@ -346,7 +346,7 @@ def _normalise(text: str, commas_group: bool) -> str:
     """
     def mark_word(match):
         is_word = re.match("[^0-9]*[A-Za-z]", match[0]) and match[0].strip() not in _ROMAN
-        return f'"{match[0]}"' if is_word else match[0] + " "
+        return f'"{match[0]}"' if is_word else match[0] + " " * (match[0].strip() in _ROMAN)
 
     def mark_letters(match):
         letters = match[0]
@@ -502,9 +502,8 @@ class _Reader:
             parts = tuple(map(self.item, pieces))
             if ":" not in separators:
                 return _Value("union", text, parts)
-            if any(part.kind != "number" or part.parts == (0,) for part in parts) or "\\cup" in separators:
-                raise _Unreadable("no ratio; perhaps a time, as 3:00")
-            return _Value("tuple", text, parts, ":")
+            if "\\cup" not in separators and not any(x.kind != "number" or x.parts == (0,) for x in parts):  # no 3:00
+                return _Value("tuple", text, parts, ":")
         if tokens[0] == "\\begin":
             return self.matrix(tokens, text)
         if text in _SYMBOL_WORDS or all(token[0] == '"' for token in tokens):
@@ -533,12 +532,11 @@ class _Reader:
 
     def matrix(self, tokens: list[str], text: str) -> _Value:
         r"""\begin { "pmatrix" } a & b \\ c & d \end { "pmatrix" }"""
-        name = tokens[2].strip('"')
-        is_known = re.fullmatch("[pbB]?(?:small)?matrix|cases", name)
+        is_known = re.fullmatch('"([pbB]?(small)?matrix|cases)"', tokens[2])
         if not is_known or tokens[1:4] != tokens[-3:] or tokens[-4] != "\\end":
             raise _Unreadable("no matrix")
         rows = [_split(row, {"&"})[0] for row in _split(tokens[4:-4], {"\\\\"})[0] if row]
-        form = [*map(len, rows), name == "cases"]
+        form = [*map(len, rows), tokens[2] == '"cases"']
         return _Value("matrix", text, tuple(self.item(entry) for row in rows for entry in row), form)
 
     def relation(self, sides: list, signs: list, text: str) -> _Value:
@@ -587,12 +585,11 @@ class _Reader:
 
     def compute(self, operation, *arguments):
         """The result of an operation; if an argument is a function of the sample point, so is the result."""
-        def result(k: int):
-            return self.compute_at(operation, [_at(k, x) for x in arguments], True)
         key = operation, arguments, tuple(map(type, arguments))
         if key not in self.known:
+            at_point = functools.cache(lambda k: self.compute_at(operation, [_at(k, x) for x in arguments], True))
             is_constant = not any(map(callable, arguments))
-            self.known[key] = self.compute_at(operation, arguments, False) if is_constant else functools.cache(result)
+            self.known[key] = self.compute_at(operation, arguments, False) if is_constant else at_point
         return self.known[key]
 
     def compute_at(self, operation, point, is_sample: bool):

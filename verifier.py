@@ -410,7 +410,7 @@ _LABEL = re.compile(r"""[A-Za-z]'*(?:\^\{-1\})?\([A-Za-z0-9,]*\)|\([A-Za-z,]+\)|
                     '|("[^"]*")+')
 _BASE = re.compile(r"\(?([0-9][0-9A-Z]*|[A-F][0-9A-F]+)\)?_\{([0-9]{1,2})\}")
 _NO_UNIT = re.compile(r"\b(?:approx[a-z]*|about|around|roughly|nearly|almost|mod|more|less|fewer|greater|than|least"
-                      r"|most|not|never|when|if|unless|except|wrong|incorrect)\b")
+                      r"|most|not|never|when|if|unless|except|too|wrong|incorrect)\b")
 _SCALES = {"ten": 10, "dozen": 12, "hundred": 100, "thousand": 1000, "lakh": 10**5, "million": 10**6, "crore": 10**7,
            "billion": 10**9, "trillion": 10**12}
 _CHANGING = re.compile(  # words that begin so tell a direction, a sign or a factor
@@ -490,7 +490,7 @@ class _Reader:
 
     def item(self, tokens: list[str]) -> _Value:
         text = _plain_text(tokens)
-        self.spend(2)
+        self.spend(4)
         sides, signs = _split(tokens, _RELATIONS)
         if signs:
             value = self.relation(sides, signs, text)

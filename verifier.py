@@ -263,10 +263,8 @@ def _sine(name: str, x):
 
 def _floor(x) -> Fraction:
     """The floor of log_2(8) is 3, although its digits may be 2.99..."""
-    if isinstance(x, complex) and x.imag:
-        raise ValueError("complex numbers have no order")
     nearest = Fraction(round(x.real))
-    return nearest if _close(x, nearest) else Fraction(math.floor(x.real))
+    return nearest if _close(x, nearest) else Fraction(math.floor(x.real if x.imag == 0 else x))
 
 
 _FUNCTIONS = {"abs": abs, "exp": functools.partial(_power, _E), "floor": _floor, "ceil": lambda x: -_floor(-x),
@@ -416,9 +414,9 @@ _SCALES = {"ten": 10, "dozen": 12, "hundred": 100, "thousand": 1000, "lakh": 10*
 _CHANGING = re.compile(  # words that begin so tell a direction, a sign or a factor
     r"\b(?:counter|anti|clockwise|north|south|east|west|up|down|above|below|under|over|ahead|behind|forward|backward"
     r"|before|after|ago|earl|late|b\.?c\b|a\.?d\b|b?c\.?e\b|[ap]\.?m\b|the left|leftw|right|inw|outw|inside|outside"
-    r"|profit|los[ste]|gain|increas|decreas|ris|rose|fall|fell|drop|deficit|surplus|debt|owe|credit|debit|deposit|withdr"
+    r"|profit|los[ste]|gain|increas|decreas|rise|rising|rose|fall|fell|dropped|deficit|surplus|debt|owe|deposit|withdr"
     r"|short|excess|extra|discount|off\b|positive|negative|minus|plus|hal[fv]|third|quarter|fourth|fifth|sixth|seventh|eighth"
-    rf"|ninth|squared|cubed|factorial|double|triple|twice|gross|score|{'|'.join(_SCALES)})\w*")
+    rf"|ninth|squared|cubed|factorial|double|triple|twice|gross|score)\w*|(?:{'|'.join(_SCALES)})(?:s|ths?)?\b")
 _SYMBOL_WORDS = {"\\infty": "\\infty", "+\\infty": "\\infty", "-\\infty": "-\\infty",
                  "\\emptyset": "\\emptyset", "\\{\\}": "\\emptyset"}
 # The last level (see `expression`) at which to look for the operator, and the level of its right side
@@ -600,7 +598,7 @@ class _Reader:
             top, bottom = _bits(result)
             _check_bits(top + bottom)
             result = _to_complex(result) if isinstance(result, (float, complex)) else result
-        except (ZeroDivisionError, ValueError):
+        except (ZeroDivisionError, ValueError, TypeError):  # a type is wrong where complex numbers need an order
             return _UNDEFINED
         except (_Unreadable, ArithmeticError):
             if is_sample:

@@ -20,8 +20,8 @@ Policies, where usage differs:
   6:8 is neither 3:4 (it may be a time) nor 6/8. {x | x > 0} is x > 0; an array is a matrix.
 - x = 5, f(x) = 5 and "The answer is 5" equal 5, but not each other if the names differ: x = 5 is not y = 5.
   Equations and inequalities may be rescaled: 2x+2y = 6 is x+y-3 = 0.
-- f(...) is a function. So is any letter before brackets with one simple term, as g(0) or P(2x); x(x+1), n(2^n), a(1.5)
-  and 2(3) are products. n over k is compared where n >= k.
+- f(...) is a function. So is any letter before brackets with one simple term, as g(0) or P(2x); x(x+1), n(2^n), k(m/r),
+  a(1/2)^n, a(1.5) and 2(3) are products. n over k is compared where n >= k.
 - 52_8 = 52: the digits are enough, on either side, without the base; the decimal value 42 is not equal.
 - \log has base 10, \ln base e; odd roots of negative numbers are real; words ignore case, variables do not.
 
@@ -676,8 +676,10 @@ class _Reader:
         inner = _split(self.tokens[self.at:], {_CLOSING[bracket]})[0][0][1:]
         if name in _CONSTANTS:
             return inner == ["0"]  # i(0) is a current
+        is_power = self.tokens[self.at + len(inner) + 2:][:1] == ["^"]
+        is_ratio = {"\\frac", "/"} & {*inner} and (is_power or not _is_constant(inner))  # a product: a(1/2)^n, k(m/r)
         is_term = all(token.isdigit() or token in _SIMPLE or _VARIABLE.match(token) for token in inner)
-        return name[0] == "f" or is_term and name not in inner and "-" not in inner[1:]
+        return name[0] == "f" or is_term and not is_ratio and name not in inner and "-" not in inner[1:]
 
     def primary(self):
         token = self.tokens[self.at]

@@ -56,15 +56,15 @@ def test_extract_answer(text, answer):
     assert reward.extract_answer(text) == answer
 
 
-@pytest.mark.parametrize("unit", [".", ". ", r"\ldots", "your ", "\ud800", "\x00", "{", "1,", r"\boxed"])
+@pytest.mark.parametrize("unit", [".", ". ", r"\ldots", "your ", "\ud800", "\x00", "{", "1,"])
 def test_a_million_characters_are_read_in_linear_time(unit):
     """Dots took 150 ms where the whole box was searched for placeholders."""
     times = []
     for text in [rf"\boxed{{{(unit * 10**6)[:10**6]}}}"] * 3:
-        start = time.perf_counter()
+        start = time.process_time()
         reward.extract_answer(text)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.15
+        times.append(time.process_time() - start)
+    assert min(times) < 0.1
 
 
 def test_five_million_characters_are_harmless():

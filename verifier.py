@@ -177,6 +177,7 @@ _PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944592
 _E = Decimal("2.7182818284590452353602874713526624977572470936999595749670")
 
 
+@functools.lru_cache(maxsize=1024)  # half a millisecond for the largest fractions
 def _to_decimal(x) -> Decimal:
     return x if isinstance(x, Decimal) else Decimal(x.numerator) / Decimal(x.denominator)
 
@@ -605,7 +606,7 @@ class _Reader:
                 return _UNKNOWN
             raise
         is_slow = isinstance(result, Decimal) and operation in (_power, _logarithm)
-        self.spend(12 if is_slow else 1 + (top + bottom >> (6 if operation is _binomial else 9)) + (top * bottom >> 20))
+        self.spend(12 if is_slow else 1 + (top + bottom >> (6 if operation is _binomial else 8)) + (top * bottom >> 20))
         if isinstance(result, complex):
             if abs(result.imag) <= 1e-12 * abs(result):
                 return complex(result.real)
@@ -703,7 +704,9 @@ class _Reader:
         if token in _CONSTANTS and not argument:
             return _CONSTANTS[token]
         if not _VARIABLE.match(token):
-            return _number(token)
+            number = _number(token)
+            self.spend(sum(_bits(number)) >> 8)
+            return number
         return self.compute(_sample, token, int, *argument)  # int(k) is k, the number of the sample point
 
     def function(self, name: str):

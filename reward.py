@@ -10,6 +10,7 @@ What counts as equal stands at the top of verifier.py.
 Copy this file with verifier.py: together they need only the standard library.
 """
 
+import collections
 import itertools
 import math
 import re
@@ -19,6 +20,7 @@ from verifier import is_equal
 __all__ = ["extract_answer", "grade", "is_equal", "shaped_reward"]
 
 MAX_BRACES = 2_000  # in a box; with more it counts as never closed
+MAX_PLACEHOLDER = 200  # a box that begins with so many characters of placeholders holds no answer
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
 _BARE_BOX = re.compile(r"[-+−]?[0-9]+(?:[.,/][0-9]+)*|[A-Za-z]")  # as in \boxed 5
@@ -41,10 +43,10 @@ def extract_answer(text: str) -> str | None:
     if not isinstance(text, str):
         return None
     thought_end = text.rfind("</think>")
-    boxes = list(_BOX.finditer(text, max(0, thought_end)))
-    if not boxes or text.rfind("<think>") > thought_end:
+    last = collections.deque(_BOX.finditer(text, max(0, thought_end)), maxlen=1)
+    if not last or text.rfind("<think>") > thought_end:
         return None
-    start, depth = boxes[-1].end(), 0
+    start, depth = last[0].end(), 0
     bare = _BARE_BOX.match(text, start)
     answer = bare[0] if bare else ""
     braces = _BRACE.finditer(text, start) if text.startswith("{", start) else ()
@@ -53,7 +55,7 @@ def extract_answer(text: str) -> str | None:
         if depth == 0:
             answer = text[start + 1:brace.start()].strip()
             break
-    return None if _PLACEHOLDER.fullmatch(answer) else answer
+    return None if _PLACEHOLDER.fullmatch(answer, 0, MAX_PLACEHOLDER) else answer
 
 
 def grade(text: str, gold: str) -> bool:

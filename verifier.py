@@ -3,18 +3,25 @@ r"""Are two answers equal? A prediction is compared with a gold answer, both TeX
     >>> is_equal(r"\dfrac34", "0.75"), is_equal("0.333", r"\frac13")
     (True, False)
 
-How: normalise the TeX, cut it into tokens, read them into a small value, compare two values. A formula is computed
-while it is read: in fractions, in 50 digits after a root, pi, e or a logarithm, in complex floats after i or a sine. A
-variable stands for three fixed pseudo-random numbers; formulas are equal when they agree wherever both are real:
-sqrt(ab) = sqrt(a)sqrt(b), but sqrt(x^2) is |x|, not x. What cannot be read or costs too much equals only the same text.
+How: normalise the TeX, cut it into tokens, read them into a small value, compare two values. A constant is computed
+while it is read: in fractions, in 50 digits after a root, pi, e or a logarithm, in complex floats after i or a sine.
+Formulas with variables are computed at sample points, fixed pseudo-random numbers, and are equal when they agree at the
+first five of 60 where both are real: sqrt(ab) = sqrt(a)sqrt(b), but sqrt(x^2) is |x|, not x. What is real at fewer than
+three, cannot be read or costs too much equals only the same text.
 
 Policies, where usage differs:
 - Exact: 0.333 is not 1/3. Unreduced is fine: 2/4 = 1/2. 3\frac12 is mixed, 2^10 is 2^{10}, 1/2x is (1/2)x.
-- Ignored: units and other words after a number, currency, % and degrees (50% = 50, not 0.5; sin 30° = 1/2).
+- A chain is its exact value: x = 1/2 = 0.5 and 1/2 \approx 0.5 are 1/2; but 2+3 = 5 is an equation, and not 5.
+- Ignored: currency, % and degrees (50% = 50, not 0.5; sin 30° = 1/2), words after a number (5 cm = 5) unless they
+  change it (5 west, 5 loss) or the other number has different ones (5 hours, 5 minutes). 10 million is 10,000,000.
 - 1,234 is a number, "1, 234" and (1,234) are two; 1,234 is a list if the other side is a list or tuple.
-- Bare lists and sets are unordered and alike, tuples are ordered: 1,2 = (1,2), but not (2,1). No extra
-  elements. (0,1) is a pair or an interval; an inequality is no interval; a column vector is no tuple.
-- x = 5 and f(x) = 5 equal 5. Equations and inequalities may be rescaled: 2x+2y = 6 is x+y-3 = 0.
+- Bare lists and sets are unordered and alike, tuples are ordered: 1,2 = (1,2), but not (2,1). No extra elements; a
+  comma may end a list. (0,1) is a pair or an interval; an inequality is no interval; a column vector is no tuple.
+  6:8 is neither 3:4 (it may be a time) nor 6/8. {x | x > 0} is x > 0; an array is a matrix.
+- x = 5, f(x) = 5 and "The answer is 5" equal 5, but not each other if the names differ: x = 5 is not y = 5.
+  Equations and inequalities may be rescaled: 2x+2y = 6 is x+y-3 = 0.
+- f(...) is a function. So is any letter before brackets with one simple term, as g(0) or P(2x); x(x+1), n(2^n), k(m/r),
+  a(1/2)^n, a(1.5) and 2(3) are products. n over k is compared where n >= k.
 - 52_8 = 52: the digits are enough, on either side, without the base; the decimal value 42 is not equal.
 - \log has base 10, \ln base e; odd roots of negative numbers are real; words ignore case, variables do not.
 
@@ -34,7 +41,8 @@ MAX_CHARS = 20_000  # longer answers are refused
 MAX_READ_CHARS = 250  # longer answers are compared as text
 MAX_DEPTH = 25  # nested brackets, arguments and exponents
 MAX_BITS = 24_000  # of a fraction, numerator and denominator together; 1/2006! has 19,1xx
-MAX_WORK = 200  # for one comparison, in additions of small fractions (about 5 microseconds each)
+MAX_WORK = 1_000  # for one comparison, in additions of small fractions (about 5 microseconds each)
+POINTS, ENOUGH, FEWEST = 60, 5, 3  # sample points to try; where both sides are numbers: to compare; to need
 
 
 class _Unreadable(Exception):
@@ -43,19 +51,22 @@ class _Unreadable(Exception):
 
 _REFUSED = (_Unreadable, ArithmeticError, ValueError, LookupError, RecursionError)
 _NOTHING = {"", "nan", "{}", "()", "[]"}
+_UNDEFINED, _UNKNOWN = "undefined", "unknown"  # no number: as 1/0; not real, or too large, at a sample point
 
 
 class _Value(NamedTuple):
     """An answer, or a part of one.
 
-    kind         parts                                                                    form
-    number       per sample point (a constant: once) a number, "undefined" or "not real"  its sign, in a relation
-    word                                                                                  (compared by its text)
-    base                                                                                  digits_{base} (not in text)
+    kind         parts                                         form
+    number       a constant, or a function of sample points    "", and the words after it
+    difference   left side - right side, in the same way       the sign between them, and their words
+    word                                                       (compared by its text)
+    base                                                       digits_{base} (not in text)
     list, union  elements in any order (a set is a list, too)
-    tuple        elements in order                                                        brackets of a pair, e.g. "(]"
-    matrix       entries row by row                                                       row lengths
-    relation     left side - right side per sign, in any order                            the 5 of x = 5, or None
+    tuple        elements in order                             brackets of a pair, e.g. "(]"; ":" of a ratio
+    matrix       entries row by row                            row lengths; whether it is a system
+    relation     a difference per sign, in any order           the 5 of x = 5, or None
+    label        the left side of f(x) = 5 or x in A, as text  the 5, the A
     """
     kind: str
     text: str
@@ -90,38 +101,72 @@ def _same(a: _Value, b: _Value, reader: "_Reader") -> bool:
     kinds = {a.kind, b.kind}
     if "word" in kinds or kinds > {"base"}:
         return a.text == b.text and a.text not in _NOTHING
-    if kinds > {"relation"}:
-        a, b = (v.form if v.kind == "relation" else v for v in (a, b))
+    if kinds == {"label"}:
+        return a.parts == b.parts and _same(a.form, b.form, reader)
+    if kinds > {"relation"} or kinds > {"label"}:
+        a, b = (v.form if v.kind in ("relation", "label") else v for v in (a, b))
         return None not in (a, b) and _same(a, b, reader)
-    if "list" in kinds and not (len(kinds) == 2 and "()" in (a.form, b.form)):
+    if "list" in kinds and not (len(kinds) == 2 and "()" in (a.form, b.form) and min(len(a.parts), len(b.parts)) > 1):
         return _same_in_any_order(*(v.parts if v.kind == "list" else (v,) for v in (a, b)), reader)
     if len(kinds) == 1 and a.kind in ("union", "relation"):
-        is_repeated = a.text == b.text and not any(part.parts == ("undefined",) for part in a.parts)
-        return is_repeated or _same_in_any_order(a.parts, b.parts, reader)
+        return _same_in_any_order(a.parts, b.parts, reader)
+    if kinds in ({"number"}, {"difference"}):
+        return a.form[0] == b.form[0] and _same_words(a.form[1:], b.form[1:]) and _same_formula(a, b, reader)
     if a.form != b.form and "list" not in kinds or len(kinds - {"list", "tuple"}) > 1:
         return False
-    if a.kind == "number":
-        pairs = [pair for pair in _broadcast(a.parts, b.parts) if not any(isinstance(x, str) for x in pair)]
-        is_repeated = a.text == b.text and "not real" in a.parts
-        return all(_close(x, y) for x, y in pairs) if pairs else is_repeated
     return len(a.parts) == len(b.parts) and all(_same(x, y, reader) for x, y in zip(a.parts, b.parts, strict=True))
 
 
-def _same_in_any_order(xs, ys, reader: "_Reader") -> bool:
-    """Match greedily: enough, because being the same is transitive."""
-    rest = list(ys)
-    for x in xs:
-        found = next((k for k, y in enumerate(rest) if _same(x, y, reader)), None)
-        if found is None:
+def _same_in_any_order(xs: tuple, ys: tuple, reader: "_Reader") -> bool:
+    """Whether every x has a y of its own. The first that fits may be the wrong one, as in 52, 52_8 and 52_8, 52_9."""
+    if len(xs) != len(ys) or not xs:
+        return len(xs) == len(ys)
+    return any(_same(xs[0], y, reader) and _same_in_any_order(xs[1:], ys[:k] + ys[k + 1:], reader)
+               for k, y in enumerate(ys))
+
+
+def _same_words(xs: tuple, ys: tuple) -> bool:
+    """5 min = 5 minutes = 5 = 5 cm, but not 5 boys = 5 girls; a word that changes the number cannot be left out."""
+    few, many = sorted((xs, ys), key=len)
+    rest = [y for y in many if not any(_alike(x, y) for x in few)]
+    return all(any(_alike(x, y) for y in many) for x in few) and not any(map(_CHANGING.match, rest))
+
+
+def _alike(x: str, y: str) -> bool:
+    """Whether the words are the same, or one abbreviates the other, as ft does feet: its letters in this order."""
+    short, long = sorted((x, y), key=len)
+    letters = iter(long)
+    is_short = short[0] == long[0] and len(long) > 3 and all(letter in letters for letter in short)
+    return x == y or is_short and not _CHANGING.match(long)
+
+
+def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
+    """Whether they agree where both are numbers, differences up to a factor: 2x - 2y = 0 is x - y = 0.
+
+    With too few such points the texts decide, unless there is no value at all, as for 1/0.
+    """
+    is_constant, factor, found = not any(map(callable, a.parts + b.parts)), None, 0
+    for k in range(1 if is_constant else POINTS):
+        reader.spend(1)
+        x, y = (_at(k, *v.parts) for v in (a, b))
+        if isinstance(x, str) or isinstance(y, str) or a.kind == "difference" and x == y == 0:
+            continue
+        if a.kind == "difference":
+            x = 0 if 0 in (x, y) else reader.compute_at(_divide, (x, y), False)
+            y = factor = x if factor is None else factor
+            if x == 0 or a.form[0] in ("<", "\\le") and x.real < 0:
+                return False
+        if not _close(x, y):
             return False
-        del rest[found]
-    return not rest
+        found += 1
+        if is_constant or found == ENOUGH:
+            return True
+    return found >= FEWEST or a.text == b.text and any(_at(k, *a.parts) != _UNDEFINED for k in range(POINTS))
 
 
-def _broadcast(*vectors: tuple) -> list[tuple]:
-    """Per sample point, the values of all vectors; a constant has the same value everywhere."""
-    size = max(map(len, vectors))
-    return list(zip(*(v * size if len(v) < size else v for v in vectors), strict=True))
+def _at(k: int, formula):
+    """Its value at sample point k."""
+    return formula(k) if callable(formula) else formula
 
 
 # Numbers: Fraction (exact), Decimal (50 digits, real) or complex (floats)
@@ -132,6 +177,7 @@ _PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944592
 _E = Decimal("2.7182818284590452353602874713526624977572470936999595749670")
 
 
+@functools.lru_cache(maxsize=1024)  # half a millisecond for the largest fractions
 def _to_decimal(x) -> Decimal:
     return x if isinstance(x, Decimal) else Decimal(x.numerator) / Decimal(x.denominator)
 
@@ -182,8 +228,10 @@ def _power(x, y):
         return x ** int(y)
     if isinstance(x, complex) or isinstance(y, complex):
         return cmath.exp(_to_complex(y) * cmath.log(_to_complex(x)))
+    if x == _E:
+        return _to_decimal(y).exp()
     if x >= 0:
-        return _to_decimal(x).sqrt() if y == Fraction(1, 2) else _to_decimal(x) ** _to_decimal(y)
+        return _to_decimal(x).sqrt() if y == Fraction(1, 2) else (_to_decimal(y) * _to_decimal(x).ln()).exp()
     if isinstance(y, Fraction) and y.denominator % 2:
         return -_power(-x, y) if y.numerator % 2 else _power(-x, y)
     return _power(_to_complex(x), y)
@@ -196,10 +244,16 @@ def _logarithm(x):
     return cmath.log(_to_complex(x)) if isinstance(x, complex) or x <= 0 else _to_decimal(x).ln()
 
 
+_QUOTIENTS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": ("", "cos"), "csc": ("", "sin"),
+              "tanh": ("sinh", "cosh"), "coth": ("cosh", "sinh"), "sech": ("", "cosh"), "csch": ("", "sinh")}
+_SINES = {"sin", "cos", *_QUOTIENTS, "sinh", "cosh", "arcsin", "arccos", "arctan", "arcsinh", "arccosh", "arctanh"}
+
+
 def _sine(name: str, x):
     """One of the _SINES."""
-    if name == "tan":
-        return _divide(_sine("sin", x), _sine("cos", x))
+    if name in _QUOTIENTS:
+        top, bottom = _QUOTIENTS[name]
+        return _divide(_sine(top, x) if top else Fraction(1), _sine(bottom, x))
     z = _to_complex(x)
     if abs(z) > 1e4:
         raise _Unreadable("too many turns for floats")
@@ -208,9 +262,14 @@ def _sine(name: str, x):
     return result if abs(result) > 1e-14 * abs(z) else Fraction(0)
 
 
-_SINES = {"sin", "cos", "tan", "arcsin", "arccos", "arctan"}
-_FUNCTIONS = {"abs": abs, "exp": lambda x: _power(_E, x), "ln": _logarithm, "log": _logarithm,
-              "lg": _logarithm, **{name: functools.partial(_sine, name) for name in _SINES}}
+def _floor(x) -> Fraction:
+    """The floor of log_2(8) is 3, although its digits may be 2.99..."""
+    nearest = Fraction(round(x.real))
+    return nearest if _close(x, nearest) else Fraction(math.floor(x.real if x.imag == 0 else x))
+
+
+_FUNCTIONS = {"abs": abs, "exp": functools.partial(_power, _E), "floor": _floor, "ceil": lambda x: -_floor(-x),
+              **dict.fromkeys(("ln", "log", "lg"), _logarithm), **{x: functools.partial(_sine, x) for x in _SINES}}
 
 
 def _natural(x) -> int:
@@ -225,8 +284,6 @@ def _factorial(x):
 
 
 def _binomial(n, k):
-    if k < 0:
-        return Fraction(0)
     n, k = _natural(n), _natural(k)
     _check_bits(min(k, abs(n - k)) * n.bit_length())
     return Fraction(math.comb(n, k))
@@ -241,24 +298,33 @@ def _check_bits(bits) -> None:
         raise _Unreadable("fraction too large")
 
 
-@functools.lru_cache(maxsize=1024)
-def _sample_points(variable: str) -> tuple:
-    """Three values in (0, 1), {20..120} and (-6, 0): for sqrt(1 - x^2), factorials and |x|."""
-    draw = random.Random(variable)  # seeded by a string: the same in every process
-    return Fraction(draw.randint(1, 14), 15), Fraction(draw.randint(20, 120)), Fraction(-draw.randint(1, 89), 15)
+@functools.lru_cache(maxsize=4096)
+def _sample(name: str, k: int, *argument) -> Fraction:
+    """Value k of a variable or of an unknown function. The ranges take turns: (0, 1), {20..120}, (-6, 0), {1..12} and
+    (1, 4): for sqrt(1 - x^2), sqrt(x - 9), |x|, 2^(2^n), arccos(x - 2), and for factorials.
+    """
+    draw = random.Random(f"{name} {k} {argument}")  # seeded by a string: the same in every process
+    low, high, denominator = ((1, 14, 15), (20, 120, 1), (-89, -1, 15), (1, 12, 1), (16, 59, 15))[k % 5]
+    return Fraction(draw.randint(low, high), denominator)
 
 
 # Reading, first half: TeX -> normalised text -> tokens
 
 _SYMBOLS = str.maketrans("−–×·⋅∗÷，\u00a0\u2009\u202f", "--****/,   ", '€£"') | str.maketrans({
     "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∈": "\\in ",
-    "∪": "\\cup ", "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "²": "^{2}", "³": "^{3}"})
+    "∪": "\\cup ", "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ", "²": "^{2}", "³": "^{3}",
+    "≈": "\\approx ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil "})
 _GROUPS, _COMMA_GROUPS = (
     re.compile(rf"(?<![0-9.,])[1-9][0-9]{{0,2}}(?:(?:{separator})[0-9]{{3}})+(?![0-9]|,[0-9]{closing})")
     for separator, closing in ((r"\{,\}|,\\[!,] ?|\\[,;: ]|~| (?![0-9]+\s*/)", ""), (",", r"|[^(\[]*(?:[)\]]|\\\})")))
 _COSMETIC = re.compile(r"(\\\\)|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|q?quad|math(?:bf|it|bb)"
                        r"|boldsymbol)(?![A-Za-z])|\\[!,;:> $()]|\\?%|[$~]")
 _DEGREE = re.compile(r"(?:\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|°)(?: ?[CF]\b)?")
+_ARRAY = re.compile(r"\\(begin|end) ?\{array\}(?: ?\{[lcr|@ ]*\})?")
+_SYSTEM = re.compile(r"\\\{ ?\\begin ?\{matrix\}(.*)\\end ?\{matrix\} ?\.")
+_AND = re.compile(r",?\s*(?:\\(?:text[a-z]*|mbox) ?\{ ?,? ?(?:and|or) ?\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))")
+_PREFIX = re.compile(r'("?[a-z][a-z ,"\']*\b(?:is|are|equals)\b|"?(?:(?:the|my|final) )*(?:answers?|solutions?|total|so'
+                     r'|thus|hence|therefore)\b)[:, "]+(?![a-z]{2}|[:, "=]|$)', re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text[a-z]*|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _MIXED = re.compile(r"(?<![\w.^/}\\])([0-9]+)(?: +([0-9]+) ?/ ?([0-9]+)"
                     r"| ?\\[dtc]?frac\{([0-9]+)\}\{([0-9]+)\})(?![0-9.])")
@@ -266,9 +332,9 @@ _WORD = r'"[^"]*"(?: ?\^ ?\{?-?[0-9]\}?)?'
 _PHRASE = re.compile(rf"{_WORD}(?: ?[/*]? ?{_WORD}| ?/ ?[a-z](?![A-Za-z]))*")
 _ROMAN = {"e", "i", *_FUNCTIONS}  # may be in \mathrm and are no words
 _WORDS = set(  # shorter than four letters, or often written without a space after a number
-    "no yes nan odd one two ten mm cm km mg kg ml ft yd mi in lb oz hr hrs min sec mph kph day men per usd "
+    "no No NO yes nan odd one two ten mm cm km kg ft yd mi in lb oz hrs min sec mph kph day men per usd "
     "pts sq gal rad deg cup bag box boy dog egg hat kid pen way cats cups dogs days hours minutes seconds "
-    "feet inches miles yards cents dollars degrees percent people points units apples".split())
+    "square cubic ways meters feet inches miles yards cents dollars degrees percent people points units apples".split())
 
 
 def _normalise(text: str, commas_group: bool) -> str:
@@ -279,26 +345,32 @@ def _normalise(text: str, commas_group: bool) -> str:
     """
     def mark_word(match):
         is_word = re.match("[^0-9]*[A-Za-z]", match[0]) and match[0].strip() not in _ROMAN
-        return f'"{match[0]}"' if is_word else match[0]
+        return f'"{match[0]}"' if is_word else match[0] + " " * (match[0].strip() in _ROMAN)
 
     def mark_letters(match):
         letters = match[0]
-        if letters in _FUNCTIONS or letters in ("sqrt", "pi", "infty"):
-            return "\\" + letters
         before = match.string[:match.start()]  # four letters in a row are a word, but not in 5abcd
-        is_word = letters.lower() in _WORDS or len(letters) >= 4 and not before[-1:].isdigit()
+        is_unit = letters == "sec" and before.rstrip()[-1:].isdigit() and match.string[match.end():][:1] != "("
+        if not is_unit and letters in _FUNCTIONS or letters in ("sqrt", "pi", "infty"):
+            return "\\" + letters
+        is_word = (letters if len(letters) < 3 else letters.lower()) in _WORDS
+        is_word = is_word or len(letters) >= 4 and not before[-1:].isdigit()
         return f'"{letters}"' if is_word and letters.isalpha() else letters
 
     def add_fraction(match):
         whole, top, bottom = filter(None, match.groups())
         return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
 
-    text = text.translate(_SYMBOLS)
+    text = re.sub(r"\\(?:math(?:bf|it|bb)|boldsymbol) ?\{([A-Za-z])\}", r" \1 ", text.translate(_SYMBOLS))
     for pattern in (_GROUPS, _COMMA_GROUPS) if commas_group else (_GROUPS,):
         text = pattern.sub(lambda m: re.sub("[^0-9]", "", m[0]), text)
     text = " ".join(_COSMETIC.sub(lambda m: m[1] or " ", text).split())
-    text = re.sub(r",?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", _DEGREE.sub("°", text))
+    text = _SYSTEM.sub(r"\\begin{cases}\1\\end{cases}", _ARRAY.sub(r"\\\1{matrix}", text))
+    text = _AND.sub(",", _DEGREE.sub("°", text))
     text = re.sub(r"_ ?([A-Za-z0-9])", r"_{\1}", _TEXT.sub(lambda m: re.sub("[^,]+", mark_word, m[1]), text))
+    if prefix := _PREFIX.match(text):  # The answer is 5: a label, as in Answer = 5
+        rest = text[prefix.end():].replace('"', "", prefix[0].count('"') % 2)
+        text = '"' + prefix[1].replace('"', "") + '"=' + rest
     text = re.sub(r"\|([^|]+)\|", r"\\abs{\1}", re.sub(r"\\[lr]?vert(?![A-Za-z])", "|", text))
     text = re.sub(r"(frac|binom) ?([0-9])", r"\1{\2}", text)
     text = re.sub(r"(frac|binom)(\{[^{}]*\}) ?([0-9])", r"\1\2{\3}", text)
@@ -322,25 +394,37 @@ _TOKEN = re.compile(r"[0-9]+\.[0-9]*\\(?:overline|bar) ?(?:\{[0-9]+\}|[0-9])|(?:
 def _plain_text(tokens: list[str]) -> str:
     """One spelling: no quotes, no spaces except between numbers; for words no case and no brackets either."""
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", " ".join(tokens).replace('"', ""))
+    text = re.sub(r"\^\{([A-Za-z]|[0-9](?=\}(?![0-9])))\}", r"^\1", text)
     word = re.fullmatch(r"\(?([A-Za-z][A-Za-z,'.-]*?)\)?\.?", text)
     return word[1].lower() if word else text
 
 
 # Reading, second half: tokens -> value
 
-_OPEN, _CLOSE = {"(", "[", "{", "\\{", "\\begin"}, {")", "]", "}", "\\}", "\\end"}
+_CLOSING = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
+_OPEN, _CLOSE = {*_CLOSING, "\\{", "\\begin"}, {*_CLOSING.values(), "\\}", "\\end"}
 _MIRRORED = {">": "<", "\\ge": "\\le"}
-_RELATIONS = {"=", "<", "\\le", "\\ne", "\\in", *_MIRRORED}
-_LABEL = re.compile(r"""[A-Za-z]'*(?:\^\{-1\})?\([A-Za-z0-9,]*\)|\([A-Za-z,]+\)|[A-Z]{2,}|("[^"]*")+""")
+_RELATIONS = {"=", "<", "\\le", "\\ne", "\\in", "\\approx", *_MIRRORED}
+_LABEL = re.compile(r"""[A-Za-z]'*(?:\^\{-1\})?\([A-Za-z0-9,]*\)|\([A-Za-z,]+\)|[A-Z]{2,}|[A-Za-z]+(:[A-Za-z]+)+"""
+                    '|("[^"]*")+')
 _BASE = re.compile(r"\(?([0-9][0-9A-Z]*|[A-F][0-9A-F]+)\)?_\{([0-9]{1,2})\}")
-_NO_UNIT = re.compile("approx|mod|more|less|than|least|most|not|when|if")
+_NO_UNIT = re.compile(r"\b(?:approx[a-z]*|about|around|roughly|nearly|almost|mod|more|less|fewer|greater|than|least"
+                      r"|most|not|never|when|if|unless|except|too|wrong|incorrect)\b")
+_SCALES = {"ten": 10, "dozen": 12, "hundred": 100, "thousand": 1000, "lakh": 10**5, "million": 10**6, "crore": 10**7,
+           "billion": 10**9, "trillion": 10**12}
+_CHANGING = re.compile(  # words that begin so tell a direction, a sign or a factor
+    r"\b(?:counter|anti|clockwise|north|south|east|west|up|down|above|below|under|over|ahead|behind|forward|backward"
+    r"|before|after|ago|earl|late|b\.?c\b|a\.?d\b|b?c\.?e\b|[ap]\.?m\b|the left|leftw|right|inw|outw|inside|outside"
+    r"|profit|los[ste]|gain|increas|decreas|rise|rising|rose|fall|fell|dropped|deficit|surplus|debt|owe|deposit|withdr"
+    r"|short|excess|extra|discount|off\b|positive|negative|minus|plus|hal[fv]|third|quarter|fourth|fifth|sixth|seventh|eighth"
+    rf"|ninth|squared|cubed|factorial|double|triple|twice|gross|score)\w*|(?:{'|'.join(_SCALES)})(?:s|ths?)?\b")
 _SYMBOL_WORDS = {"\\infty": "\\infty", "+\\infty": "\\infty", "-\\infty": "-\\infty",
                  "\\emptyset": "\\emptyset", "\\{\\}": "\\emptyset"}
-_CLOSING = {"(": ")", "[": "]", "{": "}"}
 # The last level (see `expression`) at which to look for the operator, and the level of its right side
 _INFIX = {"+": (0, 1), "-": (0, 1), "*": (1, 3), "/": (1, 3), "^": (3, 3)}
 _CONSTANTS = {"\\pi": _PI, "e": _E, "i": 1j}
 _COMMANDS = {*_FUNCTIONS, "frac", "sqrt", "binom", "pi"}
+_SIMPLE = {"-", "/", "\\frac", "{", "}", "\\pi"}
 
 
 def _split(tokens: list[str], separators: set) -> tuple[list, list]:
@@ -353,12 +437,20 @@ def _split(tokens: list[str], separators: set) -> tuple[list, list]:
             pieces.append([])
         else:
             pieces[-1].append(token)
+    if found[-1:] == [","] and not pieces[-1]:  # a comma may end a list
+        pieces.pop()
     return pieces, found
+
+
+def _is_constant(tokens) -> bool:
+    return all(token in _CONSTANTS or not _VARIABLE.match(token) for token in tokens)
 
 
 class _Reader:
     """Recursive descent. First the shape of the answer (list, tuple, relation, ...), then its formulas."""
-    left = MAX_WORK
+
+    def __init__(self):
+        self.left, self.known = MAX_WORK, {}  # no operation is done twice, in either answer
 
     def spend(self, units: int) -> None:
         self.left -= units
@@ -387,36 +479,47 @@ class _Reader:
     def answer(self, tokens: list[str]) -> _Value:
         items = []
         for piece in _split(tokens, {",", ";"})[0]:
-            # 1 \pm 2 is 1 + 2 and 1 - 2; all signs of one element go together.
-            for plus, minus in ("+-", "-+") if {"\\pm", "\\mp"} & {*piece} else ("  ",):
-                items.append([{"\\pm": plus, "\\mp": minus}.get(token, token) for token in piece])
+            # 1 \pm 2 is 1 + 2 and 1 - 2; all signs of one element go together. A set doubles its own elements.
+            is_double = {"\\pm", "\\mp"} & {*piece} and "\\{" not in piece
+            for signs in ({"\\pm": "+", "\\mp": "-"}, {"\\pm": "-", "\\mp": "+"}) if is_double else ({},):
+                items.append([signs.get(token, token) for token in piece])
         if len(items) == 1:
             return self.item(items[0])
         return _Value("list", _plain_text(tokens), tuple(map(self.item, items)))
 
     def item(self, tokens: list[str]) -> _Value:
         text = _plain_text(tokens)
-        self.spend(2)
+        self.spend(4)
         sides, signs = _split(tokens, _RELATIONS)
         if signs:
-            return self.relation(sides, signs, text)
-        pieces, _ = _split(tokens, {"\\cup"})
-        if len(pieces) > 1:
-            return _Value("union", text, tuple(map(self.item, pieces)))
+            value = self.relation(sides, signs, text)
+            if value.kind == "number" and "\\approx" not in signs and any({*"+-*"} & {*side[1:]} for side in sides):
+                raise _Unreadable("2+3 = 5 is an equation, and not only its value, as 1/2 = 0.5 is")
+            return value
+        pieces, separators = _split(tokens, {"\\cup", ":"})
+        if separators:
+            parts = tuple(map(self.item, pieces))
+            if ":" not in separators:
+                return _Value("union", text, parts)
+            if "\\cup" not in separators and not any(x.kind != "number" or x.parts == (0,) for x in parts):  # no 3:00
+                return _Value("tuple", text, parts, ":")
         if tokens[0] == "\\begin":
             return self.matrix(tokens, text)
         if text in _SYMBOL_WORDS or all(token[0] == '"' for token in tokens):
             return _Value("word", _SYMBOL_WORDS.get(text, text))
-        if tokens[0] in _OPEN and tokens[-1] in _CLOSE and len(_split(tokens, _CLOSE)[0]) == 2:
+        if tokens[0] in ("(", "[", "{", "\\{") and tokens[-1] in _CLOSE and len(_split(tokens, _CLOSE)[0]) == 2:
             return self.deeper(self.bracket, tokens, text)
         if (base := _BASE.fullmatch(text)) and 2 <= int(base[2]) <= 36:
             int(base[1], int(base[2]))  # refuses 99_8
             return _Value("base", base[1].lstrip("0") or "0", form=base[0].lstrip("(0").replace(")", ""))
-        return _Value("number", text, self.formula(tokens))
+        return _Value("number", text, (self.formula(tokens),), ("", *self.words))
 
     def bracket(self, tokens: list[str], text: str) -> _Value:
         inner, brackets = tokens[1:-1], tokens[0] + tokens[-1]
         if brackets == "\\{\\}":
+            pieces, _ = _split(inner, {"|", ":", "\\mid"})
+            if len(pieces) == 2 and "".join(pieces[0][1:]) in ("", "\\in{R}", "\\inR") and pieces[0][0] in pieces[1]:
+                return self.answer(pieces[1])
             value = self.answer(inner)
             return value if value.kind == "list" else _Value("list", text, (value,))
         pieces, _ = _split(inner, {",", ";"})
@@ -428,71 +531,95 @@ class _Reader:
 
     def matrix(self, tokens: list[str], text: str) -> _Value:
         r"""\begin { "pmatrix" } a & b \\ c & d \end { "pmatrix" }"""
-        if tokens[1:4] != tokens[-3:] or not tokens[2].endswith('matrix"') or "\\end" != tokens[-4]:
+        is_known = re.fullmatch('"([pbB]?(small)?matrix|cases)"', tokens[2])
+        if not is_known or tokens[1:4] != tokens[-3:] or tokens[-4] != "\\end":
             raise _Unreadable("no matrix")
         rows = [_split(row, {"&"})[0] for row in _split(tokens[4:-4], {"\\\\"})[0] if row]
-        return _Value("matrix", text, tuple(self.item(entry) for row in rows for entry in row), [*map(len, rows)])
+        form = [*map(len, rows), tokens[2] == '"cases"']
+        return _Value("matrix", text, tuple(self.item(entry) for row in rows for entry in row), form)
 
     def relation(self, sides: list, signs: list, text: str) -> _Value:
-        name = "".join(sides[0])
-        if signs == ["\\in"] and _VARIABLE.fullmatch(name) or signs == ["="] and _LABEL.fullmatch(name):
-            return self.item(sides[1])
-        pairs = (sides, sides[::-1]) if signs == ["="] else ()
-        values = [value for side, value in pairs if len(side) == 1 and _VARIABLE.match(side[0])]
-        assigned = self.item(values[0]) if values else None
-        if assigned and assigned.kind != "number":
-            return assigned
-        vectors = [self.formula(side) for side in sides]
-        return _Value("relation", text, tuple(map(self.constraint, signs, vectors, vectors[1:])), assigned)
+        if "\\approx" in signs:  # what follows is rounded
+            signs = signs[:signs.index("\\approx")]
+            sides = sides[:len(signs) + 1]
+            if not signs and (not _is_constant(sides[0]) or sides[0][0][0] == '"'):
+                raise _Unreadable("no exact value")
+        name, is_equation = "".join(sides[0]), {*signs} == {"="}
+        if is_equation and _LABEL.fullmatch(name) or signs == ["\\in"] and _VARIABLE.fullmatch(name):
+            if name[0] == '"' and (_NO_UNIT.search(name.lower()) or _CHANGING.search(name.lower())):
+                raise _Unreadable("more than a label")
+            return _Value("label", text, (_plain_text(sides[0]),), self.relation(sides[1:], signs[1:], text))
+        if is_equation:
+            sides = self.shortened(sides)
+            signs = signs[:len(sides) - 1]
+        if not signs:
+            return self.item(sides[0])
+        assigned = None
+        for side, value in (sides, sides[::-1]) if signs == ["="] else ():
+            if len(side) == 1 and _VARIABLE.match(side[0]) and not assigned:
+                assigned = self.item(value)
+                if assigned.kind != "number":
+                    return _Value("label", text, (side[0],), assigned)
+        return _Value("relation", text, tuple(map(self.difference, signs, sides, sides[1:])), assigned)
 
-    def constraint(self, sign: str, left: tuple, right: tuple) -> _Value:
-        """left - right, scaled so that 2x < 4 becomes x < 2 and, for = and !=, -x = -2 becomes x = 2."""
+    def shortened(self, sides: list) -> list:
+        """x = 1/2 = 0.5 says no more than x = 1/2, and S = ab = 6 than S = 6."""
+        kept = sides[:1]
+        for side in sides[1:]:
+            if not _is_constant(kept[-1] + side) or self.formula(["(", *kept[-1], ")", "-", "(", *side, ")"]) != 0:
+                kept.append(side)
+        is_middle = [_is_constant(side) for side in kept] == [False, False, True] and len(kept[0]) == 1 < len(kept[1])
+        return kept[::2] if is_middle else kept
+
+    def difference(self, sign: str, left: list, right: list) -> _Value:
         if sign in _MIRRORED:
             sign, left, right = _MIRRORED[sign], right, left
-        vector = self.compute(_OPERATORS["-"], left, right)
-        scale = next((x for x in vector if not isinstance(x, str) and x != 0), None)
-        if "undefined" in vector:
-            return _Value("number", "", ("undefined",), sign)
-        if scale is None or len(vector) == 1:
+        tokens = ["(", *left, ")", "-", "(", *right, ")"]
+        value = self.formula(tokens)
+        if not callable(value) and value != _UNDEFINED:
             raise _Unreadable("always true or false")
-        scale = scale if sign in ("=", "\\ne") else abs(scale)
-        return _Value("number", "", self.compute(_divide, vector, (scale,)), sign)
+        return _Value("difference", _plain_text(tokens), (value,), (sign, *self.words))
 
-    # Formulas: a value is a vector, its numbers at the sample points
+    # Formulas: a constant is computed while it is read, a formula with variables later, at sample points
 
-    def compute(self, operation, *vectors) -> tuple:
-        points = _broadcast(*vectors)
-        return tuple(self.compute_at(operation, point, len(points) > 1) for point in points)
+    def compute(self, operation, *arguments):
+        """The result of an operation; if an argument is a function of the sample point, so is the result."""
+        key = operation, arguments, tuple(map(type, arguments))
+        if key not in self.known:
+            at_point = functools.cache(lambda k: self.compute_at(operation, [_at(k, x) for x in arguments], True))
+            is_constant = not any(map(callable, arguments))
+            self.known[key] = self.compute_at(operation, arguments, False) if is_constant else at_point
+        return self.known[key]
 
-    def compute_at(self, operation, point: tuple, is_real: bool):
-        """A number, "undefined", or "not real": no real number where the variables have this value."""
-        if missing := [x for x in point if isinstance(x, str)]:
+    def compute_at(self, operation, point, is_sample: bool):
+        if missing := [x for x in point if x is _UNDEFINED or x is _UNKNOWN]:
             return missing[0]
         try:
             result = operation(*point)
-        except ZeroDivisionError:
-            return "undefined"
-        except (ValueError, TypeError):  # complex numbers have no order
-            return "not real" if is_real else "undefined"
-        top, bottom = _bits(result)
-        _check_bits(top + bottom)
+            top, bottom = _bits(result)
+            _check_bits(top + bottom)
+            result = _to_complex(result) if isinstance(result, (float, complex)) else result
+        except (ZeroDivisionError, ValueError, TypeError):  # a type is wrong where complex numbers need an order
+            return _UNDEFINED
+        except (_Unreadable, ArithmeticError):
+            if is_sample:
+                return _UNKNOWN
+            raise
         is_slow = isinstance(result, Decimal) and operation in (_power, _logarithm)
-        is_slow = operation is _binomial or is_slow and point[-1] != Fraction(1, 2)  # a square root is fast
-        self.spend(12 if is_slow else 1 + (top + bottom >> 9) + (top * bottom >> 20))
-        if isinstance(result, (float, complex)):
-            result = _to_complex(result)
+        self.spend(12 if is_slow else 1 + (top + bottom >> (6 if operation is _binomial else 8)) + (top * bottom >> 20))
+        if isinstance(result, complex):
             if abs(result.imag) <= 1e-12 * abs(result):
                 return complex(result.real)
-            if is_real and not any(isinstance(x, complex) and x.imag for x in point):
-                return "not real"
-        return result
+            if is_sample and not any(isinstance(x, complex) and x.imag for x in point):
+                return _UNKNOWN
+        return _UNKNOWN if is_sample and operation is _binomial and result == 0 else result
 
-    def formula(self, tokens: list[str]) -> tuple:
-        self.tokens, self.at, self.in_sine = [*tokens, ""], 0, 0
-        vector = self.expression(0)
+    def formula(self, tokens: list[str]):
+        self.tokens, self.at, self.in_sine, self.words = [*tokens, ""], 0, 0, []
+        result = self.expression(0)
         if self.tokens[self.at]:
             raise _Unreadable("unexpected " + self.tokens[self.at])
-        return vector
+        return result
 
     def takes(self, wanted: str) -> bool:
         """Step over the next token if it is the one wanted."""
@@ -500,26 +627,27 @@ class _Reader:
         self.at += is_next
         return is_next
 
-    def expression(self, level: int) -> tuple:
+    def expression(self, level: int):
         """Level 0: sums; 1: products; 2: the argument of a function, as in sin 2x; 3: powers."""
         if self.takes("-"):
-            left = self.compute(_multiply, self.deeper(self.expression, 3), (Fraction(-1),))
+            left = self.compute(_multiply, self.deeper(self.expression, 3), Fraction(-1))
         else:
             left = self.deeper(self.expression, 3) if self.takes("+") else self.primary()
         while True:
             token = self.tokens[self.at]
             loosest, right = _INFIX.get(token, (-1, 0))
             if level <= loosest:
+                base = self.tokens[self.at - 1]
                 self.at += 1
                 left = self.compute(_OPERATORS[token], left, self.deeper(self.expression, right))
+                if token == "^" and self.is_argument(base):
+                    raise _Unreadable("f^{-1}(3) is no product")
             elif self.takes("!"):
                 left = self.compute(_factorial, left)
             elif self.takes("°"):
-                left = self.compute(_multiply, left, (_PI / 180,)) if self.in_sine else left
-            elif level <= 1 and token[:1] == '"' and len(left) == 1 and not _NO_UNIT.search(token.lower()):
-                self.at += 1
-                if self.starts_factor(self.tokens[self.at]):
-                    raise _Unreadable("more than a unit")
+                left = self.compute(_multiply, left, _PI / 180) if self.in_sine else left
+            elif level <= 1 and token[:1] == '"':
+                left = self.unit(left, re.findall("the left|[a-z][a-z.]*", token.lower()))
             elif level <= 2 and self.starts_factor(token) and not (level == 2 and token[1:] in _FUNCTIONS):
                 left = self.compute(_multiply, left, self.expression(3))
             else:
@@ -529,7 +657,32 @@ class _Reader:
         is_number = token[:1].isdigit() and self.tokens[self.at - 1] in ("!", ")")
         return is_number or token in _CLOSING or token[1:] in _COMMANDS or _VARIABLE.match(token) is not None
 
-    def primary(self) -> tuple:
+    def unit(self, left, words: list[str]):
+        """Step over the words after a number: a unit means nothing here, 10 million is a product, a loss is noted."""
+        self.at += 1
+        phrase = " ".join(words)
+        is_unit = not callable(left) or {*words} <= _WORDS
+        if not is_unit or _NO_UNIT.search(phrase) or self.starts_factor(self.tokens[self.at]):
+            raise _Unreadable("more than a unit")
+        while words and words[0].rstrip("s") in _SCALES:
+            left = self.compute(_multiply, left, Fraction(_SCALES[words.pop(0).rstrip("s")]))
+        self.words += words
+        return left
+
+    def is_argument(self, name: str) -> bool:
+        """Whether the bracket that follows a letter is no factor: see the policies."""
+        bracket = self.tokens[self.at]
+        if not _VARIABLE.match(name) or bracket not in ("(", "["):
+            return False
+        inner = _split(self.tokens[self.at:], {_CLOSING[bracket]})[0][0][1:]
+        if name in _CONSTANTS:
+            return inner == ["0"]  # i(0) is a current
+        is_power = self.tokens[self.at + len(inner) + 2:][:1] == ["^"]
+        is_ratio = {"\\frac", "/"} & {*inner} and (is_power or not _is_constant(inner))  # a product: a(1/2)^n, k(m/r)
+        is_term = all(token.isdigit() or token in _SIMPLE or _VARIABLE.match(token) for token in inner)
+        return name[0] == "f" or is_term and not is_ratio and name not in inner and "-" not in inner[1:]
+
+    def primary(self):
         token = self.tokens[self.at]
         self.at += 1
         self.spend(1)
@@ -537,25 +690,30 @@ class _Reader:
             value = self.deeper(self.expression, 0)
             if not self.takes(_CLOSING[token]):
                 raise _Unreadable("bracket not closed")
-            return value
+            return self.compute(_FUNCTIONS[token[2:]], value) if token[2:] in _FUNCTIONS else value
         if token in ("\\frac", "\\binom"):
             operation = _divide if token == "\\frac" else _binomial
             return self.compute(operation, self.deeper(self.primary), self.deeper(self.primary))
         if token == "\\sqrt":
-            degree = self.deeper(self.primary) if self.tokens[self.at] == "[" else (Fraction(2),)
-            exponent = self.compute(_divide, (Fraction(1),), degree)
+            degree = self.deeper(self.primary) if self.tokens[self.at] == "[" else Fraction(2)
+            exponent = self.compute(_divide, Fraction(1), degree)
             return self.compute(_power, self.deeper(self.primary), exponent)
         if token[1:] in _FUNCTIONS:
             return self.deeper(self.function, token[1:])
-        if token in _CONSTANTS:
-            return (_CONSTANTS[token],)
-        return _sample_points(token) if _VARIABLE.match(token) else (_number(token),)
+        argument = [self.deeper(self.primary)] if self.is_argument(token) else []
+        if token in _CONSTANTS and not argument:
+            return _CONSTANTS[token]
+        if not _VARIABLE.match(token):
+            number = _number(token)
+            self.spend(sum(_bits(number)) >> 8)
+            return number
+        return self.compute(_sample, token, int, *argument)  # int(k) is k, the number of the sample point
 
-    def function(self, name: str) -> tuple:
-        base = self.primary() if self.takes("_") else (Fraction(10),)
-        exponent = self.primary() if self.takes("^") else (Fraction(1),)
-        if exponent == (Fraction(-1),) and "arc" + name in _SINES:
-            name, exponent = "arc" + name, (Fraction(1),)
+    def function(self, name: str):
+        base = self.primary() if self.takes("_") else Fraction(10)
+        exponent = self.primary() if self.takes("^") else Fraction(1)
+        if exponent == Fraction(-1) and "arc" + name in _SINES:
+            name, exponent = "arc" + name, Fraction(1)
         self.in_sine += name in _SINES
         value = self.primary() if self.tokens[self.at] in _CLOSING else self.expression(2)
         self.in_sine -= name in _SINES

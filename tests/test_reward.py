@@ -5,6 +5,7 @@ import random
 import time
 
 import pytest
+from fuzz_verifier import fuzz
 from test_verifier import FRAGMENTS, HOSTILE, SHARED, TABLES
 
 import reward
@@ -55,6 +56,23 @@ def test_extract_answer(text, answer):
     assert reward.extract_answer(text) == answer
 
 
+@pytest.mark.parametrize("unit", [".", ". ", r"\ldots", "your ", "\ud800", "\x00", "{", "1,"])
+def test_a_million_characters_are_read_in_linear_time(unit):
+    """Dots took 150 ms where the whole box was searched for placeholders."""
+    times = []
+    for text in [rf"\boxed{{{(unit * 10**6)[:10**6]}}}"] * 3:
+        start = time.process_time()
+        reward.extract_answer(text)
+        times.append(time.process_time() - start)
+    assert min(times) < 0.1
+
+
+def test_five_million_characters_are_harmless():
+    text = "\ud800\x00.{" * 1_250_000
+    assert reward.extract_answer(text) is None and reward.extract_answer(text + r"\boxed{5}") == "5"
+    assert not reward.grade(rf"\boxed{{{text}}}", "5") and not reward.grade(r"\boxed{" + "." * 5_000_000 + "}", "5")
+
+
 def test_shaped_reward():
     assert reward.shaped_reward(True, 0, 1024) == 1.5
     assert reward.shaped_reward(True, 1024, 1024) == 1.0
@@ -92,3 +110,10 @@ def test_hostile_completions_are_cheap(unit, size):
     reward.grade("\\boxed{" + text, "1")
     reward.grade("\\boxed{" + text + "}", text)
     assert time.perf_counter() - start < 0.2
+
+
+@pytest.mark.parametrize("calls", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_fuzz(calls):
+    """The longer form, with times, is a script: python tests/fuzz_verifier.py."""
+    mistakes, _ = fuzz(calls, seed=calls)
+    assert mistakes == []

@@ -8,6 +8,7 @@ import doctest
 import json
 import pathlib
 import random
+import re
 import time
 
 import pytest
@@ -31,7 +32,8 @@ def test_shared_pairs(prediction, gold, expected, note):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_table(table):
-    wrong = [case for case in TABLES[table] if verifier.is_equal(case[0], case[1]) is not case[2]]
+    wrong = [case for case in TABLES[table] if verifier.is_equal(case[0], case[1]) is not case[2]
+             or verifier.is_equal(case[1], case[0]) is not case[2]]
     assert not wrong
 
 
@@ -70,6 +72,85 @@ def test_public_defects(prediction, gold, expected, defect):
     assert verifier.is_equal(gold, prediction) is expected, defect
 
 
+FALSE_POSITIVES = [
+    (r"y=5\sqrt{x-3}+2", r"y=\sqrt{x-7}", "real at one point only"),
+    (r"\ln(x-1)=4", r"\ln(x-1)=2", "real at one point only"),
+    ("a_n=(n+1)!", "a_n=n!", "real at one point only"),
+    (r"r=\sqrt{\sin 2\theta}", r"r=\sqrt{\cos 2\theta}", "real at no common point"),
+    (r"\binom{n}{k}", "0", "k is larger than n at every point"),
+    (r"7\binom{n}{k+3}", r"\binom{n}{k+3}", "k is larger than n at every point"),
+    ("0", "I(0)e^{-t/(RC)}", "I times 0"),
+    ("6f", "2f(3)", "f times 3"),
+    ("0", "f^{-1}(0)", "1/f times 0"),
+    ("f(2x)", "2f(x)", "f times 2x"),
+    ("10", "10 million", "a factor dropped as a unit"),
+    ("2", "2 dozen", "a factor dropped as a unit"),
+    (r"90^\circ \text{ clockwise}", r"90^\circ \text{ counterclockwise}", "a direction dropped as a unit"),
+    (r"\$5 \text{ profit}", r"\$5 \text{ loss}", "a sign dropped as a unit"),
+    (r"5 \text{ boys}", r"5 \text{ girls}", "two different units dropped"),
+    (r"2\pi hr", r"2\pi", "two variables dropped as hours"),
+    ("AB=3, CD=4", "AB=4, CD=3", "names of lengths dropped in a list"),
+    ("(x,y)=(3,4)", "(y,x)=(3,4)", "names of coordinates dropped"),
+    (r"x \in [0,1]", r"y \in [0,1]", "a renamed variable"),
+]
+FALSE_NEGATIVES = [
+    (r"\frac{1}{3}e^{t}+ce^{-2t}", r"ce^{-2t}+\frac{e^{t}}{3}"),
+    (r"\frac{\log 2}{\log 2-\log 3}", r"\frac{\ln 2}{\ln 2-\ln 3}"),
+    (r"\binom{n}{k}", r"\frac{n!}{k!(n-k)!}"),
+    (r"\text{The answer is } 5", "5"), ("The final answer is 12.", "12"), (r"\text{The answer is 5 cm}", "5"),
+    (r"\sec\frac{\pi}{3}", "2"), (r"\csc 30^\circ", "2"), (r"\cot\frac{\pi}{2}", "0"),
+    (r"\cosh x", r"\frac{e^x+e^{-x}}{2}"), (r"\sinh 2x", r"2\sinh x\cosh x"), (r"\tanh x", r"\frac{\sinh x}{\cosh x}"),
+    (r"\lfloor 3.7 \rfloor", "3"), (r"\left\lceil \frac{n}{2} \right\rceil", r"\lceil n/2 \rceil"),
+    (r"x = \frac12 = 0.5", r"\frac12"), (r"\frac13 \approx 0.333", r"\frac{1}{3}"),
+    (r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right)", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\{\pm 1, 2\}", r"\{1, -1, 2\}"), (r"\frac{n!}{(n-k)!}", r"k!\binom{n}{k}"),
+    (r"1, 2, \text{ and } 3", "1,2,3"), (r"\sqrt3 : 2", r"\sqrt{3}:2"), (r"AB:BC = 3:4", "3:4"),
+    (r"\{x \mid x>2\}", "x>2"), ("1, 2,", "1,2"), ("52,52_8", "52_8,52_9"), ("10 million dollars", r"\$10{,}000{,}000"),
+]
+
+
+@pytest.mark.parametrize("prediction, gold, reason", FALSE_POSITIVES)
+def test_wrong_answers_that_were_once_rewarded(prediction, gold, reason):
+    assert not verifier.is_equal(prediction, gold), reason
+    assert not verifier.is_equal(gold, prediction), reason
+    assert verifier.is_equal(gold, gold) and verifier.is_equal(prediction, prediction)
+
+
+@pytest.mark.parametrize("prediction, gold", FALSE_NEGATIVES)
+def test_right_answers_that_were_once_refused(prediction, gold):
+    assert verifier.is_equal(prediction, gold) and verifier.is_equal(gold, prediction)
+
+
+def test_a_mutated_gold_is_not_equal():
+    """One changed number, sign, variable or function makes another answer."""
+    swaps = {"sin": "cos", "cos": "sin", "sinh": "cosh", "cosh": "sinh", "sec": "csc", "ln": "log", "lfloor": "lceil",
+             "million": "thousand", "dozen": "hundred", "profit": "loss", "west": "east", "clockwise": "west",
+             "+": "-", "-": "+", "<": ">", ">": "<"}
+    golds = [gold for table in ("real points", "binomials", "functions of a number", "words that change a number")
+             for _, gold, expected in TABLES[table] if expected]
+    wrong, tried = [], 0
+    for gold in golds:
+        for site in re.finditer(r"(?<![\\A-Za-z.])[A-Za-z](?![A-Za-z])|[A-Za-z]+|[0-9]+|[-+<>]", gold):
+            other = str(int(site[0]) + 1) if site[0].isdigit() else swaps.get(site[0])
+            changed = gold[:site.start()] + str(other) + gold[site.end():]
+            tried += other is not None
+            if other and verifier.is_equal(changed, gold):
+                wrong.append((changed, gold))
+    assert tried > 120 and not wrong
+
+
+@pytest.mark.parametrize("size, equal", [(3, True), (60, False)])
+def test_matching_a_list_is_right_or_refused(size, equal):
+    """Where an element fits several, the first may be the wrong one; a search that is too long ends as text."""
+    left, right = ["52"] + ["52_8"] * size, ["52_8"] * size + ["52_9"]
+    assert verifier.is_equal(",".join(left), ",".join(right)) is equal
+
+
+def test_too_few_real_points_compare_the_texts():
+    assert verifier.is_equal(r"y=\sqrt{x-3000}", r"y = \sqrt{x-3000}")
+    assert not verifier.is_equal(r"y=\sqrt{x-3000}", r"y=\sqrt{x-4000}")
+
+
 @pytest.mark.parametrize("bad", [None, 5, 0.5, b"5", ["5"]])
 def test_what_is_no_string_equals_nothing(bad):
     assert not verifier.is_equal(bad, "5") and not verifier.is_equal("5", bad)
@@ -77,7 +158,8 @@ def test_what_is_no_string_equals_nothing(bad):
 
 def test_different_letters_stand_for_different_numbers():
     letters = "abcdfghjklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    assert len({verifier._sample_points(letter) for letter in letters}) == len(letters)
+    points = {tuple(verifier._sample(letter, k) for k in range(3)) for letter in letters}
+    assert len(points) == len(letters)
 
 
 FRAGMENTS = (
@@ -119,7 +201,7 @@ HOSTILE = [
     "1,000,", "$", "\\", "\\begin{pmatrix}", "x=1,", "x<", "\\cup ", "_", '"', "°", "\\sin x+", "3 1/2 ", "(1,2),",
     "9!", "2400!+", "99^", "\\sqrt{2400!}+", "x^{1/3}+", "(x^2+y)^{30}+", "2^{12000}/3^{7000}+",
     "\\binom{2000}{1000}+", "\\ln 2+", "0.\\overline{3}", "\\boxed{", "\\boxed", "\\boxed{1}", "\\fbox[", "<think>",
-    "{}"]
+    "{}", "1e5252,11e,", "1,", "x=1,", "x=1=", "x<", "f(2)+", "f(x!)+", "\\binom{x}{y}+", "\\pm1,", "\\sqrt{-x^2}+"]
 
 
 @pytest.mark.parametrize("unit", HOSTILE)

@@ -37,9 +37,8 @@ import lora
 import reward
 import toy
 from support.checkpoint import append_jsonl, write_json
-from support.data import Problem, load_adapter, load_model, load_problems
+from support.data import InputError, Problem, load_adapter, load_model, load_problems
 from support.distributed import Ranks
-from support.errors import InputError
 from support.flags import SEEDS, flag, parse
 from support.run import hold, name_lack_of_memory, one_line_errors, say
 from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
@@ -219,8 +218,7 @@ def main() -> None:
     with one_line_errors("eval.py", "stopped; the samples finished so far are in the output directory"), \
             name_lack_of_memory(lambda: "while sampling: lower --slots or --max-new-tokens"):
         s, ranks = parse_arguments(sys.argv[1:]), Ranks()
-        now = time.strftime("%Y%m%d-%H%M%S", time.localtime(ranks.max(time.time())))
-        out = Path(s.out or f"runs/eval-{now}")
+        out = Path(s.out or time.strftime("runs/eval-%Y%m%d-%H%M%S", time.localtime(ranks.max(time.time()))))
         with hold(out, ranks):
             run(s, ranks, out)
 

@@ -18,7 +18,6 @@ Copy this file: it needs torch and safetensors (which transformers brings).
 
 import json
 import math
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -114,15 +113,14 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
               "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)}
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in _by_peft_name(model).items()}
-    save_file(tensors, path / "adapter_model.safetensors")
-    shutil.copymode(path / "adapter_config.json", path / "adapter_model.safetensors")  # which save_file made 0600
+    save_file(tensors, path / "adapter_model.safetensors")  # with mode 0600, whatever the umask
+    (path / "adapter_model.safetensors").chmod((path / "adapter_config.json").stat().st_mode)
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Read a PEFT LoRA directory into `model`, adding the adapter first if the model has none.
 
-    ValueError if the files use an unsupported feature, do not fit the model or have values that are not finite,
-    FileNotFoundError if one is missing.
+    ValueError if they are unsupported, do not fit the model or are not finite, FileNotFoundError if one is missing.
     """
     path = Path(path)
     config = json.loads((path / "adapter_config.json").read_text())

@@ -41,9 +41,8 @@ import reward
 import teacher
 import toy
 from support import checkpoint, run, settings
-from support.data import Problem, add_adapter, load_model, load_problems
+from support.data import InputError, Problem, add_adapter, load_model, load_problems
 from support.distributed import Ranks
-from support.errors import InputError
 from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
 from support.settings import Settings
 

@@ -141,10 +141,8 @@ def _alike(x: str, y: str) -> bool:
 
 
 def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
-    """Whether they agree where both are numbers, differences up to a factor: 2x - 2y = 0 is x - y = 0.
-
-    With too few such points the texts decide, unless there is no value at all, as for 1/0.
-    """
+    """Whether they agree where both are numbers, differences up to a factor: 2x - 2y = 0 is x - y = 0. With too few
+    such points the texts decide, unless there is no value at all, as for 1/0."""
     is_constant, factor, found = not any(map(callable, a.parts + b.parts)), None, 0
     for k in range(1 if is_constant else POINTS):
         reader.spend(1)
@@ -164,8 +162,7 @@ def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
     return found >= FEWEST or a.text == b.text and any(_at(k, *a.parts) != _UNDEFINED for k in range(POINTS))
 
 
-def _at(k: int, formula):
-    """Its value at sample point k."""
+def _at(k: int, formula):  # its value at sample point k
     return formula(k) if callable(formula) else formula
 
 
@@ -301,8 +298,7 @@ def _check_bits(bits) -> None:
 @functools.lru_cache(maxsize=4096)
 def _sample(name: str, k: int, *argument) -> Fraction:
     """Value k of a variable or of an unknown function. The ranges take turns: (0, 1), {20..120}, (-6, 0), {1..12} and
-    (1, 4): for sqrt(1 - x^2), sqrt(x - 9), |x|, 2^(2^n), arccos(x - 2), and for factorials.
-    """
+    (1, 4): for sqrt(1 - x^2), sqrt(x - 9), |x|, 2^(2^n), arccos(x - 2), and for factorials."""
     draw = random.Random(f"{name} {k} {argument}")  # seeded by a string: the same in every process
     low, high, denominator = ((1, 14, 15), (20, 120, 1), (-89, -1, 15), (1, 12, 1), (16, 59, 15))[k % 5]
     return Fraction(draw.randint(low, high), denominator)

@@ -1,6 +1,6 @@
 r"""Call the verifier with random answers; look for exceptions, asymmetry and slow inputs.
 
-    python tests/fuzz_verifier.py --calls 1000000 --seed 0
+    python tests/fuzz_verifier.py --calls 1000000 --seed 0 --data gsm8k.jsonl aime24.jsonl
 
 Answers are noise from fragments of TeX, golds of the data files, and golds with a piece changed, doubled or cut out.
 A mistake is a call that raises, a pair that is equal one way only, an answer that equals another but not itself, or a
@@ -23,17 +23,16 @@ from test_verifier import FRAGMENTS, HOSTILE, SHARED, TABLES
 
 import reward
 
-SHARED_DATA = pathlib.Path("data")  # more golds, where there are any
 PIECE = re.compile(r"\\[A-Za-z]+|[0-9]+|[A-Za-z]+|\S")
 CALLS_PER_ROUND = 7
 
 
-def read_golds() -> list[str]:
-    """Golds that equal some answer; those of the tables, and of the shared data."""
+def read_golds(files: list[str]) -> list[str]:
+    """Golds that equal some answer: those of the tables, and of data files."""
     rows = [case for table in TABLES.values() for case in table] + [case[:3] for case in SHARED["equal"]]
     golds = {gold for _, gold, expected in rows if expected}
-    for path in sorted(SHARED_DATA.glob("*.jsonl")):
-        golds |= {json.loads(line)["answer"] for line in path.read_text().splitlines()}
+    for path in files:
+        golds |= {json.loads(line)["answer"] for line in pathlib.Path(path).read_text().splitlines()}
     return sorted(golds)
 
 
@@ -58,9 +57,9 @@ def draw_answer(draw: random.Random, golds: list[str]) -> str:
     return mutate(draw, draw.choice(golds)) if kind < 0.8 else draw.choice(golds)
 
 
-def fuzz(calls: int, seed: int) -> tuple[list[str], list[tuple]]:
+def fuzz(calls: int, seed: int, files: list[str]) -> tuple[list[str], list[tuple]]:
     """The mistakes, and the slowest calls: (seconds, function, left, right)."""
-    draw, golds, mistakes, slowest = random.Random(seed), read_golds(), [], []
+    draw, golds, mistakes, slowest = random.Random(seed), read_golds(files), [], []
 
     def timed(function, *arguments):
         start = time.perf_counter()
@@ -103,9 +102,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", nargs="*", default=[], help="JSONL files whose answers are golds too")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    mistakes, slowest = fuzz(arguments.calls, arguments.seed)
+    mistakes, slowest = fuzz(arguments.calls, arguments.seed, arguments.data)
     print(*mistakes[:50], sep="\n")
     seconds = time.perf_counter() - start
     print(f"{arguments.calls} calls, seed {arguments.seed}, {seconds:.0f} s, {len(mistakes)} mistakes")

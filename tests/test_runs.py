@@ -225,7 +225,7 @@ def test_a_run_without_a_fingerprint_resumes_with_a_warning(copied, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["state.pt", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"])
-@pytest.mark.parametrize("place", [0.3, 0.6, 0.95])
+@pytest.mark.parametrize("place", [0.3, 0.95])
 def test_a_flipped_bit_in_a_checkpoint_is_refused(copied, tmp_path, name, place):
     path = copied / "checkpoints" / "step-000002" / name
     content = bytearray(path.read_bytes())
@@ -522,7 +522,7 @@ def test_sighup_leaves_a_checkpoint_as_sigterm_does(flags, tmp_path):
 # ---- permissions
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+@pytest.mark.parametrize("mask", [0o022, 0o027])
 def test_everything_follows_the_umask(flags, tmp_path, monkeypatch, mask):
     """safetensors writes files that only their owner can read."""
     monkeypatch.setattr(toy, "_warm_up", lambda *args: None)

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import lora
 import reward
 import toy
 from support.checkpoint import append_jsonl, write_json
@@ -160,8 +159,7 @@ def load(name: str, adapter: str | None, device: torch.device):  # (model, token
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_model(toy.resolve(name, "model"), dtype, device, scored=False)
     if adapter:
-        load_adapter(model, adapter)
-        lora.merge(model)
+        load_adapter(model, adapter, merge=True)
     return model, tokenizer
 
 
@@ -169,7 +167,7 @@ def run(s: Settings, ranks: Ranks, out: Path) -> None:
     """Every checkpoint on every data file, into `out`. Nothing is written before all input was checked."""
     part = out / (f"samples.rank{ranks.rank}.jsonl" if ranks.distributed else "samples.jsonl")
     files = [(name, ranks.once_per_node(lambda name=name: toy.resolve(name, "test.jsonl"))) for name in s.data]
-    files = [(name, path, load_problems(path, False, s.skip_ungradable)[0]) for name, path in files]
+    files = [(name, path, ranks.together(load_problems, path, False, s.skip_ungradable)[0]) for name, path in files]
     every_row, results = [], []
     adapters = [None] * (len(s.model) - len(s.adapter)) + s.adapter
     for number, (name, adapter) in enumerate(zip(s.model, adapters, strict=True)):
@@ -215,7 +213,7 @@ def parse_arguments(argv: list[str]) -> Settings:
 
 
 def main() -> None:
-    with one_line_errors("eval.py", "stopped; the samples finished so far are in the output directory"), \
+    with one_line_errors("eval.py", "stopped; samples that were finished are in the output directory"), \
             name_lack_of_memory(lambda: "while sampling: lower --slots or --max-new-tokens"):
         s, ranks = parse_arguments(sys.argv[1:]), Ranks()
         out = Path(s.out or time.strftime("runs/eval-%Y%m%d-%H%M%S", time.localtime(ranks.max(time.time()))))

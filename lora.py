@@ -118,10 +118,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
-    """Read a PEFT LoRA directory into `model`, adding the adapter first if the model has none.
-
-    ValueError if they are unsupported, do not fit the model or are not finite, FileNotFoundError if one is missing.
-    """
+    """Read a PEFT LoRA directory into `model`, adding the adapter first if the model has none. ValueError if its files
+    are unsupported, do not fit the model or are not finite, FileNotFoundError if one is missing."""
     path = Path(path)
     config = json.loads((path / "adapter_config.json").read_text())
     if problem := _unsupported(config):
@@ -134,7 +132,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     if wrong:
         raise ValueError(f"{path}/adapter_model.safetensors does not fit the model: {len(wrong)} tensors are missing, "
                          f"left over or of another shape, first {wrong[0]}")
-    if damaged := [name for name in wanted if not tensors[name].isfinite().all()]:
+    if damaged := [name for name in wanted if not tensors[name].float().isfinite().all()]:
         raise ValueError(f"{path}/adapter_model.safetensors: {damaged[0]} has values that are not finite")
     with torch.no_grad():
         for name, parameter in wanted.items():
@@ -156,11 +154,13 @@ def _unsupported(config: dict) -> str:
 
 
 def merge(model: nn.Module) -> None:
-    """Fold the adapter into the base weights and take it off: what is left is an ordinary model to save."""
+    """Fold the adapter into the base weights and take it off: an ordinary model is left. ValueError if not finite."""
     for name, layer in list(_adapted(model)):
         with torch.no_grad():
             weight = layer.base.weight
             weight.copy_(weight.float() + layer.alpha / layer.rank * layer.lora_B @ layer.lora_A)  # rounded once
+            if not weight.isfinite().all():
+                raise ValueError(f"the merged weights of {name} are not finite")
         model.set_submodule(name, layer.base)
 
 

@@ -15,7 +15,6 @@ The result is a checkpoint directory and JSONL files like any other, made once i
 directory: the hash covers seed, code and library versions. To train.py and eval.py `toy` is short for these paths.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -33,7 +32,8 @@ import rollout
 import teacher
 from support.checkpoint import atomic_directory, locked
 from support.distributed import choose_threads
-from support.run import say
+from support.flags import Parser
+from support.run import one_line_errors, say
 
 UPDATES, LEARNING_RATE = 360, 5e-3
 # With the teacher's prompt?, traces per update, probabilities per step of a wrong result and of repeating the step
@@ -58,7 +58,7 @@ def build(seed: int = 0, root: Path = Path("runs")) -> Path:
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / "toy.lock", wait=True):  # for another process that makes it
-            for left in root.glob("toy-*.tmp"):  # by one that was killed
+            for left in root.glob(f"toy-{'[0-9a-f]' * 12}.tmp"):  # by one that was killed
                 shutil.rmtree(left)
             if not path.exists():
                 with atomic_directory(path) as work:
@@ -175,8 +175,8 @@ def _messages(row: dict, privileged: bool) -> list[dict]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the toy checkpoint and its problems.",
-                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="seed of problems, initial weights and warm-up")
-    path = build(parser.parse_args().seed)
-    print(f"toy: {path / 'model'}, {path / 'train.jsonl'}, {path / 'test.jsonl'}")
+    parser = Parser(__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="seed of problems, weights and warm-up (default: 0)")
+    with one_line_errors("toy.py", "stopped, nothing was written"):
+        path = build(parser.parse_args().seed)
+        say(f"toy: {path / 'model'}, {path / 'train.jsonl'}, {path / 'test.jsonl'}")

@@ -93,6 +93,8 @@ def make_splits(a) -> None:
     lines = path.read_text().splitlines(keepends=True)
     if len(lines) <= a.validation:
         raise InputError(f"{a.data}: {len(lines)} problems, --validation takes {a.validation}: lower it")
+    if path.resolve() in [(a.work / f"{name}.jsonl").resolve() for name in ("train", "validation")]:
+        raise InputError(f"{path}: would be overwritten by a split: choose another --work")
     a.work.mkdir(parents=True, exist_ok=True)
     (a.work / "train.jsonl").write_text("".join(lines[:-a.validation]))
     (a.work / "validation.jsonl").write_text("".join(lines[-a.validation:]))
@@ -276,7 +278,7 @@ def compare(a) -> None:
 def main() -> None:
     with one_line_errors(PROGRAM, "stopped; the same command goes on with the runs that are missing"):
         a = parse_arguments(sys.argv[1:])
-        with hold(a.work, Ranks(), remedy=None):
+        with hold(a.work, Ranks.alone(), remedy=None):
             compare(a)
 
 

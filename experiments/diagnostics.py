@@ -259,7 +259,7 @@ def table(result: dict) -> str:
 def diagnose(s: Settings) -> dict:
     """Everything above; writes --out and returns what diagnostics.json holds."""
     out = Path(s.out or "runs/diagnostics-" + time.strftime("%Y%m%d-%H%M%S"))
-    with hold(out, Ranks()):
+    with hold(out, Ranks.alone()):
         path = toy.resolve(s.data, "test.jsonl")
         problems = load_problems(path, True, s.skip_ungradable)[0][:s.problems]
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)

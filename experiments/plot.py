@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.errors import InputError, reason
+from support.errors import DAMAGED, InputError, reason
 from support.flags import Parser, nonempty_path
 from support.run import one_line_errors, say
 
@@ -49,7 +49,7 @@ def draw(a) -> None:
         results = json.loads(a.results.read_text())
     except ImportError:
         raise InputError("matplotlib is missing: pip install matplotlib (nothing else here needs it)") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise InputError(f"{a.results}: cannot be read ({reason(error)}): run experiments.compare first") from None
     plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.25, "savefig.dpi": 150, "savefig.bbox": "tight"}
     figure, axes = plt.subplots(figsize=(8.5, 5.5))
@@ -69,7 +69,11 @@ def main() -> None:
     add("--results", type=nonempty_path, default=results, help="output of experiments.compare")
     add("--out", type=nonempty_path, default=RESULTS, help="directory for the pictures")
     with one_line_errors(PROGRAM, "stopped"):
-        draw(parser.parse_args())
+        a = parser.parse_args()
+        try:
+            draw(a)
+        except DAMAGED as error:
+            raise InputError(f"{a.results}: no results of experiments.compare ({reason(error)})") from None
 
 
 if __name__ == "__main__":

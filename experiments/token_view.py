@@ -14,7 +14,7 @@ import json
 import re
 from pathlib import Path
 
-from support.errors import InputError, reason
+from support.errors import DAMAGED, InputError, reason
 from support.flags import Parser, nonempty_path
 from support.run import one_line_errors, say
 
@@ -78,12 +78,12 @@ def main() -> None:
         try:
             rows = [json.loads(line) for line in a.tokens.read_text().splitlines()[:max(0, a.count)]]
             text = page(rows, a.title, a.colour)
-            if not rows:
-                raise ValueError("no lines, or --count is below 1")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            out = a.out or a.tokens.with_name("token_view.html")
+            if not rows or out.resolve() == a.tokens.resolve():
+                raise ValueError("no lines, --count is below 1, or --out is the same file")
+        except (OSError, *DAMAGED) as error:
             raise InputError(f"{a.tokens}: not a tokens.jsonl ({reason(error)}): make one with "
                              "python -m experiments.diagnostics --out") from None
-        out = a.out or a.tokens.with_name("token_view.html")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
         say(str(out))

@@ -23,7 +23,7 @@ import torch
 import lora
 from support.data import digest
 from support.distributed import Ranks
-from support.errors import InputError, LocalError, reason
+from support.errors import DAMAGED, InputError, LocalError, reason
 
 
 @contextmanager
@@ -34,6 +34,8 @@ def locked(path: Path, wait: bool):
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if not os.fstat(lock.fileno()).st_nlink:  # its holder removed it after we had opened it
                 continue
+            if os.fstat(lock.fileno()).st_size:
+                raise OSError(f"{path} is not empty, so it is no lock of ours")
             try:
                 return (yield)
             finally:
@@ -109,7 +111,7 @@ def drop_later_steps(path: Path, step: int) -> None:
             if row["step"] <= step:
                 kept.append(row)
                 steps.add(row["step"])
-        except (ValueError, TypeError, LookupError) as error:
+        except DAMAGED as error:
             if number < len(lines):  # the last line may have been cut off by a kill
                 raise InputError(f"{path}: line {number}: no line of this log ({reason(error)}): correct it, or remove "
                                  "the line") from None
@@ -147,6 +149,8 @@ def load_latest(directory: Path, model, optimizer, ranks: Ranks, load_state: Cal
     give the tensors and numbers of `save` to `load_state`. InputError if the checkpoint is damaged."""
     path = latest(directory)
     if path is None:
+        if os.path.lexists(directory) and not directory.is_dir():
+            raise InputError(f"{directory}: no directory can be seen here: mount its disk, or put it back")
         return
     try:
         numbers = dict(json.loads((path / "state.json").read_text()))

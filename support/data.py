@@ -60,6 +60,8 @@ def load_problems(path: str | Path, need_solution: bool = True,
 
 def _read(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is a directory, a pipe or a device")  # which cannot be read twice, nor recognised
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise InputError(f"{path}: no such data file, or it cannot be read ({reason(error)}): check the path (--data, "
@@ -83,7 +85,7 @@ def _parse(path: Path, number: int, line: bytes, need_solution: bool) -> Problem
     name = next((name for name in ("problem", "question", "prompt") if name in row), "problem")
     problem, solution, answer = row.get(name), row.get("solution"), row.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer) if math.isfinite(answer) else ""  # 1e400 and Infinity are ungradable
+        answer = "" if answer in (math.inf, -math.inf) or answer != answer else str(answer)  # 1e400 is ungradable
     for field, value, needed in (name, problem, True), ("solution", solution, need_solution), ("answer", answer, False):
         _check_field(where, field, value, needed)
     if answer is None:
@@ -148,7 +150,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
         rollout.stop_ids(model, tokenizer)
         if scored:
             teacher.check_head(model)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{name}: {error}: choose another --model") from None
     _check_tokenizer(name, model, tokenizer)
     choose_threads(sum(parameter.numel() for parameter in model.parameters()))
@@ -160,15 +162,16 @@ def _check_tokenizer(name: str, model, tokenizer) -> None:
         raise InputError(f"{name}: the tokenizer has no chat template: take an instruction-tuned model, or set "
                          "tokenizer.chat_template and save the tokenizer (--model)")
     try:
-        one, two = (teacher.encode(tokenizer, teacher.teacher_messages(f"{n}?", "2"), True) for n in (1, 2))
+        prompts = [teacher.encode(tokenizer, teacher.teacher_messages(f"{n}?", "2"), thinking)
+                   for thinking in (False, True) for n in (1, 2)]
     except Exception as error:  # jinja2 and templates themselves raise what they like
         raise InputError(f"{name}: the chat template does not work ({reason(error)}): correct chat_template.jinja, or "
                          "choose another --model") from None
-    if one == two:
+    if any(one == two for one, two in zip(prompts[::2], prompts[1::2], strict=True)):
         raise InputError(f"{name}: the prompt does not depend on the problem: files of the tokenizer are missing, or "
                          "the chat template leaves the messages out (--model)")
-    if max(one + two) >= (rows := model.get_input_embeddings().num_embeddings):
-        raise InputError(f"{name}: the tokenizer has token {max(one + two)}, the model {rows} embeddings (--model)")
+    if (last := max(map(max, prompts))) >= (rows := model.get_input_embeddings().num_embeddings):
+        raise InputError(f"{name}: the tokenizer has token {last}, the model {rows} embeddings (--model)")
 
 
 def add_adapter(model, rank: int, alpha: float) -> None:
@@ -179,10 +182,12 @@ def add_adapter(model, rank: int, alpha: float) -> None:
         raise InputError(f"{error}: change --lora-rank, or choose another --model") from None
 
 
-def load_adapter(model, path: str | Path) -> None:
-    """lora.load_adapter; InputError for whatever is wrong with the files."""
+def load_adapter(model, path: str | Path, merge: bool = False) -> None:
+    """lora.load_adapter, and lora.merge; InputError for whatever is wrong with the files."""
     try:
         lora.load_adapter(model, path)
+        if merge:
+            lora.merge(model)
     except Exception as error:  # a missing, foreign or damaged adapter: libraries raise a dozen types
         raise InputError(f"{path}: cannot load the adapter ({reason(error)}): check --adapter, a "
                          "directory with adapter_config.json and adapter_model.safetensors") from None

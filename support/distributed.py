@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.errors import LocalError, reason
+from support.errors import InputError, LocalError, reason
 
 SMALL_MODEL = 10_000_000  # parameters, up to which a second thread on the CPU costs more than it saves
 DEFAULT_THREADS = torch.get_num_threads()
@@ -54,6 +54,14 @@ class Ranks:
             raise LocalError(f"rank {self.rank} cannot join the others ({reason(error)}): check MASTER_ADDR and "
                              "MASTER_PORT, and that every process of a node has a GPU of its own") from None
 
+    @classmethod
+    def alone(cls) -> "Ranks":
+        """For commands that do not share their work; InputError under a torchrun of several processes."""
+        ranks = cls()
+        if ranks.world > 1:
+            raise InputError("this command works in one process: start it without torchrun")
+        return ranks
+
     def sum(self, values: list[float]) -> list[float]:
         """Element by element over all ranks, in float64; the same on every rank."""
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -91,11 +99,21 @@ class Ranks:
     def barrier(self) -> None:
         self.max(0)
 
+    def together(self, make: Callable, *arguments):
+        """make(*arguments); if it raises InputError on some ranks, all raise that of the first of them."""
+        result, problems = None, []
+        try:
+            result = make(*arguments)
+        except InputError as error:
+            problems = [str(error)]
+        for problem in self.gather_lists(problems):
+            raise InputError(problem)
+        return result
+
     def once_per_node(self, make: Callable):
         """make() on one process of every node, then on the others, who find what the first one made."""
-        result = make() if self.local_rank == 0 else None
-        self.barrier()
-        return result if self.local_rank == 0 else make()
+        first = self.together(lambda: make() if self.local_rank == 0 else None)
+        return self.together(lambda: first if self.local_rank == 0 else make())
 
 
 def close() -> None:

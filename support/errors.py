@@ -9,6 +9,10 @@ class LocalError(InputError):
     """What one process met, and the others perhaps did not: whoever raises it prints it."""
 
 
+# What reading a damaged file may raise: JSON, and what expects another content in it
+DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
 def reason(error: BaseException) -> str:
     """Type and first line of a library's message, without torch's advice to load a file unsafely."""
     line = (str(error).strip().splitlines() or [""])[0]

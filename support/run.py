@@ -20,7 +20,7 @@ import lora
 from support import checkpoint, distributed
 from support.data import digest, model_digest
 from support.distributed import Ranks
-from support.errors import InputError, LocalError, reason
+from support.errors import DAMAGED, InputError, LocalError, reason
 from support.sampling import Rollout
 
 SAMPLES_PER_STEP = 4  # rollouts of rank 0 that go into samples.jsonl at each step
@@ -42,6 +42,8 @@ def say(text: str) -> None:
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnicodeError:
+        print(ascii(text), flush=True)
 
 
 @contextmanager
@@ -189,7 +191,7 @@ class StepLog:
 
     def advice(self) -> str:  # for `name_lack_of_memory`
         flag = "--slots" if self.phase in ("rollout", "evaluation") else "--micro-batch"
-        return f"in the {self.phase} phase: lower {flag} or --max-new-tokens"
+        return f"in the {self.phase or 'first'} phase: lower {flag} or --max-new-tokens"
 
     def add(self, loss: Tensor, values: dict[str, Tensor], rows: list[Rollout], mask: Tensor) -> None:
         """A micro-batch: its loss, and values per token [B, T], to be averaged over the tokens of rollouts."""
@@ -238,7 +240,8 @@ def fingerprint(files: dict[str, str]) -> dict[str, str]:
 def check_inputs(trainer) -> None:
     """InputError if the data or the model of a resumed run are not those it began with; rank 0 looks, all raise."""
     path, files, problems = trainer.out / "config.json", trainer.files, []
-    if trainer.ranks.rank == 0 and (written := json.loads(path.read_text()).get("fingerprint")):
+    written = json.loads(path.read_text()).get("fingerprint") if trainer.ranks.rank == 0 else None
+    if isinstance(written, dict):
         problems = [f"{files[flag]}: not what {flag} named when the run began: put that back, or start a new run with "
                     "another --out" for flag, found in fingerprint(files).items() if found != written.get(flag)]
     elif trainer.ranks.rank == 0:
@@ -275,23 +278,26 @@ def read_results(path: Path) -> dict:
         results = json.loads(path.read_text()) if path.exists() else {}
         sum(result[name] for result in results.values() for name in ("accuracy", "length", "efficiency"))
         return results
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: damaged ({reason(error)}): remove it, the evaluation is made again") from None
 
 
 def is_done(trainer) -> bool:
     """Whether nothing is left to do for a resumed run, which rank 0 says."""
     exported = json.loads((trainer.out / "config.json").read_text()).get("exported")
-    done = exported == trainer.step >= trainer.s.steps
+    done = exported == trainer.step >= trainer.s.steps and (trainer.out / "model").is_dir()
     if done and trainer.ranks.rank == 0:
-        say(f"{trainer.out}: all {trainer.step} steps are done, there is nothing to do: name more with --steps")
+        say(f"{trainer.out}: all {trainer.step} steps are done, there is nothing to do: name more of them with --steps")
     return done
 
 
 def export(trainer) -> None:
     """Write model/, an ordinary checkpoint with the adapter merged in; say what came of the run and where it lies."""
     out, lines, made = trainer.out, [], ("model", "checkpoints", "metrics.jsonl", "samples.jsonl")
-    lora.merge(trainer.model)
+    try:
+        lora.merge(trainer.model)
+    except ValueError as error:
+        raise InputError(f"the trained adapter cannot be exported ({error}): start again with a lower --lr") from None
     with checkpoint.atomic_directory(out / "model") as work:
         trainer.model.save_pretrained(work)
         trainer.tokenizer.save_pretrained(work)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from support.distributed import environment_number
-from support.errors import InputError
+from support.errors import DAMAGED, InputError
 from support.flags import SEEDS, Parser, add_flags, check_ranges, flag, flag_name
 
 MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every"}
@@ -26,8 +26,8 @@ class Settings:
     seed: int = flag(0, "seed of the adapter's initial weights, the order of the problems and all sampling", SEEDS)
     method: str = flag("cl-egrsd", "what is trained, see the list below")
     steps: int = flag(100, "optimizer steps of the run", "[1, inf)")
-    prompts_per_step: int = flag(32, "problems per step, over all ranks", "[1, inf)")
-    rollouts_per_prompt: int = flag(1, "completions sampled per problem", "[1, inf)")
+    prompts_per_step: int = flag(32, "problems per step, over all ranks", "[1, 1e6]")
+    rollouts_per_prompt: int = flag(1, "completions sampled per problem", "[1, 1e6]")
     micro_batch: int = flag(4, "completions of full length per pass on one rank; lower it to save memory", "[1, inf)")
     slots: int = flag(0, "rows decoded together on one rank, 0: all; lower it to save memory", "[0, inf)")
     max_new_tokens: int = flag(1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)")
@@ -36,9 +36,9 @@ class Settings:
     top_k: int = flag(20, "rollouts are drawn from this many likeliest tokens, 0: all", "[0, inf)")
     score_temperature: float = flag(1.0, "temperature at which teacher and student score completions", "[0.01, inf)")
     thinking: bool = flag(False, "let the chat template open a thinking block, in training and evaluation")
-    lr: float = flag(5e-6, "learning rate of AdamW", "[0, inf)")
+    lr: float = flag(5e-6, "learning rate of AdamW", "[0, 1e30]")
     lr_warmup_steps: int = flag(0, "steps of linear warm-up; the rate is constant after them", "[0, inf)")
-    weight_decay: float = flag(0.0, "weight decay of AdamW", "[0, inf)")
+    weight_decay: float = flag(0.0, "weight decay of AdamW", "[0, 1e30]")
     max_grad_norm: float = flag(0.1, "the gradient is clipped to this norm", "(0, inf)")
     gamma: float = flag(0.3, "strength of the confidence gate, eq. (6); 0: no gate", "[0, inf)")
     window: int = flag(3, "lookahead of the gate in tokens, eq. (8): CL-EGRSD; 0: EGRSD", "[0, inf)")
@@ -46,7 +46,7 @@ class Settings:
     floor: float = flag(0.1, "smallest value of the gate, eq. (6)", "(0, 1]")
     beta_length: float = flag(0.5, "largest extra reward of a correct completion for being short", "[0, inf)")
     lora_rank: int = flag(64, "rank of the adapter", "[1, inf)")
-    lora_alpha: float = flag(128.0, "alpha of the adapter, whose scale is alpha / rank", "(0, inf)")
+    lora_alpha: float = flag(128.0, "alpha of the adapter, whose scale is alpha / rank", "(0, 1e30]")
     bf16: bool = flag(None, "bfloat16 base weights and autocast (default: on with CUDA, off without)")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass to save memory")
     checkpoint_every: int = flag(25, "steps between checkpoints", "[1, inf)")
@@ -89,7 +89,9 @@ def parse(argv: list[str], description: str, family=None) -> tuple[Settings, boo
         preset.pop("eval_data", None)  # a preset's held-out problems belong to its training problems
     if not resume:
         return _resolve(preset, given, family), False
-    stored, world = read_config(Path(given.get("out", Settings.out)), family)
+    out = given.get("out", Settings.out)
+    stored, world = read_config(Path(out), family)
+    stored.out = out  # the directory may have been moved or copied
     brought = _brought(given.get("method", stored.method), preset, given, family)
     repeated = {key: (preset | brought | given)[key] for key in preset | given if key not in MAY_CHANGE_ON_RESUME}
     changed = [f"{flag_name(key)} was {getattr(stored, key)}" for key, value in repeated.items()
@@ -180,6 +182,6 @@ def read_config(run: Path, family) -> tuple[Settings, int]:
         for f in fields(kind):
             _check_type(f, values.get(f.name, f.default))
         return kind(**values), int(world)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, *DAMAGED) as error:
         raise InputError(f"{path}: no run that can be resumed here ({error}): check --out, or leave --resume "
                          "out") from None

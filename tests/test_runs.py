@@ -122,6 +122,42 @@ def test_a_name_that_cannot_be_a_directory_is_refused_before_the_model_is_loaded
     assert set(tmp_path.iterdir()) - set(before) <= {tmp_path / "stdout", tmp_path / "stderr"}
 
 
+def test_a_file_of_the_user_s_that_is_named_lock_stays(flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").write_text("mine")
+    one_line(run_train(tmp_path, *flags("run")), "no lock of ours")
+    assert (tmp_path / "run" / "lock").read_text() == "mine"
+
+
+def test_data_that_compare_would_write_over_is_refused(few, tmp_path):
+    shutil.copy(few, tmp_path / "train.jsonl")
+    argv = ["--data", "train.jsonl", "--work", ".", "--validation", "8", "--only", "grpo"]
+    one_line(forked(tmp_path, compare.main, "compare", *argv), "train.jsonl: would be overwritten")
+    assert (tmp_path / "train.jsonl").read_bytes() == few.read_bytes()
+
+
+@pytest.mark.parametrize("main", [compare.main, lambda: diagnostics.diagnose(diagnostics.Settings(out="d"))])
+def test_commands_of_one_process_refuse_several(tmp_path, monkeypatch, main):
+    monkeypatch.setattr(Ranks, "__init__", lambda self: setattr(self, "world", 2))
+    with pytest.raises((InputError, SystemExit)):
+        monkeypatch.setattr(sys, "argv", ["compare", "--work", str(tmp_path / "work")])
+        main()
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_error_of_one_rank_is_raised_by_all():
+    ranks = Ranks()
+    ranks.gather_lists = lambda problems: ["of rank 1: no such file"]  # what the other rank found
+    with pytest.raises(InputError, match="of rank 1"):
+        ranks.together(lambda: "fine here")
+
+
+def test_a_name_that_stdout_cannot_print_is_no_failure(flags, tmp_path):
+    code, lines, out = run_train(tmp_path, *flags("h\u00e9"),
+                                 before=lambda: sys.stdout.reconfigure(encoding="ascii"))
+    assert (code, lines) == (0, []) and "h\\xe9" in out
+
+
 def test_a_directory_that_cannot_be_written(flags, tmp_path, monkeypatch):
     def mkdir(self, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(self))
@@ -259,6 +295,10 @@ DAMAGE = {
     "config.json has text": lambda p: replace_in(p / "config.json", '"lora_rank": 4', '"lora_rank": "four"'),
     "config.json has true": lambda p: replace_in(p / "config.json", '"lora_rank": 4', '"lora_rank": true'),
     "config.json has null": lambda p: replace_in(p / "config.json", '"micro_batch": 8', '"micro_batch": null'),
+    "config.json, worlds": lambda p: replace_in(p / "config.json", '"world_size": 1', '"world_size": Infinity'),
+    "config.json is deep": lambda p: (p / "config.json").write_text("[" * 200_000),
+    "metrics.jsonl is deep": lambda p: (p / "metrics.jsonl").write_text("[" * 200_000 + "\n1\n"),
+    "evaluation.json is deep": lambda p: (p / "evaluation.json").write_text("[" * 200_000),
     "config.json, world": lambda p: replace_in(p / "config.json", '"world_size": 1', '"world_size": "one"')}
 
 
@@ -278,13 +318,28 @@ def test_missing_lines_of_a_log_are_said(copied, tmp_path, name):
     assert f"{name}: warning: 1 of the 2 steps done have no line, first step 2" in error[0]
 
 
+@pytest.mark.parametrize("break_it", [lambda p: p.symlink_to("/nowhere/disk"), lambda p: p.write_text("")])
+def test_checkpoints_that_cannot_be_seen_stop_a_resume(copied, tmp_path, break_it):
+    """A disk that is not mounted: the run would start again at step 1."""
+    shutil.rmtree(copied / "checkpoints")
+    break_it(copied / "checkpoints")
+    before = (copied / "metrics.jsonl").read_bytes()
+    one_line(run_train(tmp_path, "--out", copied, "--resume", "--steps", 3), "checkpoints: no directory can be seen")
+    assert (copied / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_copied_run_goes_on_in_its_own_directory(copied, finished, tmp_path):
+    before = files_of(finished)
+    assert run_train(tmp_path, "--out", copied, "--resume", "--steps", 3)[0] == 0
+    assert files_of(finished) == before and (copied / "checkpoints/step-000003").is_dir()
+
+
 def test_nothing_to_do(copied, tmp_path):
     before = files_of(copied)
     code, lines, out = run_train(tmp_path, "--out", copied, "--resume", "--steps", 2)
     assert code == 0 and lines == [] and "all 2 steps are done, there is nothing to do" in out
     assert files_of(copied) == before
-    shutil.rmtree(copied / "model")  # as after a kill in the export, which says `exported` only at its end
-    replace_in(copied / "config.json", '"exported": 2', '"exported": 1')
+    shutil.rmtree(copied / "model")
     code, lines, out = run_train(tmp_path, "--out", copied, "--resume")
     assert code == 0 and "nothing to do" not in out and (copied / "model").is_dir()
 
@@ -332,6 +387,9 @@ BROKEN = {
     "no end": (lambda p: (with_config(p, "config.json", eos_token_id=None),
                           with_config(p, "generation_config.json", eos_token_id=None),
                           with_config(p, "tokenizer_config.json", eos_token=None)), ["eos_token_id"]),
+    "no number for the end": (lambda p: with_config(p, "generation_config.json", eos_token_id="x"), ["choose another"]),
+    "template without thinking": (lambda p: (p / "chat_template.jinja").write_text(
+        "{% if enable_thinking %}{{ messages[0].content }}{% endif %}"), ["does not depend on the problem"]),
     "code of its own": (with_code, ["cannot load the model", "code"])}
 
 
@@ -375,13 +433,15 @@ def adapter_with_nan(path):
     (adapter_with_nan, "not finite"), (lambda p: with_config(p, "adapter_config.json", r="4"), "must be numbers"),
     (lambda p: with_config(p, "adapter_config.json", lora_alpha="8"), "must be numbers"),
     (lambda p: with_config(p, "adapter_config.json", lora_alpha=None), "must be numbers"),
+    (lambda p: with_config(p, "adapter_config.json", lora_alpha=1e300), "merged weights of .* not finite"),
+    (lambda p: with_config(p, "adapter_config.json", lora_alpha=float("nan")), "merged weights of .* not finite"),
     (lambda p: (p / "adapter_config.json").write_text("[]"), "cannot load")])
 def test_a_broken_adapter_is_refused(adapter, tiny_toy, break_it, part):
     """With a NaN it evaluated to 0.00."""
     model = load_model(str(tiny_toy / "model"), torch.float32, CPU)[0]
     break_it(adapter)
     with pytest.raises(InputError, match=part) as error:
-        load_adapter(model, adapter)
+        load_adapter(model, adapter, merge=True)
     assert "\n" not in str(error.value)
 
 
@@ -389,7 +449,9 @@ def test_a_broken_adapter_is_refused(adapter, tiny_toy, break_it, part):
 
 
 @pytest.mark.parametrize("changes, part", [
-    ({"lora-rank": 1_000_000_000}, "change --lora-rank"), ({"seed": 2**70}, "--seed must be in"),
+    ({"lora-rank": 1_000_000_000}, "change --lora-rank"), ({"lr": 1e300}, "--lr must be in"),
+    ({"weight-decay": 1e300}, "--weight-decay must be in"), ({"prompts-per-step": 10**12}, "--prompts-per-step must"),
+    ({"seed": 2**70}, "--seed must be in"),
     ({"temperature": 0}, "--temperature must be in"),
     ({"score-temperature": 1e-320}, "--score-temperature must be in")])
 def test_values_that_cannot_work(flags, tmp_path, changes, part):
@@ -437,10 +499,22 @@ def test_a_byte_order_mark_of_utf8_is_no_mistake(tmp_path):
     assert load_problems(tmp_path / "data.jsonl")[0][0].answer == "5"
 
 
+def test_an_answer_of_hundreds_of_digits(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"problem": "p", "solution": "s", "answer": 1%s}' % ("0" * 400))
+    assert load_problems(tmp_path / "data.jsonl")[0][0].answer == "1" + "0" * 400
+
+
+def test_a_pipe_is_no_data_file(tmp_path):
+    """It would be read once, and its fingerprint be that of nothing."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="a directory, a pipe or a device"):
+        load_problems(tmp_path / "pipe")
+
+
 def test_unreadable_data(tmp_path, monkeypatch):
     def read_bytes(self):
         raise PermissionError(13, "Permission denied", str(self))
-    with pytest.raises(InputError, match="cannot be read .IsADirectory.*check the path"):
+    with pytest.raises(InputError, match="cannot be read .OSError: it is a directory.*check the path"):
         load_problems(tmp_path)
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     with pytest.raises(InputError, match="cannot be read .PermissionError.*check the path"):
@@ -577,6 +651,12 @@ def test_another_builder_was_faster(quick_toy, tmp_path, monkeypatch):
     assert [*(tmp_path / "toys").iterdir()] == [path] and (path / "test.jsonl").exists()
 
 
+def test_a_build_removes_nothing_of_the_user_s(quick_toy, tmp_path):
+    (tmp_path / "toys" / "toy-mine.tmp").mkdir(parents=True)
+    toy.build(0, tmp_path / "toys")
+    assert (tmp_path / "toys" / "toy-mine.tmp").is_dir()
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_build_leaves_nothing_that_stays(quick_toy, tmp_path, how):
     def build():
@@ -640,6 +720,8 @@ def test_token_view_shows_what_would_garble_the_page(tmp_path):
 @pytest.mark.parametrize("content, argv, part", [
     ("", [], "no lines"), (json.dumps(TOKENS), ["--count", "0"], "--count is below 1"),
     ("[]", [], "not a tokens.jsonl"),
+    (json.dumps(TOKENS), ["--out", "tokens.jsonl"], "--out is the same file"),
+    ("[" * 200_000, [], "not a tokens.jsonl"),
     (json.dumps(TOKENS), ["--out", "."], "cannot be read or written (IsADirectoryError"),
     (json.dumps(TOKENS), ["--out", "/dev/null/x"], "cannot be read or written"),
     (json.dumps(TOKENS), ["--out", "/dev/full"], "cannot be read or written")])

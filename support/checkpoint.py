@@ -115,6 +115,8 @@ def drop_later_steps(path: Path, step: int) -> None:
             if number < len(lines):  # the last line may have been cut off by a kill
                 raise InputError(f"{path}: line {number}: no line of this log ({reason(error)}): correct it, or remove "
                                  "the line") from None
+    if lines and not step:
+        print(f"{path}: warning: there is no checkpoint, the run starts again and drops these lines", file=sys.stderr)
     if missing := set(range(1, step + 1)) - steps:
         print(f"{path}: warning: {len(missing)} of the {step} steps done have no line, first step {min(missing)}",
               file=sys.stderr)
@@ -166,8 +168,8 @@ def load_latest(directory: Path, model, optimizer, ranks: Ranks, load_state: Cal
             torch.cuda.set_rng_state(tensors["rng"]["cuda"][ranks.rank].clone())
         load_state(tensors, numbers)
     except Exception as error:  # torch and safetensors raise a dozen types for a damaged file
-        raise InputError(f"{path}: damaged checkpoint ({reason(error)}): remove this directory to resume from the "
-                         "checkpoint before it") from None
+        raise InputError(f"{path}: damaged checkpoint, or config.json was edited ({reason(error)}): put that back, or "
+                         "remove this directory to resume from the checkpoint before it") from None
 
 
 def latest(directory: Path) -> Path | None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import lora
 import reward
 import rollout
 import teacher
-from support.distributed import choose_threads
+from support.distributed import choose_threads, environment_number
 from support.errors import InputError, reason
 
 IDENTITY = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "*.jinja")  # files that make a model what it is
@@ -145,6 +146,9 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
     if wrong := wrong or [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise InputError(f"{name}: {len(wrong)} weights are missing, of another shape or not finite, first {wrong[0]}: "
                          "the checkpoint is damaged or incomplete, get it again (--model)")
+    if found["unexpected_keys"] and environment_number("RANK", 0) == 0:
+        print(f"{name}: warning: {len(found['unexpected_keys'])} weights of the checkpoint have no place in the model, "
+              f"first {min(found['unexpected_keys'])}", file=sys.stderr)
     try:
         rollout.attention_windows(model)
         rollout.stop_ids(model, tokenizer)

@@ -328,6 +328,20 @@ def test_checkpoints_that_cannot_be_seen_stop_a_resume(copied, tmp_path, break_i
     assert (copied / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_without_its_checkpoints_says_that_it_starts_again(copied, tmp_path):
+    shutil.rmtree(copied / "checkpoints")
+    code, lines, _ = run_train(tmp_path, "--out", copied, "--resume", "--steps", 2)
+    assert code == 0 and len(lines) == 2
+    assert all("there is no checkpoint, the run starts again" in line for line in lines)
+
+
+def test_an_edited_config_is_not_taken_for_damage_alone(copied, tmp_path):
+    """Whoever follows the message would remove one good checkpoint after the other."""
+    replace_in(copied / "config.json", '"lora_rank": 4', '"lora_rank": 8')
+    result = run_train(tmp_path, "--out", copied, "--resume", "--steps", 3)
+    one_line(result, "or config.json was edited", "put that back")
+
+
 def test_a_copied_run_goes_on_in_its_own_directory(copied, finished, tmp_path):
     before = files_of(finished)
     assert run_train(tmp_path, "--out", copied, "--resume", "--steps", 3)[0] == 0
@@ -401,6 +415,15 @@ def test_a_broken_model_is_refused_in_one_line(flags, tiny_toy, tmp_path, what):
     break_it(path)
     one_line(run_train(tmp_path, *flags("run", model=path)), str(path), *parts)
     assert not (path / "ran").exists() and not (tmp_path / "run").exists()
+
+
+def test_weights_without_a_place_are_said(tiny_toy, tmp_path, capsys):
+    path = Path(shutil.copytree(tiny_toy / "model", tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    with_config(path, "config.json", num_hidden_layers=2, layer_types=config["layer_types"][:2])
+    load_model(str(path), torch.float32, CPU)
+    assert "warning: 11 weights of the checkpoint have no place in the model, first model.layers.2." in (
+        capsys.readouterr().err)
 
 
 def test_code_that_comes_with_a_known_model_is_not_run_and_nobody_is_asked(tiny_toy, tmp_path):

@@ -662,7 +662,8 @@ class _Reader:
             raise _Unreadable("more than a unit")
         while words and words[0].rstrip("s") in _SCALES:
             left = self.compute(_multiply, left, Fraction(_SCALES[words.pop(0).rstrip("s")]))
-        self.words += words
+        any_unit = {"unit", "units", "square", "sq", "cubic"} if {"unit", "units"} & {*words} else set()
+        self.words += [word for word in words if word not in any_unit]
         return left
 
     def is_argument(self, name: str) -> bool:

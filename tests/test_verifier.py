@@ -94,6 +94,7 @@ FALSE_POSITIVES = [
     (r"x \in [0,1]", r"y \in [0,1]", "a renamed variable"),
 ]
 FALSE_NEGATIVES = [
+    ("5 units", "5 cm"), (r"10\text{ cubic units}", r"10 \text{ cm}^3"),
     (r"\frac{1}{3}e^{t}+ce^{-2t}", r"ce^{-2t}+\frac{e^{t}}{3}"),
     (r"\frac{\log 2}{\log 2-\log 3}", r"\frac{\ln 2}{\ln 2-\ln 3}"),
     (r"\binom{n}{k}", r"\frac{n!}{k!(n-k)!}"),

@@ -7,20 +7,20 @@ How: normalise the TeX, cut it into tokens, read them into a small value, compar
 while it is read: in fractions, in 50 digits after a root, pi, e or a logarithm, in complex floats after i or a sine.
 Formulas with variables are computed at sample points, fixed pseudo-random numbers, and are equal when they agree at the
 first five of 60 where both are real: sqrt(ab) = sqrt(a)sqrt(b), but sqrt(x^2) is |x|, not x. What is real at fewer than
-three, cannot be read or costs too much equals only the same text.
+three, cannot be read or costs too much equals only the same text; 1/0 equals nothing.
 
 Policies, where usage differs:
 - Exact: 0.333 is not 1/3. Unreduced is fine: 2/4 = 1/2. 3\frac12 is mixed, 2^10 is 2^{10}, 1/2x is (1/2)x.
-- A chain is its exact value: x = 1/2 = 0.5 and 1/2 \approx 0.5 are 1/2; but 2+3 = 5 is an equation, and not 5.
-- Ignored: currency, % and degrees (50% = 50, not 0.5; sin 30° = 1/2), words after a number (5 cm = 5) unless they
-  change it (5 west, 5 loss) or the other number has different ones (5 hours, 5 minutes). 10 million is 10,000,000.
+- A chain is its first value: x = 1/2 = 0.5 and 1/2 \approx 0.5 are 1/2; but 2+3 = 5 is an equation, and not 5.
+- Ignored: currency, % and degrees (50% = 50, not 0.5; sin 30° = 1/2), words after a number (5 cm = 5; outside \text
+  only known units: 5 mL is a product) unless they change it (5 west, 5 loss) or the other number has different ones.
 - 1,234 is a number, "1, 234" and (1,234) are two; 1,234 is a list if the other side is a list or tuple.
 - Bare lists and sets are unordered and alike, tuples are ordered: 1,2 = (1,2), but not (2,1). No extra elements; a
   comma may end a list. (0,1) is a pair or an interval; an inequality is no interval; a column vector is no tuple.
   6:8 is neither 3:4 (it may be a time) nor 6/8. {x | x > 0} is x > 0; an array is a matrix.
-- x = 5, f(x) = 5 and "The answer is 5" equal 5, but not each other if the names differ: x = 5 is not y = 5.
+- x = 5, f(x) = 5 and "The answer is 5" equal 5, but x = 5 is not y = 5, nor f(x) = 5 g(x) = 5. 10 million is 10^7.
   Equations and inequalities may be rescaled: 2x+2y = 6 is x+y-3 = 0.
-- f(...) is a function. So is any letter before brackets with one simple term, as g(0) or P(2x); x(x+1), n(2^n), k(m/r),
+- f(...) is a function. So is any letter before brackets with one simple term, as g(0) or P(2x); x(x+1), n(2^n), a(r/2),
   a(1/2)^n, a(1.5) and 2(3) are products. n over k is compared where n >= k.
 - 52_8 = 52: the digits are enough, on either side, without the base; the decimal value 42 is not equal.
 - \log has base 10, \ln base e; odd roots of negative numbers are real; words ignore case, variables do not.

@@ -249,8 +249,8 @@ def policy_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
     """-sum_v c log p_S on the student's k likeliest tokens, c = q (log p_T - log p_S) held constant, q being p_S
     renormalised there, the logs not: [n, V] twice -> [n], nats; may be negative. 2604.13016."""
     top = student.topk(min(k, student.shape[-1])).indices
-    q, p = finite(student.gather(-1, top)), finite(teacher.gather(-1, top))
-    return -((q.softmax(-1) * (p - q)).detach() * q).sum(-1)
+    log_s, log_t = finite(student.gather(-1, top)), finite(teacher.gather(-1, top))
+    return -((log_s.softmax(-1) * (log_t - log_s)).detach() * log_s).sum(-1)
 
 
 def jensen_shannon_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:

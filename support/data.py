@@ -52,8 +52,8 @@ def load_problems(path: str | Path, need_solution: bool = True,
         (problems if reward.is_equal(problem.answer, problem.answer) else ungradable).append(problem)
     if ungradable and not skip_ungradable:
         lines = ", ".join(str(problem.line) for problem in ungradable[:20]) + (", ..." if len(ungradable) > 20 else "")
-        raise InputError(f"{path}: line {lines}: field 'answer': {len(ungradable)} gold answers that the verifier "
-                         "cannot grade: correct them or leave these rows out with --skip-ungradable")
+        raise InputError(f"{path}: line {lines}: field 'answer': {len(ungradable)} gold answers are missing, or the "
+                         "verifier cannot grade them: correct them or leave these rows out with --skip-ungradable")
     if not problems:
         raise InputError(f"{path}: no problem in this file: it needs one JSON object per line")
     return problems, len(ungradable)

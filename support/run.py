@@ -1,6 +1,7 @@
 """A run as its user meets it: the directory and its lock, signals, errors in one line, the log of a step, export."""
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -117,6 +118,7 @@ def one_line_errors(program: str, interrupted: str):
     group is left in any case."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try without a network
     try:
         yield
     except InputError as error:

@@ -1,6 +1,7 @@
 """Problems in, graded rollouts out: what training, evaluation and diagnostics have in common."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -85,18 +86,19 @@ def check_window(model, path: str, problems: Sequence[Problem], new_tokens: int,
         if length + new_tokens > window:
             raise InputError(f"{path}: line {p.line}: field 'problem' (with 'solution', where it is shown) makes a "
                              f"prompt of {length} tokens, beyond the model's window of {window} together with "
-                             f"{new_tokens} new tokens: shorten or remove the row, or lower --max-new-tokens")
+                             f"{new_tokens} new tokens: lower --max-new-tokens, or shorten or remove the row")
 
 
 def progress(bar, prefix: str = "", counts: bool = True, check: Callable[[], None] = lambda: None) -> Callable:
     """A callback for rollout.sample: tokens/s behind `prefix` beside the bar, and finished completions if it counts
-    them. `check` is called first, and may raise an exception to end the sampling."""
-    tokens, start = 0, time.perf_counter()
+    them: then the rate is that of the whole bar. `check` is called first, and may raise to end the sampling."""
+    counted = vars(bar).setdefault("counted", Counter()) if counts else Counter()
+    start = counted.setdefault("start", time.perf_counter())
 
     def show(new_tokens: int, finished: int) -> None:
-        nonlocal tokens
         check()
-        tokens += new_tokens
-        bar.set_postfix_str(f"{prefix}{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+        counted["tokens"] += new_tokens
+        rate = counted["tokens"] / (time.perf_counter() - start)
+        bar.set_postfix_str(f"{prefix}{rate:.0f} tokens/s", refresh=False)
         bar.update(finished if counts else 0)
     return show

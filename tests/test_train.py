@@ -129,7 +129,7 @@ def assert_close_run(run, reference):
         assert [a[name] for name in same] == pytest.approx([b[name] for name in same], abs=1e-5)
 
 
-@pytest.mark.parametrize("micro_batch", [4, 2, 3])
+@pytest.mark.parametrize("micro_batch", [2, 3])
 def test_micro_batches_change_nothing(tiny_toy, tmp_path, reference, micro_batch):
     train_here(*train_arguments(tiny_toy, tmp_path / "run", **COMPARED | {"micro-batch": micro_batch}))
     assert_close_run(tmp_path / "run", reference)

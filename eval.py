@@ -6,7 +6,6 @@
     torchrun --standalone --nproc-per-node=8 eval.py ...        the problems are shared by the processes
 
 `evaluate` and `summarise` are also what train.py runs before and after training.
-
 The defaults are the evaluation of arXiv 2605.13255: K = 4, temperature 1.0, top-p 0.95, 32,768 tokens, thinking on.
 
     avg@K       mean accuracy over samples, then over problems, with a 95 % bootstrap interval over problems
@@ -78,7 +77,6 @@ def majority_accuracy(answers: list[str | None], gold: str) -> float:
     """
     def same(a: str | None, b: str | None) -> bool:
         return a == b if None in (a, b) else reward.is_equal(a, b)
-
     votes = Counter()  # for the first answer of each class
     for answer in answers:
         votes[next((known for known in votes if same(answer, known)), answer)] += 1

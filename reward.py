@@ -25,8 +25,7 @@ MAX_PLACEHOLDER = 200  # a box that begins with so many characters of placeholde
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
 _BARE_BOX = re.compile(r"[-+−]?[0-9]+(?:[.,/][0-9]+)*|[A-Za-z]")  # as in \boxed 5
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # not \{ and \}
-_PLACEHOLDER = re.compile(
-    r"(?:\\text|\\[a-z]*dots|\\[ ,;:!]|[{}$~\s.?…]|your|final|<?answer>?|here)*", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"(?:\\text|\\[a-z]*dots|\\[ ,;:!]|[{}$~\s.?…]|your|final|<?answer>?|here)*", re.IGNORECASE)
 
 
 def extract_answer(text: str) -> str | None:

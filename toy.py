@@ -6,10 +6,11 @@ With it `python train.py` needs no download. This file makes problems such as "W
 with a chat template, and a model of 0.3 million parameters. The model is warmed up by supervised learning on solutions
 with mistakes, fewer of them after the teacher's prompt:
 
-    student prompt (problem)              20 % of the steps have a wrong result, 35 % are repeated for no reason
-    teacher prompt (problem + solution)   1 % and 10 %
+    student prompt (problem)              of the steps 25 % are wrong, 30 % repeated, 60 % follow a musing
+    teacher prompt (problem + solution)   1 %, 10 % and 30 %
 
-So the same weights do much better when they are shown the reference solution: what self-distillation needs.
+So the same weights do much better when they are shown the reference solution: what self-distillation needs. A musing is
+eight random words, and nobody knows the next one: these tokens are forks, beginnings of steps are pivots, digits locks.
 
 The result is a checkpoint directory and JSONL files like any other, made once in runs/toy-<hash>/ of the working
 directory: the hash covers seed, code and library versions. To train.py and eval.py `toy` is short for these paths.
@@ -35,9 +36,11 @@ from support.distributed import choose_threads
 from support.flags import Parser
 from support.run import one_line_errors, say
 
-UPDATES, LEARNING_RATE = 360, 5e-3
-# With the teacher's prompt?, traces per update, probabilities per step of a wrong result and of repeating the step
-KINDS = ((False, 20, {"wrong": 0.2, "repeat": 0.35}), (True, 16, {"wrong": 0.01, "repeat": 0.1}))
+UPDATES, LEARNING_RATE = 400, 5e-3
+# With the teacher's prompt?, traces per update, probabilities per step of a wrong result, of a repetition, of a musing
+KINDS = ((False, 16, {"wrong": 0.25, "repeat": 0.3, "muse": 0.6}),
+         (True, 20, {"wrong": 0.01, "repeat": 0.1, "muse": 0.3}))
+MUSINGS = ("hmm ", "perhaps ", "maybe ", "actually ", "alternatively ", "seems ", "might ", "likely ")  # a token each
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -71,7 +74,7 @@ def make_problem(rng: np.random.Generator) -> list[int]:
     return rng.permutation(np.arange(2, 10))[:rng.integers(4, 6)].tolist()
 
 
-def make_trace(terms: list[int], rng: np.random.Generator, wrong: float = 0.0, repeat: float = 0.0) -> str:
+def make_trace(terms: list[int], rng: np.random.Generator, wrong=0.0, repeat=0.0, muse=0.0) -> str:
     """A worked solution with mistakes of these probabilities per step; without them the reference solution.
 
     >>> make_trace([7, 5, 9], np.random.default_rng(0))
@@ -83,7 +86,7 @@ def make_trace(terms: list[int], rng: np.random.Generator, wrong: float = 0.0, r
         if rng.random() < wrong:
             total += int(rng.choice([-2, -1, 1, 2]))
         step = f"{before}+{term}={total}."
-        steps.append(step)
+        steps.append("".join(rng.choice(MUSINGS, 8)) + step if rng.random() < muse else step)
         while rng.random() < repeat:
             steps.append(f"wait, {step}")
     return " ".join([*steps, f"\\boxed{{{total}}}"])
@@ -107,6 +110,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=2000, min_frequency=1, special_tokens=SPECIAL_TOKENS,
                                              initial_alphabet=pieces.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_tokens(list(MUSINGS))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                    chat_template=CHAT_TEMPLATE)
 
@@ -165,8 +169,8 @@ def accuracy(model, tokenizer, data: Path, privileged: bool) -> float:
     prompts = [teacher.encode(tokenizer, _messages(row, privileged)) for row in rows]
     completions = rollout.sample(model, prompts, max_new_tokens=160, stop_ids=rollout.stop_ids(model, tokenizer),
                                  slots=128, generator=torch.Generator().manual_seed(0))
-    texts = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
-    return float(np.mean([reward.grade(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]))
+    return float(np.mean([reward.grade(tokenizer.decode(completion.token_ids, skip_special_tokens=True), row["answer"])
+                          for completion, row in zip(completions, rows, strict=True)]))
 
 
 def _messages(row: dict, privileged: bool) -> list[dict]:

@@ -9,6 +9,7 @@ import torch
 
 import reward
 import toy
+from experiments import diagnostics
 from support import distributed
 from support.data import load_problems
 
@@ -42,9 +43,18 @@ def test_traces_have_wrong_and_repeated_steps():
     assert 0.7 < right / 200 < 0.9  # of the first steps, 0.8 expected
 
 
+def test_musings_stand_before_steps_and_every_word_is_a_token():
+    rng, tokenizer = np.random.default_rng(0), toy.make_tokenizer()
+    traces = [toy.make_trace([2, 3, 4], rng, muse=0.5) for _ in range(100)]
+    assert 0.4 < np.mean([step[0].isalpha() for trace in traces for step in trace.split(". ")[:2]]) < 0.6
+    words = [tokenizer.decode([i]) for i in tokenizer.encode(next(t for t in traces if t[0].isalpha()))]
+    assert set(words[:8]) <= set(toy.MUSINGS) and words[8] == "2"
+    assert set(diagnostics.MARKERS) >= {word.strip() for word in toy.MUSINGS}
+
+
 def test_tokenizer_encodes_any_text_and_its_template_knows_thinking():
     tokenizer = toy.make_tokenizer()
-    for text in ("What is 7+5?", "\\frac{1}{2} {x} é ∑ 😀\n\t", "Janet’s ducks"):
+    for text in ("What is 7+5?", "\\frac{1}{2} {x} é ∑ 😀\n\t", "Janet’s ducks", "hmm  maybe hmm"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     messages = [{"role": "user", "content": "hi"}]
     closed, opened = (tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,

@@ -128,7 +128,7 @@ def tell(record: dict, rows: int = 60, made: str = "") -> str:
         "t": top + 1, "k": {name: c[name][top] for name in COLUMNS}, "sign": (c["A"] > 0) - (c["A"] < 0),
         "range": f"[{1 - s['eps']:.4g}, {1 + s['eps']:.4g}]", "now": (c["later"] + o["later"]) / N,
         "kinds": ", ".join(f"{kind}: {c['kind'].count(kind)}" for kind in KINDS), "by_hand": (c["sum"] + o["sum"]) / N,
-        "table": table(c, COLUMNS, range(n)[:rows]),
+        "table": table(c, COLUMNS, [*range(n)[:rows]]),
         "rest": f"{n - rows} more rows are left out, whose terms add up to {sum(c['term'][rows:]):.4f}" * (n > rows),
         "largest": table(c, ("A-hat", "log p_S", "after", "change"), [*dict.fromkeys(order[:-6:-1] + order[:5])])}
     told = []
@@ -137,7 +137,7 @@ def tell(record: dict, rows: int = 60, made: str = "") -> str:
         linked = re.sub(r"`([\w/]+\.py)`", r"[\1](../\1)", text) if made else text  # without any text of the data
         told.append(textwrap.indent(fit(text), "    ") if paragraph.startswith(" ") else
                     textwrap.fill(linked.strip(), 120, break_on_hyphens=False))
-    return "\n\n".join(told)
+    return "\n\n".join(filter(None, told))
 
 
 def main() -> None:

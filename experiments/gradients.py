@@ -1,35 +1,34 @@
 r"""How well the gradient of one step points: what magnitude, gate and baseline do to it, without training.
 
-    python -m experiments.gradients --model toy --data toy --max-new-tokens 128
+    python -m experiments.gradients --max-new-tokens 128             the toy: 42 configurations in about five minutes
 
-The student answers N batches of B completions. Each batch is read once by student and teacher, and gives one gradient
-s_b of the loss with respect to the adapter for each configuration (gamma, W, eps; floor is common), p_b that of plain
-policy gradient, gamma = eps = 0, in the table `grpo`. All advantages are (r - mean) / std over the rewards of all N B
-completions, which stand for those of earlier steps in eq. (9), arXiv 2605.13255; two rows have r and r - 0.5 instead.
+The student answers N batches of B problems. Student and teacher read each batch once, and every configuration (gamma,
+window, eps) makes its gradient s_b of it, with respect to the adapter; p_b is that of plain policy gradient, gamma =
+eps = 0, in the table `grpo`. Advantages are (r - mean) / std over the rewards of all batches, which stand for those of
+earlier steps in eq. (9) of arXiv 2605.13255; two more rows are plain policy gradient with r and with r - 0.5.
 
-    alignment  mean over b of cos(s_b, sum of p_b' over b' != b): how a batch agrees with plain policy gradient on all
-               others; "- grpo" and "- gamma 0" (at the same eps) are differences within the same batch
-    bias       cos(E s, E p) from products of different batches only, in which noise has no mean; in brackets the naive
-               cosine of the two mean gradients, whose noise is common to both. Below 1: it leads elsewhere in the end
-    signal     |E s|^2 / E |s|^2, from the same products; norm: sqrt(E |s|^2 / E |p|^2)
-    momentum   cos(mean of s over 19 batches, E p) = bias * sqrt(|E s|^2 / (|E s|^2 + var / 19)), as AdamW's momentum
+    alignment  mean over b of cos(s_b, sum of p_b' over b' != b); and its differences to grpo and to gamma = 0
+    norm       sqrt(E |s|^2 / E |p|^2)
+    bias       cos(E s, E p), from products of different batches, in which noise has mean 0: below 1, the mean leads
+               elsewhere. naive bias: the cosine of the two means, which have noise in common
+    signal     |E s|^2 / E |s|^2, from the same products
+    momentum   cos(mean of s over 19 batches, E p) = bias * sqrt(|E s|^2 / (|E s|^2 + variance / 19)): AdamW's momentum
                averages over (1 + beta1) / (1 - beta1) = 19 batches
 
-Behind +- stand standard errors: over batches, for the last three columns by a jackknife over batches. An estimate of a
-square may be negative while noise outweighs the signal: then "-" is shown, and more batches are needed.
+Behind +- is the standard error by a jackknife over batches, which pairs differences. "-": noise outweighs the signal,
+so that the estimate of a square is negative; more batches help. A cosine may come out above 1.
 
-Gradients are kept as count-sketches (Charikar, Chen, Farach-Colton 2002) of --sketch coordinates, one for each batch
-and configuration. Inner products of sketches are unbiased, sums of sketches are sketches of sums, and a cosine has a
-standard error of at most about 1 / sqrt(--sketch), common to all configurations; with room for all coordinates it is
-exact. Plain policy gradient is unbiased only for rollouts at --temperature 1 --top-p 1 --top-k 0.
+Of a gradient only a count-sketch of --sketch numbers is kept (Charikar, Chen, Farach-Colton 2002). Inner products of
+sketches are unbiased, sums of sketches are sketches of sums; a cosine has a standard error of at most about 1 /
+sqrt(--sketch), mostly common to all rows, and is exact if the gradient is no longer than that. Policy gradient itself
+is unbiased only for rollouts of the whole distribution: --temperature 1 --top-p 1 --top-k 0.
 """
 
-import argparse
+import itertools
 import math
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,22 +37,23 @@ from tqdm import tqdm
 
 import egrsd
 import lora
-import reward
 import teacher
 import toy
+from experiments.diagnostics import sample_student, teacher_prompt
 from family.contexts import CONTEXTS
 from support.checkpoint import write_json
 from support.data import add_adapter, load_adapter, load_model, load_problems
 from support.errors import InputError
-from support.flags import SEEDS, Parser, add_flags, check_ranges, flag, flag_name, is_inside
+from support.flags import SEEDS, Parser, add_flags, check_ranges, flag, flag_name
 from support.run import name_lack_of_memory, one_line_errors, say
-from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample
+from support.sampling import Rollout, Sampling, check_window
 
 PROGRAM = "python -m experiments.gradients"
 MOMENTUM = 19  # batches
-GRIDS = {"gamma": (float, "[0, inf)"), "window": (int, "[0, inf)"), "eps": (float, "[0, 1)")}
+COLUMNS = ("alignment", "norm", "bias", "naive bias", "signal", "momentum")
+SHOWN = ("alignment", "- grpo", "- gamma 0", *COLUMNS[1:])
 NAMES = {(0, 0, 0): "grpo", (0, 0, 0.2): "direction-aware", (0.3, 0, 0.2): "egrsd", (0.3, 3, 0.2): "cl-egrsd",
-         (0.3, 3, 0): "magnitude off"}  # as experiments.compare calls them
+         (0.3, 3, 0): "magnitude off"}  # as in experiments.compare
 
 
 @dataclass
@@ -61,56 +61,41 @@ class Settings(Sampling):
     """The command line: how to sample, and which gradients to compare."""
 
     model: str = flag("toy", "checkpoint directory, hub id or toy")
-    adapter: str = flag(None, "LoRA adapter directory of the student (default: a fresh one: the base model)")
-    lora_rank: int = flag(16, "rank of a fresh adapter", "[1, inf)")
+    adapter: str = flag(None, "LoRA adapter directory of the student (default: a fresh one: the student is the model)")
     data: str = flag("toy", "JSONL file with problem, solution and answer, or toy (its training problems)")
-    out: str = flag(None, "JSON file for all figures, with the cosines of every batch (default: none)")
+    out: str = flag(None, "JSON file for all figures, with the cosine of every batch (default: none)")
     skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
     teacher_context: str = flag("solution", "what the teacher is shown", choices=("solution", "answer"))
     batches: int = flag(32, "batches, N", "[3, inf)")
     batch: int = flag(64, "completions per batch, B", "[1, inf)")
-    samples: int = flag(1, "completions per problem", "[1, inf)")
+    samples: int = flag(1, "completions per problem, in the same batch", "[1, inf)")
     max_new_tokens: int = flag(1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)")
     top_p: float = flag(1.0, "draw from the likeliest tokens of this mass", "(0, 1]")
     slots: int = flag(128, "rows decoded together; lower it to save memory", "[1, inf)")
     thinking: bool = flag(False, "let the chat template open a thinking block")
-    seed: int = flag(0, "seed of the adapter, the order of the problems, sampling and sketches", SEEDS)
+    seed: int = flag(0, "seed of a fresh adapter, the order of the problems, sampling and sketches", SEEDS)
     gamma: list = flag([0.0, 0.3, 1.0, 3.0], "strengths of the gate; 0 is always among them")
     window: list = flag([0, 3, 5], "lookaheads of the gate in tokens")
     eps: list = flag([0.0, 0.2, 0.4, 0.8], "clips of the magnitude; 0 is always among them")
     floor: float = flag(0.1, "smallest gate", "(0, 1]")
-    sketch: int = flag(2**16, "coordinates that are kept of a gradient", "[1, inf)")
-    pass_tokens: int = flag(2**14, "tokens per forward and backward pass; lower it to save memory", "[1, inf)")
+    sketch: int = flag(2**16, "numbers kept of a gradient", "[1, inf)")
+    pass_tokens: int = flag(2**14, "tokens per pass through the model; lower it to save memory", "[1, inf)")
 
 
-class Configuration(NamedTuple):
-    """One way to weigh the tokens; without arguments plain policy gradient."""
-
-    gamma: float = 0.0
-    window: int = 0
-    eps: float = 0.0
-    baseline: str = "mean"
-
-    @property
-    def name(self) -> str:
-        if self.baseline != "mean":
-            return self.baseline
-        gate = [f"gamma {self.gamma} W {self.window}"] if self.gamma else []
-        return NAMES.get(self[:3]) or ", ".join(gate + [f"eps {self.eps}"] * (self.eps != 0.2))
+def name_of(gamma: float, window: int, eps: float) -> str:
+    gate = [f"gamma {gamma} W {window}"] if gamma else []
+    return NAMES.get((gamma, window, eps)) or ", ".join(gate + [f"eps {eps}"] * (eps != 0.2))
 
 
-PLAIN = Configuration()
-
-
-def configurations(s: Settings) -> list[Configuration]:
-    """The grid without duplicates, for gamma = 0 knows no window, and the two other baselines."""
-    grid = [Configuration(gamma, window * (gamma > 0), eps) for eps in sorted({0.0, *s.eps})
-            for gamma in sorted({0.0, *s.gamma}) for window in sorted(set(s.window))]
-    return list(dict.fromkeys(grid)) + [PLAIN._replace(baseline=name) for name in ("r", "r - 0.5")]
+def configurations(s: Settings) -> dict[str, tuple[float, int, float]]:
+    """(gamma, window, eps) by name: the grid, in which gamma = 0 has no window, and plain ones without a mean."""
+    grid = [(gamma, window * (gamma > 0), eps) for eps, gamma, window in
+            itertools.product(sorted({0.0, *s.eps}), sorted({0.0, *s.gamma}), sorted(set(s.window)))]
+    return {name_of(*values): values for values in grid} | dict.fromkeys(("r", "r - 0.5"), (0.0, 0, 0.0))
 
 
 class Sketch:
-    """x [D] -> [m], linear: coordinates with random signs, in chunks of m that are rotated at random and added up."""
+    """x [D] -> [m], linear: chunks of m coordinates get random signs, are rotated at random and added up."""
 
     def __init__(self, coordinates: int, size: int, seed: int, device="cpu"):
         self.size, generator = min(size, coordinates), torch.Generator().manual_seed(seed)
@@ -122,96 +107,66 @@ class Sketch:
         return sum(torch.nn.functional.pad(c, (0, self.size - len(c))).roll(turn) for c, turn in chunks)
 
 
-def batch_sketches(model, sketch: Sketch, rows: list[Rollout], privileged: list[list[int]], grid: list[Configuration],
-                   s: Settings) -> tuple[Tensor, Tensor]:
-    """(sketches [C, m] of one batch's gradient in every configuration, the teacher's H of its tokens)."""
+def batch_sketches(model, sketch: Sketch, rows: list[Rollout], privileged: list[list[int]], s: Settings) -> Tensor:
+    """The gradients [C, m] of one batch, C configurations from one reading of student and teacher."""
     prompts, completions = [row.prompt for row in rows], [row.token_ids for row in rows]
     with lora.disabled(model):
         seen = teacher.read_in_batches(model, privileged, completions, s.pass_tokens)
-    device, parameters = model.device, lora.lora_parameters(model)
-    A, r = (torch.tensor([getattr(row, name) for row in rows], device=device) for name in ("advantage", "reward"))
-    found, top, tokens = torch.zeros(len(grid), sketch.size, device=device), seen.entropy.max(), seen.mask.sum()
-    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    for some in teacher.micro_batches(lengths, s.pass_tokens):
+    A, r = (torch.tensor([getattr(row, key) for row in rows], device=model.device) for key in ("advantage", "reward"))
+    grid, parameters, num_tokens = configurations(s), lora.lora_parameters(model), seen.mask.sum()
+    found = torch.zeros(len(grid), sketch.size, device=model.device)
+    for some in teacher.micro_batches([len(row.prompt) + len(row.token_ids) for row in rows], s.pass_tokens):
         own = teacher.read(model, [prompts[i] for i in some], [completions[i] for i in some])
         width = own.mask.shape[1]
-        for k, c in enumerate(grid):
-            advantage = {"mean": A, "r": r, "r - 0.5": r - 0.5}[c.baseline]
+        for k, (name, (gamma, window, eps)) in enumerate(grid.items()):
             weights = egrsd.token_advantages(
-                advantage[some], seen.logp[some, :width], own.logp, seen.entropy[some, :width], own.mask,
-                gamma=c.gamma, window=c.window, eps=c.eps, floor=s.floor, max_entropy=top)
-            loss = egrsd.policy_loss(own.logp, weights, own.mask, tokens)
-            gradient = torch.autograd.grad(loss, parameters, retain_graph=c is not grid[-1])
+                {"r": r, "r - 0.5": r - 0.5}.get(name, A)[some], seen.logp[some, :width], own.logp,
+                seen.entropy[some, :width], own.mask, gamma=gamma, window=window, eps=eps, floor=s.floor,
+                max_entropy=seen.entropy.max())
+            loss = egrsd.policy_loss(own.logp, weights, own.mask, num_tokens)
+            gradient = torch.autograd.grad(loss, parameters, retain_graph=k < len(grid) - 1)
             found[k] += sketch(torch.cat([part.flatten() for part in gradient]))
-    return found, seen.entropy[seen.mask]
+    return found
 
 
 def cosines(own: np.ndarray, cross: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    """cos(s_b, sum of p_b' over b' != b) [N] from products [N, N] of s_b and s_b', s_b and p_b', p_b and p_b'."""
+    """cos(s_b, sum of p_b' over b' != b) [N], from the products [N, N] of s_b and s_b', s_b and p_b', p_b and p_b'."""
     others = plain.sum() - 2 * plain.sum(1) + plain.diagonal()  # |sum of p_b' over b' != b|^2
     return (cross.sum(1) - cross.diagonal()) / np.sqrt(own.diagonal() * others)
 
 
-def expected(own: np.ndarray, cross: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    """bias, signal and momentum, from the same products."""
-    n = len(own)
+def estimates(own: np.ndarray, cross: np.ndarray, plain: np.ndarray) -> np.ndarray:
+    """The values of COLUMNS, from the same products; nan where the estimate of a square is negative."""
+    n, power = len(own), own.diagonal().mean()
     signal, shared, plain_signal = ((x.sum() - x.trace()) / (n * (n - 1)) for x in (own, cross, plain))
-    power = own.trace() / n
-    averaged = signal + (power - signal) / MOMENTUM  # E |mean of MOMENTUM batches|^2
+    squares = [signal, signal + (power - signal) / MOMENTUM]  # |E s|^2, E |mean of MOMENTUM batches|^2
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.array([shared / np.sqrt(plain_signal * signal) if min(plain_signal, signal) > 0 else np.nan,
-                         signal / power, shared / np.sqrt(plain_signal * averaged)])
+        bias, momentum = shared / (np.sqrt(plain_signal) * np.sqrt(squares))
+    return np.array([cosines(own, cross, plain).mean(), np.sqrt(own.trace() / plain.trace()), bias,
+                     cross.sum() / np.sqrt(own.sum() * plain.sum()), signal / power, momentum])
 
 
-def jackknife(products: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Standard errors of `expected`, leaving out one batch at a time."""
-    n = len(products[0])
-    left = [np.delete(np.arange(n), b) for b in range(n)]
-    values = np.array([expected(*(x[np.ix_(keep, keep)] for x in products)) for keep in left])
-    return np.sqrt((n - 1) * values.var(0))
-
-
-def summarise(sketches: Tensor, grid: list[Configuration]) -> dict[str, dict]:
+def summarise(sketches: Tensor, s: Settings) -> dict[str, dict]:
     """sketches [C, N, m] -> by name, best alignment first: [value, standard error] by column, and all cosines."""
-    s, n = sketches.double().cpu(), sketches.shape[1]
-    plain, rows, aligned = s[grid.index(PLAIN)], {}, {}
-    for c, own in zip(grid, s, strict=True):
-        products = tuple(x.numpy() for x in (own @ own.T, own @ plain.T, plain @ plain.T))
-        aligned[c] = cosines(*products)
-        errors, (norm, naive) = jackknife(products), (products[0].trace(), products[1].sum())
-        rows[c] = dict(zip(("bias", "signal", "momentum"), np.stack([expected(*products), errors], 1).tolist(),
-                           strict=True))
-        rows[c] |= {"norm": math.sqrt(norm / products[2].trace()),
-                    "naive_bias": naive / math.sqrt(products[0].sum() * products[2].sum())}
-    for c, row in rows.items():
-        ungated = aligned[c._replace(gamma=0, window=0)]
-        compared = {"alignment": 0, "minus_grpo": aligned[PLAIN], "minus_gamma_0": ungated}
-        for key, other in compared.items():
-            row[key] = [(aligned[c] - other).mean(), (aligned[c] - other).std(ddof=1) / math.sqrt(n)]
-        row |= {"cosines": aligned[c].tolist(), **c._asdict()}
-    return {c.name: rows[c] for c in sorted(rows, key=lambda c: -rows[c]["alignment"][0])}
+    grid, n, found, aligned = configurations(s), sketches.shape[1], {}, {}
+    plain = sketches[list(grid).index("grpo")].double()
+    kept = [np.arange(n), *(np.delete(np.arange(n), b) for b in range(n))]
+    for name, own in zip(grid, sketches, strict=True):
+        own = own.double()
+        products = [x.cpu().numpy() for x in (own @ own.T, own @ plain.T, plain @ plain.T)]
+        found[name] = np.array([estimates(*(x[np.ix_(k, k)] for x in products)) for k in kept])  # [1 + N, columns]
+        aligned[name] = cosines(*products).tolist()
 
-
-def make_rollouts(model, tokenizer, path: str, s: Settings) -> tuple[list[Rollout], list[list[int]]]:
-    """N B graded rollouts with rewards and advantages, and their teacher prompts; problems come in a random order."""
-    context = CONTEXTS[s.teacher_context]
-    problems = load_problems(path, context.needs_solution, s.skip_ungradable)[0]
-
-    def privileged(problem):
-        shown = teacher.teacher_messages(problem.problem, context.text(problem, [], [], False))
-        return teacher.encode(tokenizer, shown, s.thinking)
-    check_window(model, path, problems, s.max_new_tokens, lambda p: [privileged(p)])
-    rng, total = np.random.default_rng(s.seed), s.batches * s.batch
-    order = np.concatenate([rng.permutation(len(problems)) for _ in range(math.ceil(total / len(problems)))])
-    with tqdm(total=total, desc="sampling", unit=" completions") as bar:
-        chosen = [problems[i] for i in order[:total // s.samples]]
-        rollouts = grade_rollouts(tokenizer, sample(model, tokenizer, chosen, s, seed=(s.seed, 0), show=progress(bar)))
-    rewards = torch.tensor([reward.shaped_reward(r.correct, len(r.token_ids), s.max_new_tokens) for r in rollouts])
-    baseline = egrsd.RunningAdvantage(warmup_steps=0)
-    baseline.update(rewards)
-    for row, value, advantage in zip(rollouts, rewards.tolist(), baseline.advantage(rewards).tolist(), strict=True):
-        row.reward, row.advantage = value, advantage
-    return rollouts, [privileged(row.problem) for row in rollouts]
+    def column(values: np.ndarray) -> list[float | None]:
+        pair = values[0], np.sqrt((n - 1) * values[1:].var())
+        return [float(x) if np.isfinite(x) else None for x in pair]
+    rows = {}
+    for name in sorted(grid, key=lambda name: -found[name][0, 0]):
+        rivals = {"- grpo": found["grpo"], "- gamma 0": found[name_of(0, 0, grid[name][2])]}
+        rows[name] = {key: column(values) for key, values in zip(COLUMNS, found[name].T, strict=True)}
+        rows[name] |= {key: column(found[name][:, 0] - rival[:, 0]) for key, rival in rivals.items()}
+        rows[name] |= {"cosines": aligned[name]} | dict(zip(("gamma", "window", "eps"), grid[name], strict=True))
+    return rows
 
 
 def measure(s: Settings) -> dict:
@@ -219,70 +174,61 @@ def measure(s: Settings) -> dict:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, torch.device(device))
     torch.manual_seed(s.seed)
-    load_adapter(model, s.adapter) if s.adapter else add_adapter(model, s.lora_rank, 2.0 * s.lora_rank)
-    rollouts, privileged = make_rollouts(model, tokenizer, toy.resolve(s.data, "train.jsonl"), s)
-    grid, size = configurations(s), sum(p.numel() for p in lora.lora_parameters(model))
-    sketch, found, entropies = Sketch(size, s.sketch, s.seed, model.device), [], []
+    load_adapter(model, s.adapter) if s.adapter else add_adapter(model, 16, 32.0)
+    path, context = toy.resolve(s.data, "train.jsonl"), CONTEXTS[s.teacher_context]
+    problems = [replace(p, solution=context.text(p, [], [], False))
+                for p in load_problems(path, context.needs_solution, s.skip_ungradable)[0]]
+    check_window(model, path, problems, s.max_new_tokens, lambda p: [teacher_prompt(tokenizer, p, s.thinking)])
+    rng, count = np.random.default_rng(s.seed), s.batches * s.batch // s.samples
+    order = np.concatenate([rng.permutation(len(problems)) for _ in range(math.ceil(count / len(problems)))])[:count]
+    rollouts = sample_student(model, tokenizer, s, [problems[i] for i in order])
+    size = sum(parameter.numel() for parameter in lora.lora_parameters(model))
+    sketch, found = Sketch(size, s.sketch, s.seed, model.device), []
     for start in tqdm(range(0, len(rollouts), s.batch), desc="gradients", unit=" batches"):
-        part = slice(start, start + s.batch)
-        vectors, entropy = batch_sketches(model, sketch, rollouts[part], privileged[part], grid, s)
-        found.append(vectors)
-        entropies.append(entropy)
+        rows = rollouts[start:start + s.batch]
+        privileged = [teacher_prompt(tokenizer, row.problem, s.thinking) for row in rows]
+        found.append(batch_sketches(model, sketch, rows, privileged, s))
     return {"settings": asdict(s), "coordinates": size,
             "sketch_error": 0.0 if sketch.size == size else sketch.size ** -0.5,
             "accuracy": np.mean([row.correct for row in rollouts]).item(),
             "length": np.mean([len(row.token_ids) for row in rollouts]).item(),
-            "reward": np.mean([row.reward for row in rollouts]).item(),
-            "entropy": torch.cat(entropies).mean().item(), "rows": summarise(torch.stack(found, 1), grid)}
+            "reward": np.mean([row.reward for row in rollouts]).item(), "rows": summarise(torch.stack(found, 1), s)}
 
 
 def table(result: dict) -> str:
-    """The rows as markdown, under a line about the rollouts and one about the sketch."""
-    def cell(value, digits=3, sign=""):
-        value, error = value if isinstance(value, list) else (value, None)
-        if not math.isfinite(value):
-            return "-"
-        return f"{value:{sign}.{digits}f}" + (f" +- {error:.{digits}f}" if error is not None else "")
-    s, size = result["settings"], result["coordinates"]
-    lines = ["{} batches of {}: accuracy {accuracy:.3f}, length {length:.1f}, reward {reward:.3f}, teacher's H "
-             "{entropy:.3f} nats".format(s["batches"], s["batch"], **result),
-             f"sketches of {min(size, s['sketch'])} of {size} coordinates: standard error of a cosine "
-             f"{result['sketch_error']:.4f}\n",
-             "| configuration | alignment | - grpo | - gamma 0 | norm | bias (naive) | signal | momentum |",
-             "|---|---|---|---|---|---|---|---|"]
-    for name, row in result["rows"].items():
-        lines.append(f"| {name} | {cell(row['alignment'])} | {cell(row['minus_grpo'], sign='+')} | "
-                     f"{cell(row['minus_gamma_0'], sign='+')} | {cell(row['norm'])} | "
-                     f"{cell(row['bias'])} ({cell(row['naive_bias'])}) | {cell(row['signal'])} | "
-                     f"{cell(row['momentum'])} |")
+    """The rows as markdown, below what is known of rollouts and sketches."""
+    def cell(key: str, value: float | None, error: float | None) -> str:
+        error = "" if error is None else f" +- {error:.3f}"
+        return "-" if value is None else f"{value:{'+' * key.startswith('-')}.3f}{error}"
+    lines = ["accuracy {accuracy:.3f}, length {length:.1f}, reward {reward:.3f}; {coordinates} coordinates, standard "
+             "error of a cosine by their sketch {sketch_error:.4f}\n".format(**result),
+             f"| | {' | '.join(SHOWN)} |", "|---" * (1 + len(SHOWN)) + "|"]
+    lines += [f"| {name} | {' | '.join(cell(key, *row[key]) for key in SHOWN)} |"
+              for name, row in result["rows"].items()]
     return "\n".join(lines)
 
 
 def parse_arguments(argv: list[str]) -> Settings:
-    def number(kind, interval):
-        def number(text):
-            if not is_inside(value := kind(text), interval):
-                raise argparse.ArgumentTypeError(f"must be in {interval}, got {text}")
-            return value
-        return number
     parser = Parser(__doc__, prog=PROGRAM)
-    add_flags(parser, [f for f in fields(Settings) if f.name not in GRIDS])
-    for f in fields(Settings):
-        if f.name in GRIDS:
-            shown = f"{f.metadata['help']} (default: {' '.join(map(str, f.default_factory()))})"
-            parser.add_argument(flag_name(f.name), nargs="+", type=number(*GRIDS[f.name]), help=shown)
+    add_flags(parser, [f for f in fields(Settings) if f.type is not list])
+    for f in (f for f in fields(Settings) if f.type is list):
+        shown = " ".join(map(str, f.default_factory()))
+        parser.add_argument(flag_name(f.name), nargs="+", type=int if f.name == "window" else float,
+                            help=f"{f.metadata['help']} (default: {shown})")
     s = Settings(**vars(parser.parse_args(argv)))
     check_ranges(s)
+    if not (all(0 <= x < math.inf for x in s.gamma + s.window) and all(0 <= x < 1 for x in s.eps)):
+        raise InputError(f"--gamma and --window must be in [0, inf), --eps in [0, 1), got {s.gamma, s.window, s.eps}")
     if s.batch % s.samples:
         raise InputError(f"--batch must be a multiple of --samples, got {s.batch} and {s.samples}")
+    if s.out and Path(s.out).is_dir():
+        raise InputError(f"{s.out}: is a directory, --out needs a file")
     return s
 
 
 def main() -> None:
     with one_line_errors(PROGRAM, "stopped, nothing was written"):
         s = parse_arguments(sys.argv[1:])
-        if s.out and Path(s.out).is_dir():
-            raise InputError(f"{s.out}: is a directory, --out needs a file")
         if s.out:
             Path(s.out).parent.mkdir(parents=True, exist_ok=True)
         with name_lack_of_memory(lambda: "for these gradients: lower --pass-tokens, --slots or --sketch"):

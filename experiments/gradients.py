@@ -118,15 +118,16 @@ def estimates(own: np.ndarray, cross: np.ndarray, plain: np.ndarray) -> dict:
     """cosines [N], and values by column, from the products [N, N] of s_b and s_b', s_b and p_b', p_b and p_b'."""
     n, power = len(own), own.diagonal().mean()
     others = plain.sum() - 2 * plain.sum(1) + plain.diagonal()  # |sum of p_b' over b' != b|^2, [N]
-    cosines = (cross.sum(1) - cross.diagonal()) / np.sqrt(own.diagonal() * others)
+    lengths = np.sqrt(own.diagonal() * others).clip(np.finfo(float).tiny)  # a gradient of 0 has cosine 0
+    cosines = (cross.sum(1) - cross.diagonal()) / lengths
     signal, shared, plain_signal = ((x.sum() - x.trace()) / (n * (n - 1)) for x in (own, cross, plain))
-    with np.errstate(invalid="ignore", divide="ignore"):  # nan where the estimate of a square is negative
-        bias, momentum = shared / np.sqrt(plain_signal) / np.sqrt([signal, signal + (power - signal) / 19])
-    return {"cosines": cosines, "alignment": cosines.mean(), "norm": np.sqrt(power / plain.diagonal().mean()),
-            "bias": bias, "naive bias": cross.sum() / np.sqrt(own.sum() * plain.sum()), "signal": signal / power,
-            "momentum": momentum}
+    bias, momentum = shared / np.sqrt(plain_signal) / np.sqrt([signal, signal + (power - signal) / 19])
+    return {"alignment": cosines.mean(), "norm": np.sqrt(power / plain.diagonal().mean()), "bias": bias,
+            "naive bias": cross.sum() / np.sqrt(own.sum() * plain.sum()), "signal": signal / power,
+            "momentum": momentum, "cosines": cosines}
 
 
+@np.errstate(invalid="ignore", divide="ignore")  # nan where the estimate of a square is negative
 def summarise(sketches: torch.Tensor, grid: dict[str, tuple]) -> dict[str, dict]:
     """sketches [C, N, m] -> by name, best alignment first: [value, standard error] by column, and all cosines."""
     plain, n, found, rows = sketches[list(grid).index("grpo")].double(), sketches.shape[1], {}, {}
@@ -135,11 +136,13 @@ def summarise(sketches: torch.Tensor, grid: dict[str, tuple]) -> dict[str, dict]
         products = [x.cpu().numpy() for x in (own @ own.T, own @ plain.T, plain @ plain.T)]
         found[name] = [estimates(*(x[np.ix_(k, k)] for x in products)) for k in kept]
     for name in sorted(grid, key=lambda name: -found[name][0]["alignment"]):
-        columns = {key: np.array([values[key] for values in found[name]]) for key in found[name][0] if key != "cosines"}
+        cosines, *_ = [values.pop("cosines").tolist() for values in found[name]]
+        columns = {key: np.array([values[key] for values in found[name]]) for key in found[name][0]}  # [1 + N] each
         for key, rival in ("- grpo", "grpo"), ("- gamma 0", name_of(0, 0, grid[name][2])):
             columns[key] = columns["alignment"] - [values["alignment"] for values in found[rival]]
-        rows[name] = {key: [float(x) if np.isfinite(x) else None for x in (v[0], np.sqrt((n - 1) * v[1:].var()))]
-                      for key, v in columns.items()} | {"cosines": found[name][0]["cosines"].tolist()}
+        pairs = {key: (x[0], np.sqrt((n - 1) * x[1:].var())) for key, x in columns.items()}
+        rows[name] = {key: [float(x) if np.isfinite(x) else None for x in pair] for key, pair in pairs.items()}
+        rows[name]["cosines"] = cosines
     return rows
 
 

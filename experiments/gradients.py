@@ -7,22 +7,21 @@ by the adapter, plain policy gradient (gamma = eps = 0, `grpo`) p_b. Advantages 
 which stand for those of earlier steps in eq. (9), arXiv 2605.13255; two more rows are plain with r and with r - 0.5.
 
     alignment  mean over b of cos(s_b, sum of p_b' over b' != b); and its differences to grpo and to gamma = 0
-    norm       sqrt(E |s|^2 / E |p|^2)
     bias       cos(E s, E p) by products of different batches, whose noise has mean 0; naive: of the two noisy means
-    signal     |E s|^2 / E |s|^2, by the same products
+    signal     |E s|^2 / E |s|^2, by the same products; norm: sqrt(E |s|^2 / E |p|^2)
     momentum   cos(mean of s over 19 batches, E p): AdamW's momentum averages over (1 + beta1) / (1 - beta1) = 19
 
 Behind +- is the standard error by a jackknife over batches, which pairs differences. "-": the estimate of a square is
 negative, more batches are needed. Of a gradient --sketch numbers are kept, a count-sketch (Charikar, Chen,
-Farach-Colton 2002): linear, with unbiased inner products; the standard error of a cosine is at most about
-1 / sqrt(--sketch), and 0 for a gradient that is no longer. Policy gradient itself is unbiased only with
---temperature 1 --top-p 1 --top-k 0.
+Farach-Colton 2002): linear, with unbiased inner products; a cosine has a standard error of at most about 1 / sqrt of
+that, or 0 if it has room. Policy gradient itself is unbiased only with --temperature 1 --top-p 1 --top-k 0.
 """
 
 import itertools
 import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +72,8 @@ class Settings(Sampling):
 
 
 def name_of(gamma: float, window: int, eps: float) -> str:
-    gate = [f"gamma {gamma} W {window}"] if gamma else []
-    return NAMES.get((gamma, window, eps)) or ", ".join(gate + [f"eps {eps}"] * (eps != 0.2))
+    other = [f"gamma {gamma} W {window}"] * (gamma > 0) + [f"eps {eps}"] * (eps != 0.2)
+    return NAMES.get((gamma, window, eps)) or ", ".join(other)
 
 
 def configurations(s: Settings) -> dict[str, tuple[float, int, float]]:
@@ -85,12 +84,12 @@ def configurations(s: Settings) -> dict[str, tuple[float, int, float]]:
 
 
 def sketch(x: torch.Tensor, size: int, seed: int) -> torch.Tensor:
-    """x [D] -> [min(size, D)], linear: chunks of this length get random signs, are rotated at random and added up."""
+    """x [D] -> [min(size, D)], linear: chunks of this length get random signs and are added up at random rotations."""
     generator, total = torch.Generator(x.device).manual_seed(seed), torch.zeros_like(x[:size])
+    draw = partial(torch.randint, generator=generator, device=x.device)
     for chunk in x.split(size):
-        signs, turn = (torch.randint(high, shape, generator=generator, device=x.device)
-                       for high, shape in ((2, chunk.shape), (len(total), ())))
-        total += torch.nn.functional.pad(chunk * (2 * signs - 1), (0, len(total) - len(chunk))).roll(turn.item())
+        total = total.roll(draw(len(total), ()).item())
+        total[:len(chunk)] += chunk * (2 * draw(2, chunk.shape) - 1)
     return total
 
 
@@ -140,9 +139,8 @@ def summarise(sketches: torch.Tensor, grid: dict[str, tuple]) -> dict[str, dict]
         columns = {key: np.array([values[key] for values in found[name]]) for key in found[name][0]}  # [1 + N] each
         for key, rival in ("- grpo", "grpo"), ("- gamma 0", name_of(0, 0, grid[name][2])):
             columns[key] = columns["alignment"] - [values["alignment"] for values in found[rival]]
-        pairs = {key: (x[0], np.sqrt((n - 1) * x[1:].var())) for key, x in columns.items()}
-        rows[name] = {key: [float(x) if np.isfinite(x) else None for x in pair] for key, pair in pairs.items()}
-        rows[name]["cosines"] = cosines
+        rows[name] = {key: [float(v) if np.isfinite(v) else None for v in (x[0], np.sqrt((n - 1) * x[1:].var()))]
+                      for key, x in columns.items()} | {"cosines": cosines}
     return rows
 
 
@@ -151,7 +149,7 @@ def measure(s: Settings) -> dict:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, torch.device(device))
     torch.manual_seed(s.seed)
-    load_adapter(model, s.adapter) if s.adapter else add_adapter(model, 16, 32.0)
+    load_adapter(model, s.adapter) if s.adapter else add_adapter(model, rank=16, alpha=32.0)
     path, context = toy.resolve(s.data, "train.jsonl"), CONTEXTS[s.teacher_context]
     problems = [replace(p, solution=context.text(p, [], [], False))
                 for p in load_problems(path, context.needs_solution, s.skip_ungradable)[0]]
@@ -173,10 +171,10 @@ def table(result: dict) -> str:
         error = "" if error is None else f" +- {error:.3f}"
         return "-" if value is None else f"{value:{'+' * key.startswith('-')}.3f}{error}"
     keys = [key for key in result["rows"]["grpo"] if key != "cosines"]
-    lines = [[name, *(cell(key, *row[key]) for key in keys)] for name, row in result["rows"].items()]
+    lines = [["", *keys], ["---"] * (1 + len(keys)),
+             *([name, *(cell(key, *row[key]) for key in keys)] for name, row in result["rows"].items())]
     return ("accuracy {accuracy:.3f}, length {length:.1f}; {coordinates} coordinates, standard error of a cosine by "
-            "their sketch {sketch_error:.4f}\n\n").format(**result) + "\n".join(
-                f"| {' | '.join(line)} |" for line in [["", *keys], ["---"] * (1 + len(keys)), *lines])
+            "their sketch {sketch_error:.4f}\n\n").format(**result) + "\n".join(f"| {' | '.join(x)} |" for x in lines)
 
 
 def parse_arguments(argv: list[str]) -> Settings:
@@ -194,8 +192,7 @@ def parse_arguments(argv: list[str]) -> Settings:
 def main() -> None:
     with one_line_errors(PROGRAM, "stopped"):
         s = parse_arguments(sys.argv[1:])
-        advice = "for these gradients: lower --pass-tokens, --slots or --sketch"
-        with open(s.out or os.devnull, "a"), name_lack_of_memory(lambda: advice):  # --out fails before the work
+        with open(s.out or os.devnull, "a"), name_lack_of_memory(lambda: "here: lower --pass-tokens or --slots"):
             result = measure(s)
         if s.out:
             write_json(Path(s.out), result)

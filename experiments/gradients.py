@@ -2,26 +2,24 @@ r"""How well the gradient of one step points: what magnitude, gate and baseline 
 
     python -m experiments.gradients --max-new-tokens 128             the toy: 42 configurations in about five minutes
 
-Student and teacher read each of N batches once. Of it every configuration (gamma, window, eps) makes its gradient s_b
-by the adapter, plain policy gradient (gamma = eps = 0, `grpo`) p_b. Advantages are (r - mean) / std over all rewards,
-which stand for those of earlier steps in eq. (9), arXiv 2605.13255; two more rows are plain with r and with r - 0.5.
+Student and teacher read each of N batches once. From that every configuration (gamma, window, eps) gets its gradient
+s_b with respect to the adapter, plain policy gradient (gamma = eps = 0, `grpo`) p_b. Advantages are (r - mean) / std
+over all rewards, which stand for those of earlier steps in (9), arXiv 2605.13255; two more rows take r and r - 0.5.
 
     alignment  mean over b of cos(s_b, sum of p_b' over b' != b); and its differences to grpo and to gamma = 0
     bias       cos(E s, E p) by products of different batches, whose noise has mean 0; naive: of the two noisy means
     signal     |E s|^2 / E |s|^2, by the same products; norm: sqrt(E |s|^2 / E |p|^2)
     momentum   cos(mean of s over 19 batches, E p): AdamW's momentum averages over (1 + beta1) / (1 - beta1) = 19
 
-Behind +- is the standard error by a jackknife over batches, which pairs differences. "-": the estimate of a square is
-negative, more batches are needed. Of a gradient --sketch numbers are kept, a count-sketch (Charikar, Chen,
-Farach-Colton 2002): linear, with unbiased inner products; a cosine has a standard error of at most about 1 / sqrt of
-that, or 0 if it has room. Policy gradient itself is unbiased only with --temperature 1 --top-p 1 --top-k 0.
+Behind +- is the standard error by a jackknife over batches, which pairs differences; "-": noise made the estimate of a
+square negative. A gradient is kept as a count-sketch of --sketch numbers (Charikar, Chen, Farach-Colton 2002), which is
+linear and has unbiased inner products; the standard error of a cosine is at most about 1 / sqrt(--sketch), 0 if all
+coordinates have room. Policy gradient itself is unbiased only with --temperature 1 --top-p 1 --top-k 0.
 """
 
 import itertools
 import os
-import sys
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,34 +69,30 @@ class Settings(Sampling):
     pass_tokens: int = flag(2**14, "tokens per pass through the model; lower it to save memory", "[1, inf)")
 
 
-def name_of(gamma: float, window: int, eps: float) -> str:
-    other = [f"gamma {gamma} W {window}"] * (gamma > 0) + [f"eps {eps}"] * (eps != 0.2)
-    return NAMES.get((gamma, window, eps)) or ", ".join(other)
-
-
 def configurations(s: Settings) -> dict[str, tuple[float, int, float]]:
     """(gamma, window, eps) by name: the grid, in which gamma = 0 has no window, and plain ones without a mean."""
-    grid = [(gamma, window * (gamma > 0), eps)
-            for eps, gamma, window in itertools.product({0.0, *s.eps}, {0.0, *s.gamma}, s.window)]
-    return {name_of(*values): values for values in grid} | dict.fromkeys(("r", "r - 0.5"), (0.0, 0, 0.0))
+    grid = sorted({(gamma, window * (gamma > 0), eps)
+                   for gamma, window, eps in itertools.product([0.0, *s.gamma], s.window, [0.0, *s.eps])})
+    other = [[f"gamma {gamma} W {window}"] * (gamma > 0) + [f"eps {eps}"] * (eps != 0.2) for gamma, window, eps in grid]
+    named = {NAMES.get(values, ", ".join(parts)): values for values, parts in zip(grid, other, strict=True)}
+    return named | dict.fromkeys(("r", "r - 0.5"), (0.0, 0, 0.0))
 
 
 def sketch(x: torch.Tensor, size: int, seed: int) -> torch.Tensor:
     """x [D] -> [min(size, D)], linear: chunks of this length get random signs and are added up at random rotations."""
     generator, total = torch.Generator(x.device).manual_seed(seed), torch.zeros_like(x[:size])
-    draw = partial(torch.randint, generator=generator, device=x.device)
     for chunk in x.split(size):
-        total = total.roll(draw(len(total), ()).item())
-        total[:len(chunk)] += chunk * (2 * draw(2, chunk.shape) - 1)
+        total = total.roll(torch.randint(len(total), (), generator=generator, device=x.device).item())
+        total[:len(chunk)] += chunk * (2 * torch.empty_like(chunk).bernoulli_(generator=generator) - 1)
     return total
 
 
 def batch_sketches(model, tokenizer, rows: list[Rollout], s: Settings) -> torch.Tensor:
     """The gradients [C, m] of one batch, C configurations from one reading of student and teacher."""
     grid, found, parameters = configurations(s), {}, lora.lora_parameters(model)
-    privileged = [teacher_prompt(tokenizer, row.problem, s.thinking) for row in rows]
     with lora.disabled(model):
-        seen = teacher.read_in_batches(model, privileged, [row.token_ids for row in rows], s.pass_tokens)
+        seen = teacher.read_in_batches(model, [teacher_prompt(tokenizer, row.problem, s.thinking) for row in rows],
+                                       [row.token_ids for row in rows], s.pass_tokens)
     A, r = (torch.tensor([getattr(row, key) for row in rows], device=model.device) for key in ("advantage", "reward"))
     for some in teacher.micro_batches([len(row.prompt) + len(row.token_ids) for row in rows], s.pass_tokens):
         own = teacher.read(model, [rows[i].prompt for i in some], [rows[i].token_ids for i in some])
@@ -117,8 +111,7 @@ def estimates(own: np.ndarray, cross: np.ndarray, plain: np.ndarray) -> dict:
     """cosines [N], and values by column, from the products [N, N] of s_b and s_b', s_b and p_b', p_b and p_b'."""
     n, power = len(own), own.diagonal().mean()
     others = plain.sum() - 2 * plain.sum(1) + plain.diagonal()  # |sum of p_b' over b' != b|^2, [N]
-    lengths = np.sqrt(own.diagonal() * others).clip(np.finfo(float).tiny)  # a gradient of 0 has cosine 0
-    cosines = (cross.sum(1) - cross.diagonal()) / lengths
+    cosines = (cross.sum(1) - cross.diagonal()) / np.sqrt(own.diagonal() * others).clip(1e-300)  # 0 where s_b = 0
     signal, shared, plain_signal = ((x.sum() - x.trace()) / (n * (n - 1)) for x in (own, cross, plain))
     bias, momentum = shared / np.sqrt(plain_signal) / np.sqrt([signal, signal + (power - signal) / 19])
     return {"alignment": cosines.mean(), "norm": np.sqrt(power / plain.diagonal().mean()), "bias": bias,
@@ -135,12 +128,12 @@ def summarise(sketches: torch.Tensor, grid: dict[str, tuple]) -> dict[str, dict]
         products = [x.cpu().numpy() for x in (own @ own.T, own @ plain.T, plain @ plain.T)]
         found[name] = [estimates(*(x[np.ix_(k, k)] for x in products)) for k in kept]
     for name in sorted(grid, key=lambda name: -found[name][0]["alignment"]):
-        cosines, *_ = [values.pop("cosines").tolist() for values in found[name]]
-        columns = {key: np.array([values[key] for values in found[name]]) for key in found[name][0]}  # [1 + N] each
-        for key, rival in ("- grpo", "grpo"), ("- gamma 0", name_of(0, 0, grid[name][2])):
-            columns[key] = columns["alignment"] - [values["alignment"] for values in found[rival]]
+        columns = {key: np.array([one[key] for one in found[name]]) for key in found[name][0] if key != "cosines"}
+        ungated = next(rival for rival in grid if grid[rival] == (0, 0, grid[name][2]))
+        for key, rival in ("- grpo", "grpo"), ("- gamma 0", ungated):
+            columns[key] = columns["alignment"] - [one["alignment"] for one in found[rival]]
         rows[name] = {key: [float(v) if np.isfinite(v) else None for v in (x[0], np.sqrt((n - 1) * x[1:].var()))]
-                      for key, x in columns.items()} | {"cosines": cosines}
+                      for key, x in columns.items()} | {"cosines": found[name][0]["cosines"].tolist()}
     return rows
 
 
@@ -159,9 +152,8 @@ def measure(s: Settings) -> dict:
     batches = tqdm(np.split(np.array(rollouts), s.batches), desc="gradients", unit=" batches")
     sketches = torch.stack([batch_sketches(model, tokenizer, rows, s) for rows in batches], 1)  # [C, N, m]
     size = sum(parameter.numel() for parameter in lora.lora_parameters(model))
-    return {"settings": asdict(s), "accuracy": np.mean([row.correct for row in rollouts]).item(),
-            "length": np.mean([len(row.token_ids) for row in rollouts]).item(), "coordinates": size,
-            "sketch_error": s.sketch ** -0.5 if s.sketch < size else 0.0,
+    return {"settings": asdict(s), "coordinates": size, "sketch_error": s.sketch ** -0.5 if s.sketch < size else 0.0,
+            "accuracy": np.mean([r.correct for r in rollouts]), "length": np.mean([len(r.token_ids) for r in rollouts]),
             "rows": summarise(sketches, configurations(s))}
 
 
@@ -177,21 +169,16 @@ def table(result: dict) -> str:
             "their sketch {sketch_error:.4f}\n\n").format(**result) + "\n".join(f"| {' | '.join(x)} |" for x in lines)
 
 
-def parse_arguments(argv: list[str]) -> Settings:
-    parser = Parser(__doc__, prog=PROGRAM)
-    add_flags(parser, [f for f in fields(Settings) if f.type is not list])
-    for f in (f for f in fields(Settings) if f.type is list):
-        shown = f"{f.metadata['help']} (default: {' '.join(map(str, f.default_factory()))})"
-        parser.add_argument(f"--{f.name}", nargs="+", type=int if f.name == "window" else float, help=shown)
-    s = Settings(**vars(parser.parse_args(argv)))
-    for gamma, window, eps in itertools.product(s.gamma, s.window, s.eps):
-        check_ranges(replace(s, gamma=gamma, window=window, eps=eps))
-    return s
-
-
 def main() -> None:
     with one_line_errors(PROGRAM, "stopped"):
-        s = parse_arguments(sys.argv[1:])
+        parser = Parser(__doc__, prog=PROGRAM)
+        add_flags(parser, [f for f in fields(Settings) if f.type is not list])
+        for f in (f for f in fields(Settings) if f.type is list):
+            shown = f"{f.metadata['help']} (default: {' '.join(map(str, f.default_factory()))})"
+            parser.add_argument(f"--{f.name}", nargs="+", type=int if f.name == "window" else float, help=shown)
+        s = Settings(**vars(parser.parse_args()))
+        for gamma, window, eps in itertools.product(s.gamma, s.window, s.eps):
+            check_ranges(replace(s, gamma=gamma, window=window, eps=eps))
         with open(s.out or os.devnull, "a"), name_lack_of_memory(lambda: "here: lower --pass-tokens or --slots"):
             result = measure(s)
         if s.out:

@@ -53,7 +53,7 @@ class Settings(Sampling):
     out: str = flag(None, "JSON file for all figures, with the cosine of every batch (default: none)")
     skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
     teacher_context: str = flag("solution", "what the teacher is shown", choices=("solution", "answer"))
-    batches: int = flag(32, "batches, N", "[3, inf)")
+    batches: int = flag(32, "batches, N; behind the last problem of the file the first one follows again", "[3, inf)")
     batch: int = flag(64, "problems per batch", "[1, inf)")
     samples: int = flag(1, "completions per problem", "[1, inf)")
     max_new_tokens: int = flag(1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)")

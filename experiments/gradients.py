@@ -1,0 +1,190 @@
+r"""How well the gradient of one step points: what magnitude, gate and baseline do to it, without training.
+
+    python -m experiments.gradients --max-new-tokens 128             the toy: 42 configurations in about five minutes
+
+Student and teacher read each of N batches once. From that every configuration (gamma, window, eps) gets its gradient
+s_b with respect to the adapter, plain policy gradient (gamma = eps = 0, `grpo`) p_b. Advantages are (r - mean) / std
+over all rewards, which stand for those of earlier steps in (9), arXiv 2605.13255; two more rows take r and r - 0.5.
+
+    alignment  mean over b of cos(s_b, sum of p_b' over b' != b); and its differences to grpo and to gamma = 0
+    bias       cos(E s, E p) by products of different batches, whose noise has mean 0; naive: of the two noisy means
+    signal     |E s|^2 / E |s|^2, by the same products; norm: sqrt(E |s|^2 / E |p|^2)
+    momentum   cos(mean of s over 19 batches, E p): AdamW's momentum averages over (1 + beta1) / (1 - beta1) = 19
+
+Behind +- is the standard error by a jackknife over batches, which pairs differences; "-": noise made the estimate of a
+square negative. A gradient is kept as a count-sketch of --sketch numbers (Charikar, Chen, Farach-Colton 2002), which is
+linear and has unbiased inner products; the standard error of a cosine is at most about 1 / sqrt(--sketch), 0 if all
+coordinates have room. Policy gradient itself is unbiased only with --temperature 1 --top-p 1 --top-k 0.
+"""
+
+import itertools
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import egrsd
+import lora
+import teacher
+import toy
+from experiments.diagnostics import sample_student, teacher_prompt
+from family.contexts import CONTEXTS
+from support.checkpoint import write_json
+from support.data import add_adapter, load_adapter, load_model, load_problems
+from support.flags import SEEDS, Parser, add_flags, check_ranges, flag
+from support.run import name_lack_of_memory, one_line_errors, say
+from support.sampling import Rollout, Sampling, check_window
+
+PROGRAM = "python -m experiments.gradients"
+NAMES = {(0, 0, 0): "grpo", (0, 0, 0.2): "direction-aware", (0.3, 0, 0.2): "egrsd", (0.3, 3, 0.2): "cl-egrsd",
+         (0.3, 3, 0): "magnitude off"}  # as in experiments.compare
+
+
+@dataclass
+class Settings(Sampling):
+    """The command line: how to sample, and which gradients to compare."""
+
+    model: str = flag("toy", "checkpoint directory, hub id or toy")
+    adapter: str = flag(None, "LoRA adapter directory of the student (default: a fresh one: the student is the model)")
+    data: str = flag("toy", "JSONL file with problem, solution and answer, or toy (its training problems)")
+    out: str = flag(None, "JSON file for all figures, with the cosine of every batch (default: none)")
+    skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
+    teacher_context: str = flag("solution", "what the teacher is shown", choices=("solution", "answer"))
+    batches: int = flag(32, "batches, N; behind the last problem of the file the first one follows again", "[3, inf)")
+    batch: int = flag(64, "problems per batch", "[1, inf)")
+    samples: int = flag(1, "completions per problem", "[1, inf)")
+    max_new_tokens: int = flag(1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)")
+    top_p: float = flag(1.0, "draw from the likeliest tokens of this mass", "(0, 1]")
+    slots: int = flag(128, "rows decoded together; lower it to save memory", "[1, inf)")
+    thinking: bool = flag(False, "let the chat template open a thinking block")
+    seed: int = flag(0, "seed of a fresh adapter, the order of the problems, sampling and sketches", SEEDS)
+    gamma: list = flag([0.0, 0.3, 1.0, 3.0], "strengths of the gate; 0 is always among them", "[0, inf)")
+    window: list = flag([0, 3, 5], "lookaheads of the gate in tokens", "[0, inf)")
+    eps: list = flag([0.0, 0.2, 0.4, 0.8], "clips of the magnitude; 0 is always among them", "[0, 1)")
+    floor: float = flag(0.1, "smallest gate", "(0, 1]")
+    sketch: int = flag(2**16, "numbers kept of a gradient", "[1, inf)")
+    pass_tokens: int = flag(2**14, "tokens per pass through the model; lower it to save memory", "[1, inf)")
+
+
+def configurations(s: Settings) -> dict[str, tuple[float, int, float]]:
+    """(gamma, window, eps) by name: the grid, in which gamma = 0 has no window, and plain ones without a mean."""
+    grid = sorted({(gamma, window * (gamma > 0), eps)
+                   for gamma, window, eps in itertools.product([0.0, *s.gamma], s.window, [0.0, *s.eps])})
+    other = [[f"gamma {gamma} W {window}"] * (gamma > 0) + [f"eps {eps}"] * (eps != 0.2) for gamma, window, eps in grid]
+    named = {NAMES.get(values, ", ".join(parts)): values for values, parts in zip(grid, other, strict=True)}
+    return named | dict.fromkeys(("r", "r - 0.5"), (0.0, 0, 0.0))
+
+
+def sketch(x: torch.Tensor, size: int, seed: int) -> torch.Tensor:
+    """x [D] -> [min(size, D)], linear: chunks of this length get random signs and are added up at random rotations."""
+    generator, total = torch.Generator(x.device).manual_seed(seed), torch.zeros_like(x[:size])
+    for chunk in x.split(size):
+        total = total.roll(torch.randint(len(total), (), generator=generator, device=x.device).item())
+        total[:len(chunk)] += chunk * (2 * torch.empty_like(chunk).bernoulli_(generator=generator) - 1)
+    return total
+
+
+def batch_sketches(model, tokenizer, rows: list[Rollout], s: Settings) -> torch.Tensor:
+    """The gradients [C, m] of one batch, C configurations from one reading of student and teacher."""
+    grid, found, parameters = configurations(s), {}, lora.lora_parameters(model)
+    with lora.disabled(model):
+        seen = teacher.read_in_batches(model, [teacher_prompt(tokenizer, row.problem, s.thinking) for row in rows],
+                                       [row.token_ids for row in rows], s.pass_tokens)
+    A, r = (torch.tensor([getattr(row, key) for row in rows], device=model.device) for key in ("advantage", "reward"))
+    for some in teacher.micro_batches([len(row.prompt) + len(row.token_ids) for row in rows], s.pass_tokens):
+        own = teacher.read(model, [rows[i].prompt for i in some], [rows[i].token_ids for i in some])
+        logp, entropy = (x[some, :own.mask.shape[1]] for x in (seen.logp, seen.entropy))
+        for name, (gamma, window, eps) in grid.items():
+            advantage = {"r": r, "r - 0.5": r - 0.5}.get(name, A)[some]
+            weights = egrsd.token_advantages(advantage, logp, own.logp, entropy, own.mask, gamma=gamma, window=window,
+                                             eps=eps, floor=s.floor, max_entropy=seen.entropy.max())
+            loss = egrsd.policy_loss(own.logp, weights, own.mask, seen.mask.sum())
+            gradient = torch.autograd.grad(loss, parameters, retain_graph=name != "r - 0.5")  # that is the last one
+            found[name] = found.get(name, 0) + sketch(torch.cat([g.flatten() for g in gradient]), s.sketch, s.seed)
+    return torch.stack([found[name] for name in grid])
+
+
+def estimates(own: np.ndarray, cross: np.ndarray, plain: np.ndarray) -> dict:
+    """cosines [N], and values by column, from the products [N, N] of s_b and s_b', s_b and p_b', p_b and p_b'."""
+    n, power = len(own), own.diagonal().mean()
+    others = plain.sum() - 2 * plain.sum(1) + plain.diagonal()  # |sum of p_b' over b' != b|^2, [N]
+    cosines = (cross.sum(1) - cross.diagonal()) / np.sqrt(own.diagonal() * others).clip(1e-300)  # 0 where s_b = 0
+    signal, shared, plain_signal = ((x.sum() - x.trace()) / (n * (n - 1)) for x in (own, cross, plain))
+    bias, momentum = shared / np.sqrt(plain_signal) / np.sqrt([signal, signal + (power - signal) / 19])
+    return {"alignment": cosines.mean(), "norm": np.sqrt(power / plain.diagonal().mean()), "bias": bias,
+            "naive bias": cross.sum() / np.sqrt(own.sum() * plain.sum()), "signal": signal / power,
+            "momentum": momentum, "cosines": cosines}
+
+
+@np.errstate(invalid="ignore", divide="ignore")  # nan where the estimate of a square is negative
+def summarise(sketches: torch.Tensor, grid: dict[str, tuple]) -> dict[str, dict]:
+    """sketches [C, N, m] -> by name, best alignment first: [value, standard error] by column, and all cosines."""
+    plain, n, found, rows = sketches[list(grid).index("grpo")].double(), sketches.shape[1], {}, {}
+    kept = [np.arange(n), *(np.delete(np.arange(n), b) for b in range(n))]  # all, and all but one
+    for name, own in zip(grid, map(torch.Tensor.double, sketches), strict=True):
+        products = [x.cpu().numpy() for x in (own @ own.T, own @ plain.T, plain @ plain.T)]
+        found[name] = [estimates(*(x[np.ix_(k, k)] for x in products)) for k in kept]
+    for name in sorted(grid, key=lambda name: -found[name][0]["alignment"]):
+        columns = {key: np.array([one[key] for one in found[name]]) for key in found[name][0] if key != "cosines"}
+        ungated = next(rival for rival in grid if grid[rival] == (0, 0, grid[name][2]))
+        for key, rival in ("- grpo", "grpo"), ("- gamma 0", ungated):
+            columns[key] = columns["alignment"] - [one["alignment"] for one in found[rival]]
+        rows[name] = {key: [float(v) if np.isfinite(v) else None for v in (x[0], np.sqrt((n - 1) * x[1:].var()))]
+                      for key, x in columns.items()} | {"cosines": found[name][0]["cosines"].tolist()}
+    return rows
+
+
+def measure(s: Settings) -> dict:
+    """Everything above: what --out holds."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, torch.device(device))
+    torch.manual_seed(s.seed)
+    load_adapter(model, s.adapter) if s.adapter else add_adapter(model, rank=16, alpha=32.0)
+    path, context = toy.resolve(s.data, "train.jsonl"), CONTEXTS[s.teacher_context]
+    problems = [replace(p, solution=context.text(p, [], [], False))
+                for p in load_problems(path, context.needs_solution, s.skip_ungradable)[0]]
+    check_window(model, path, problems, s.max_new_tokens, lambda p: [teacher_prompt(tokenizer, p, s.thinking)])
+    order = np.resize(np.random.default_rng(s.seed).permutation(len(problems)), s.batches * s.batch)
+    rollouts = sample_student(model, tokenizer, s, [problems[i] for i in order])
+    batches = tqdm(np.split(np.array(rollouts), s.batches), desc="gradients", unit=" batches")
+    sketches = torch.stack([batch_sketches(model, tokenizer, rows, s) for rows in batches], 1)  # [C, N, m]
+    size = sum(parameter.numel() for parameter in lora.lora_parameters(model))
+    return {"settings": asdict(s), "coordinates": size, "sketch_error": s.sketch ** -0.5 if s.sketch < size else 0.0,
+            "accuracy": np.mean([r.correct for r in rollouts]), "length": np.mean([len(r.token_ids) for r in rollouts]),
+            "rows": summarise(sketches, configurations(s))}
+
+
+def table(result: dict) -> str:
+    """The rows as markdown, below what is known of rollouts and sketches."""
+    def cell(key: str, value: float | None, error: float | None) -> str:
+        error = "" if error is None else f" +- {error:.3f}"
+        return "-" if value is None else f"{value:{'+' * key.startswith('-')}.3f}{error}"
+    keys = [key for key in result["rows"]["grpo"] if key != "cosines"]
+    lines = [["", *keys], ["---"] * (1 + len(keys)),
+             *([name, *(cell(key, *row[key]) for key in keys)] for name, row in result["rows"].items())]
+    return ("accuracy {accuracy:.3f}, length {length:.1f}; {coordinates} coordinates, standard error of a cosine by "
+            "their sketch {sketch_error:.4f}\n\n").format(**result) + "\n".join(f"| {' | '.join(x)} |" for x in lines)
+
+
+def main() -> None:
+    with one_line_errors(PROGRAM, "stopped"):
+        parser = Parser(__doc__, prog=PROGRAM)
+        add_flags(parser, [f for f in fields(Settings) if f.type is not list])
+        for f in (f for f in fields(Settings) if f.type is list):
+            shown = f"{f.metadata['help']} (default: {' '.join(map(str, f.default_factory()))})"
+            parser.add_argument(f"--{f.name}", nargs="+", type=int if f.name == "window" else float, help=shown)
+        s = Settings(**vars(parser.parse_args()))
+        for gamma, window, eps in itertools.product(s.gamma, s.window, s.eps):
+            check_ranges(replace(s, gamma=gamma, window=window, eps=eps))
+        with open(s.out or os.devnull, "a"), name_lack_of_memory(lambda: "here: lower --pass-tokens or --slots"):
+            result = measure(s)
+        if s.out:
+            write_json(Path(s.out), result)
+        say(table(result))
+
+
+if __name__ == "__main__":
+    main()

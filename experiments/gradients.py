@@ -4,9 +4,11 @@ r"""How well the gradient of one step points: what magnitude, gate and baseline 
 
 Student and teacher read each of N batches once. From that every configuration (gamma, window, eps) gets its gradient
 s_b with respect to the adapter, plain policy gradient (gamma = eps = 0, `grpo`) p_b. Advantages are (r - mean) / std
-over all rewards, which stand for those of earlier steps in (9), arXiv 2605.13255; two more rows take r and r - 0.5.
+over all rewards, which stand for those of earlier steps in (9), arXiv 2605.13255. Three more rows take r, r - 0.5, and
+mean length - length, which is `shorter`.
 
     alignment  mean over b of cos(s_b, sum of p_b' over b' != b); and its differences to grpo and to gamma = 0
+    shorter    the same with the gradients of the row `shorter` in the place of p: what the step does to length
     bias       cos(E s, E p) by products of different batches, whose noise has mean 0; naive: of the two noisy means
     signal     |E s|^2 / E |s|^2, by the same products; norm: sqrt(E |s|^2 / E |p|^2)
     momentum   cos(mean of s over 19 batches, E p): AdamW's momentum averages over (1 + beta1) / (1 - beta1) = 19
@@ -73,9 +75,10 @@ def configurations(s: Settings) -> dict[str, tuple[float, int, float]]:
     """(gamma, window, eps) by name: the grid, in which gamma = 0 has no window, and plain ones without a mean."""
     grid = sorted({(gamma, window * (gamma > 0), eps)
                    for gamma, window, eps in itertools.product([0.0, *s.gamma], s.window, [0.0, *s.eps])})
-    other = [[f"gamma {gamma} W {window}"] * (gamma > 0) + [f"eps {eps}"] * (eps != 0.2) for gamma, window, eps in grid]
-    named = {NAMES.get(values, ", ".join(parts)): values for values, parts in zip(grid, other, strict=True)}
-    return named | dict.fromkeys(("r", "r - 0.5"), (0.0, 0, 0.0))
+    other = [(f"gamma {gamma} W {window}" if gamma else "no gate") + f", eps {eps:g}" * (eps != 0.2)
+             for gamma, window, eps in grid]
+    named = {NAMES.get(values, name): values for values, name in zip(grid, other, strict=True)}
+    return named | dict.fromkeys(("r", "r - 0.5", "shorter"), (0.0, 0, 0.0))
 
 
 def sketch(x: torch.Tensor, size: int, seed: int) -> torch.Tensor:
@@ -94,38 +97,46 @@ def batch_sketches(model, tokenizer, rows: list[Rollout], s: Settings) -> torch.
         seen = teacher.read_in_batches(model, [teacher_prompt(tokenizer, row.problem, s.thinking) for row in rows],
                                        [row.token_ids for row in rows], s.pass_tokens)
     A, r = (torch.tensor([getattr(row, key) for row in rows], device=model.device) for key in ("advantage", "reward"))
+    lengths = seen.mask.sum(1).float()
+    advantages = {"r": r, "r - 0.5": r - 0.5, "shorter": lengths.mean() - lengths}
     for some in teacher.micro_batches([len(row.prompt) + len(row.token_ids) for row in rows], s.pass_tokens):
         own = teacher.read(model, [rows[i].prompt for i in some], [rows[i].token_ids for i in some])
         logp, entropy = (x[some, :own.mask.shape[1]] for x in (seen.logp, seen.entropy))
         for name, (gamma, window, eps) in grid.items():
-            advantage = {"r": r, "r - 0.5": r - 0.5}.get(name, A)[some]
-            weights = egrsd.token_advantages(advantage, logp, own.logp, entropy, own.mask, gamma=gamma, window=window,
-                                             eps=eps, floor=s.floor, max_entropy=seen.entropy.max())
+            weights = egrsd.token_advantages(advantages.get(name, A)[some], logp, own.logp, entropy, own.mask,
+                                             gamma=gamma, window=window, eps=eps, floor=s.floor,
+                                             max_entropy=seen.entropy.max())
             loss = egrsd.policy_loss(own.logp, weights, own.mask, seen.mask.sum())
-            gradient = torch.autograd.grad(loss, parameters, retain_graph=name != "r - 0.5")  # that is the last one
+            gradient = torch.autograd.grad(loss, parameters, retain_graph=name != "shorter")  # that is the last one
             found[name] = found.get(name, 0) + sketch(torch.cat([g.flatten() for g in gradient]), s.sketch, s.seed)
     return torch.stack([found[name] for name in grid])
 
 
-def estimates(own: np.ndarray, cross: np.ndarray, plain: np.ndarray) -> dict:
-    """cosines [N], and values by column, from the products [N, N] of s_b and s_b', s_b and p_b', p_b and p_b'."""
-    n, power = len(own), own.diagonal().mean()
-    others = plain.sum() - 2 * plain.sum(1) + plain.diagonal()  # |sum of p_b' over b' != b|^2, [N]
-    cosines = (cross.sum(1) - cross.diagonal()) / np.sqrt(own.diagonal() * others).clip(1e-300)  # 0 where s_b = 0
+def alignments(own: np.ndarray, cross: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """cos(s_b, sum of p_b' over b' != b) [N] from the products [N, N] of s_b and s_b', s_b and p_b', p_b and p_b'."""
+    others = target.sum() - 2 * target.sum(1) + target.diagonal()  # |sum of p_b' over b' != b|^2, [N]
+    return (cross.sum(1) - cross.diagonal()) / np.sqrt(own.diagonal() * others).clip(1e-300)  # 0 where s_b = 0
+
+
+def estimates(own: np.ndarray, cross: np.ndarray, plain: np.ndarray, *shorter: np.ndarray) -> dict:
+    """Values by column from such products, and from those with the gradients of `shorter`."""
+    n, power, cosines = len(own), own.diagonal().mean(), alignments(own, cross, plain)
     signal, shared, plain_signal = ((x.sum() - x.trace()) / (n * (n - 1)) for x in (own, cross, plain))
     bias, momentum = shared / np.sqrt(plain_signal) / np.sqrt([signal, signal + (power - signal) / 19])
-    return {"alignment": cosines.mean(), "norm": np.sqrt(power / plain.diagonal().mean()), "bias": bias,
+    return {"alignment": cosines.mean(), "shorter": alignments(own, *shorter).mean(), "bias": bias,
             "naive bias": cross.sum() / np.sqrt(own.sum() * plain.sum()), "signal": signal / power,
-            "momentum": momentum, "cosines": cosines}
+            "momentum": momentum, "norm": np.sqrt(power / plain.diagonal().mean()), "cosines": cosines}
 
 
 @np.errstate(invalid="ignore", divide="ignore")  # nan where the estimate of a square is negative
 def summarise(sketches: torch.Tensor, grid: dict[str, tuple]) -> dict[str, dict]:
     """sketches [C, N, m] -> by name, best alignment first: [value, standard error] by column, and all cosines."""
-    plain, n, found, rows = sketches[list(grid).index("grpo")].double(), sketches.shape[1], {}, {}
+    plain, shorter = (sketches[list(grid).index(name)].double() for name in ("grpo", "shorter"))
+    n, found, rows = sketches.shape[1], {}, {}
     kept = [np.arange(n), *(np.delete(np.arange(n), b) for b in range(n))]  # all, and all but one
     for name, own in zip(grid, map(torch.Tensor.double, sketches), strict=True):
-        products = [x.cpu().numpy() for x in (own @ own.T, own @ plain.T, plain @ plain.T)]
+        products = [(x @ y.T).cpu().numpy() for x, y in (
+            (own, own), (own, plain), (plain, plain), (own, shorter), (shorter, shorter))]
         found[name] = [estimates(*(x[np.ix_(k, k)] for x in products)) for k in kept]
     for name in sorted(grid, key=lambda name: -found[name][0]["alignment"]):
         columns = {key: np.array([one[key] for one in found[name]]) for key in found[name][0] if key != "cosines"}

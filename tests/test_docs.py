@@ -8,7 +8,7 @@ import pytest
 
 import eval as evaluation
 import train
-from experiments import bench, compare, diagnostics, plot, token_view, walk
+from experiments import bench, compare, diagnostics, gradients, plot, token_view, walk
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,7 +76,7 @@ def flags_of():
     """The flags of every command."""
     commands = {"train.py": train, "eval.py": evaluation, "experiments.bench": bench, "experiments.plot": plot,
                 "experiments.compare": compare, "experiments.diagnostics": diagnostics,
-                "experiments.token_view": token_view, "experiments.walk": walk}
+                "experiments.gradients": gradients, "experiments.token_view": token_view, "experiments.walk": walk}
     return {name: flags_in_help(name, module) for name, module in commands.items()}
 
 

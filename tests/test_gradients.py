@@ -51,9 +51,10 @@ def test_every_gradient_equals_that_of_a_plain_loop(monkeypatch, pass_tokens):
     monkeypatch.setattr(gradients, "teacher_prompt", lambda tokenizer, problem, thinking: privileged[problem.line])
     s = Settings(gamma=[0.3, 2.0], window=[0, 2], eps=[0.6], floor=0.2, sketch=10**6, pass_tokens=pass_tokens)
     found, grid = gradients.batch_sketches(model, None, rows, s), gradients.configurations(s)
-    assert len(grid) == 2 * (1 + 2 * 2) + 2
+    assert len(grid) == 2 * (1 + 2 * 2) + 3
     for name, (gamma, window, eps), vector in zip(grid, grid.values(), found, strict=True):
-        advantage = {"r": [1.2, 0.0, 1.4, 0.0], "r - 0.5": [0.7, -0.5, 0.9, -0.5]}.get(name, [1.5, -0.5, 2.0, -0.5])
+        advantage = {"r": [1.2, 0.0, 1.4, 0.0], "r - 0.5": [0.7, -0.5, 0.9, -0.5], "shorter": [
+            4.25 - length for length in lengths]}.get(name, [1.5, -0.5, 2.0, -0.5])
         exact = exact_gradient(model, rows, privileged, torch.tensor(advantage), gamma=gamma, window=window, eps=eps)
         torch.testing.assert_close(vector, gradients.sketch(exact, s.sketch, s.seed), rtol=1e-5, atol=1e-7)
         assert exact.norm() > 0.1
@@ -61,20 +62,21 @@ def test_every_gradient_equals_that_of_a_plain_loop(monkeypatch, pass_tokens):
 
 def test_names_are_those_of_compare():
     grid = gradients.configurations(Settings())
-    assert len(grid) == 42 and {"grpo", "eps 0.8", "gamma 3.0 W 0", "gamma 1.0 W 5, eps 0.4", "r - 0.5"} <= set(grid)
+    assert len(grid) == 43 and {"grpo", "no gate, eps 0.8", "gamma 1.0 W 5, eps 0.4", "r", "shorter"} <= set(grid)
     for name in set(grid) & set(compare.variants()) - {"grpo"}:
         s = settings.parse(["--preset", "toy", *compare.variants()[name]], "", family)[0]
         assert grid[name] == (s.gamma, s.window if s.gamma else 0, s.eps), name
-    assert len(set(grid) & set(compare.variants())) == 12  # all of its gates with a floor, grpo and magnitude off
+    assert len(set(grid) & set(compare.variants())) == 17  # all of its gates and clips, grpo and magnitude off
 
 
 # ---- figures
 
 
-GRID = {"grpo": (0.0, 0, 0.0), "eps 0.5": (0.0, 0, 0.5), "gamma 1.0 W 0, eps 0.5": (1.0, 0, 0.5)}
+GRID = {"grpo": (0.0, 0, 0.0), "eps 0.5": (0.0, 0, 0.5), "gamma 1.0 W 0, eps 0.5": (1.0, 0, 0.5),
+        "shorter": (0.0, 0, 0.0)}
 
 
-def slow(s, p):
+def slow(s, p, shorter):
     """What `estimates` says, by loops over vectors [N, d]."""
     n = len(s)
 
@@ -83,23 +85,25 @@ def slow(s, p):
     pairs = list(itertools.permutations(range(n), 2))
     ss, sp, pp = (np.mean([x[a] @ y[b] for a, b in pairs]) for x, y in ((s, s), (s, p), (p, p)))
     power, bias = np.mean([x @ x for x in s]), sp / np.sqrt(ss * pp)
-    cosines = [cosine(s[b], sum(p[other] for other in range(n) if other != b)) for b in range(n)]
-    return {"cosines": cosines, "alignment": np.mean(cosines), "norm": np.sqrt(power / np.mean([x @ x for x in p])),
-            "bias": bias, "naive bias": cosine(s.mean(0), p.mean(0)), "signal": ss / power,
+    cosines, toward_shorter = ([cosine(s[b], sum(x[other] for other in range(n) if other != b)) for b in range(n)]
+                               for x in (p, shorter))
+    return {"cosines": cosines, "alignment": np.mean(cosines), "shorter": np.mean(toward_shorter),
+            "norm": np.sqrt(power / np.mean([x @ x for x in p])), "bias": bias, "signal": ss / power,
+            "naive bias": cosine(s.mean(0), p.mean(0)),
             "momentum": bias * np.sqrt(ss / (ss + (power - ss) / 19))}
 
 
 def test_figures_equal_slow_loops():
     rng = np.random.default_rng(0)
-    vectors = 0.5 + rng.normal(size=(3, 6, 40))
+    vectors = 0.5 + rng.normal(size=(4, 6, 40))
     rows = gradients.summarise(torch.tensor(vectors), GRID)
     assert list(rows) == sorted(rows, key=lambda name: -rows[name]["alignment"][0])
     for name, s in zip(GRID, vectors, strict=True):
         def values(kept, name=name, s=s):
-            alignments = [slow(x[kept], vectors[0][kept])["alignment"] for x in (s, vectors[0], vectors[1])]
-            rivals = {"- grpo": alignments[0] - alignments[1],
-                      "- gamma 0": 0 if name == "grpo" else alignments[0] - alignments[2]}
-            return slow(s[kept], vectors[0][kept]) | rivals
+            own, plain, ungated = (slow(x[kept], vectors[0][kept], vectors[3][kept]) for x in (s, *vectors[:2]))
+            rivals = {"- grpo": own["alignment"] - plain["alignment"], "- gamma 0":
+                      own["alignment"] - (plain if name in ("grpo", "shorter") else ungated)["alignment"]}
+            return own | rivals
         whole, left = values(list(range(6))), [values([k for k in range(6) if k != b]) for b in range(6)]
         assert rows[name].keys() == whole.keys() and rows[name]["cosines"] == pytest.approx(whole.pop("cosines"))
         for key, value in whole.items():
@@ -108,7 +112,7 @@ def test_figures_equal_slow_loops():
 
 
 def test_a_batch_is_compared_with_the_others_only():
-    vectors = np.random.default_rng(0).normal(size=(3, 5, 20))
+    vectors = np.random.default_rng(0).normal(size=(4, 5, 20))
     before = gradients.summarise(torch.tensor(vectors), GRID)["eps 0.5"]["cosines"]
     vectors[0, 2] = 1000.0  # the plain gradient of batch 2
     after = gradients.summarise(torch.tensor(vectors), GRID)["eps 0.5"]["cosines"]
@@ -123,7 +127,7 @@ def test_noise_and_errors_are_those_of_known_directions():
         noise, own = rng.normal(size=(2, 12, 300)) / np.sqrt(300)
         p, s = 2 * noise, 2 * noise + 0.5 * own
         p[:, 0], s[:, 0], s[:, 1] = p[:, 0] + 1, s[:, 0] + 0.8, s[:, 1] + 0.6
-        row = gradients.summarise(torch.tensor(np.stack([p, s, s])), GRID)["eps 0.5"]
+        row = gradients.summarise(torch.tensor(np.stack([p, s, s, p])), GRID)["eps 0.5"]
         found.append([row[key] for key in ("bias", "signal", "momentum", "naive bias", "alignment", "- grpo")])
     values, errors = np.moveaxis(np.array(found), 2, 0)
     truth = [0.8, 1 / 5.25, 0.8 / np.sqrt(1 + 4.25 / 19)]
@@ -133,11 +137,11 @@ def test_noise_and_errors_are_those_of_known_directions():
 
 def test_noise_that_outweighs_the_signal_is_told():
     vectors = torch.eye(4).double() - 0.3 * torch.ones(4, 4)  # products of different batches are negative
-    row = gradients.summarise(torch.stack([vectors] * 3), GRID)["eps 0.5"]
+    row = gradients.summarise(torch.stack([vectors] * 4), GRID)["eps 0.5"]
     assert row["bias"] == row["momentum"] == [None, None] and row["signal"][0] < 0
     result = {"accuracy": 0, "length": 1, "coordinates": 4, "sketch_error": 0.5, "rows": {"grpo": row}}
     line = gradients.table(result).splitlines()[-1].split(" | ")
-    assert line[3] == line[6] == "-" and line[7].startswith("+0.000 +- ")
+    assert line[3] == line[6] == "-" and line[8].startswith("+0.000 +- ")
 
 
 # ---- sketches
@@ -155,10 +159,10 @@ def test_sketches_are_linear_and_exact_where_there_is_room():
 
 def test_alignment_on_sketches_is_exact_to_half_a_percent():
     """Of gradients that are much longer than their sketches."""
-    vectors = torch.randn(3, 8, 300_000, generator=torch.Generator().manual_seed(0)) + 0.5
+    vectors = torch.randn(4, 8, 300_000, generator=torch.Generator().manual_seed(0)) + 0.5
     vectors[1:] += vectors[0] / 2
     kept = torch.stack([torch.stack([gradients.sketch(x, 2**16, 0) for x in batches]) for batches in vectors])
-    assert kept.shape == (3, 8, 2**16)
+    assert kept.shape == (4, 8, 2**16)
     exact, found = (gradients.summarise(x, GRID) for x in (vectors, kept))
     for name, row in exact.items():
         assert 0.3 < row["alignment"][0] == pytest.approx(found[name]["alignment"][0], abs=0.005)
@@ -191,7 +195,7 @@ def test_command(tiny_toy, tiny_run, tmp_path, monkeypatch, capsys):
         "answer", "--adapter", tiny_run / "checkpoints" / "step-000004" / "adapter", "--out", tmp_path / "g.json")
     result = json.loads((tmp_path / "g.json").read_text(), parse_constant=pytest.fail)
     assert set(result["rows"]) == {"grpo", "direction-aware", "cl-egrsd", "magnitude off", "gamma 1.0 W 3",
-                                   "gamma 1.0 W 3, eps 0.0", "r", "r - 0.5"}
+                                   "gamma 1.0 W 3, eps 0", "r", "r - 0.5", "shorter"}
     assert 0 < result["accuracy"] < 1 and 1 < result["length"] <= 12 and result["settings"]["batch"] == 8
     for row in result["rows"].values():
         assert len(row["cosines"]) == 3 and np.mean(row["cosines"]) == pytest.approx(row["alignment"][0])

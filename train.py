@@ -88,7 +88,7 @@ class Trainer:
     def __init__(self, s: Settings, ranks: Ranks):
         """Load and check everything; nothing is written yet."""
         self.s, self.ranks, self.out, self.step, self.rows_per_problem = s, ranks, Path(s.out), 0, s.rollouts_per_prompt
-        self.stop, self.log, self.results = run.StopRequest(ranks), run.StepLog(self.out, ranks), {}
+        self.stop, self.log, self.results = run.StopRequest(ranks), run.StepLog(self), {}
         data, eval_data = ranks.once_per_node(
             lambda: (toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")))
         self.problems, self.left_out = ranks.together(
@@ -145,7 +145,7 @@ class Trainer:
             batch = self.read_as_student(indices, rows, reading, max_entropy, num_tokens)
             loss = self.loss(batch)
             (loss * ranks.world).backward()  # a rank's loss is its share of a sum, and averaging divides by world
-            log.add(loss, self.token_metrics(batch), batch.rows, batch.mask)
+            log.add(loss, self.token_metrics(batch), batch)
 
         log.begin("update")
         self.before_clipping(num_tokens)

@@ -35,12 +35,12 @@ import reward
 import rollout
 import teacher
 import toy
-from experiments.token_view import COLUMNS, KINDS
 from support.checkpoint import append_jsonl, write_json
 from support.data import Problem, load_adapter, load_model, load_problems
 from support.distributed import Ranks
 from support.errors import InputError
 from support.flags import SEEDS, flag, parse
+from support.report import COLUMNS, KINDS
 from support.run import hold, one_line_errors, say
 from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample
 

@@ -24,10 +24,10 @@ from tqdm import tqdm
 import egrsd
 import train
 from experiments.diagnostics import Settings as Diagnostics
-from experiments.token_view import KINDS, visible
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError, reason
 from support.flags import Parser, add_flags, nonempty_path
+from support.report import KINDS, visible
 from support.run import name_lack_of_memory, one_line_errors, say
 from support.settings import PRESETS, Settings, check
 

@@ -88,10 +88,14 @@ def _flush(path: Path) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Replace the file as a whole."""
     partial = path.with_name(path.name + ".tmp")
     with writing(path):
-        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.write_text(text, encoding="utf-8")
         _flush(partial)
         os.replace(partial, path)
 

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 import lora
-from support import checkpoint, distributed
+from support import checkpoint, distributed, report
 from support.data import digest, model_digest
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError, LocalError, reason
@@ -98,7 +98,8 @@ class StopRequest:
 
     @contextmanager
     def checkpointed(self, trainer):
-        """Note signals from here on. If Stop comes out of the block: checkpoint, say how to go on, end the process."""
+        """Note signals from here on. If Stop comes out of the block: checkpoint, say how to go on, end the process.
+        However the block ends, a report of the run is left."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
                 signal.signal(number, lambda received, _: setattr(self, "number", received))
@@ -110,6 +111,9 @@ class StopRequest:
                 print(f"stopped after step {trainer.step}, {path} is complete: go on with --out {trainer.out} --resume",
                       file=sys.stderr)
             raise SystemExit(128 + (self.number or signal.SIGTERM)) from None
+        finally:
+            if self.ranks.rank == 0:
+                report.attempt(trainer.out)
 
 
 @contextmanager
@@ -177,13 +181,13 @@ class Watch:
 class StepLog:
     """What is reported of the training steps. `phase` is what is going on; its seconds are counted until the next."""
 
-    def __init__(self, directory: Path, ranks: Ranks):
-        self.directory, self.ranks, self.bar = directory, ranks, None
+    def __init__(self, trainer):
+        self.trainer, self.ranks, self.bar = trainer, trainer.ranks, None
         self.phase, self.status = "", ""  # status: of the last step, shown while the next one samples
         self.begin_step()
 
     def begin_step(self) -> None:
-        self.seconds, self.loss, self.token_sums = Counter(), 0.0, Counter()
+        self.seconds, self.loss, self.token_sums, self.read = Counter(), 0.0, Counter(), {}
         self.began = self.phase_began = time.perf_counter()
 
     def begin(self, phase: str) -> None:
@@ -195,12 +199,24 @@ class StepLog:
         flag = "--slots" if self.phase in ("rollout", "evaluation") else "--micro-batch"
         return f"in the {self.phase or 'first'} phase: lower {flag} or --max-new-tokens"
 
-    def add(self, loss: Tensor, values: dict[str, Tensor], rows: list[Rollout], mask: Tensor) -> None:
+    def add(self, loss: Tensor, values: dict[str, Tensor], batch) -> None:
         """A micro-batch: its loss, and values per token [B, T], to be averaged over the tokens of rollouts."""
         self.loss += loss.item()
-        counted = mask & torch.tensor([[not row.is_reference] for row in rows], device=mask.device)
+        counted = batch.mask & torch.tensor([[not row.is_reference] for row in batch.rows], device=batch.mask.device)
         for name, value in values.items():
             self.token_sums[name] += (value * counted).sum().double().item()
+        values = {"logp": batch.logp.detach()} | values
+        self.read |= {id(row): (values, i) for i, row in enumerate(batch.rows)}
+
+    def by_token(self, step: int, row: Rollout) -> dict:
+        """Text and values of a rollout's tokens, in the steps that a report may show."""
+        s, left_out = self.trainer.s, {"sampling_gap", "clipped"} | (set() if row.has_context else {"entropy", "delta"})
+        if step not in (1, (s.steps + 1) // 2, s.steps) and step % s.checkpoint_every:
+            return {}
+        values, i = self.read[id(row)]
+        return {"by_token": {"text": [self.trainer.tokenizer.decode([token]) for token in row.token_ids]} | {
+            name: [round(x, 4) for x in value[i, :len(row.token_ids)].tolist()]
+            for name, value in values.items() if name not in left_out}}
 
     def finish_step(self, step: int, rollouts: list[Rollout], num_tokens: float, **metrics) -> dict:
         """The line of metrics.jsonl, means over all ranks; also writes the samples and sets the status."""
@@ -218,9 +234,9 @@ class StepLog:
         self.status = "".join(f"{name} {means[name]:.{digits}f}, " for name, digits in
                               (("reward", 2), ("accuracy", 2), ("length", 0)) if name in means)
         if self.ranks.rank == 0:
-            checkpoint.append_jsonl(self.directory / "samples.jsonl", [
+            checkpoint.append_jsonl(self.trainer.out / "samples.jsonl", [
                 {"step": step} | row.as_json() | {"reward": row.reward, "advantage": row.advantage}
-                for row in rollouts[:SAMPLES_PER_STEP]])
+                | self.by_token(step, row) for row in rollouts[:SAMPLES_PER_STEP]])
         seconds = {f"{phase}_s": self.seconds[phase] for phase in ("rollout", "teacher", "student")}
         return {"step": step, "loss": loss, **metrics, **means, **seconds,
                 "step_s": time.perf_counter() - self.began, "memory_gib": self.ranks.max(peak_memory_gib())}
@@ -295,7 +311,7 @@ def is_done(trainer) -> bool:
 
 def export(trainer) -> None:
     """Write model/, an ordinary checkpoint with the adapter merged in; say what came of the run and where it lies."""
-    out, lines, made = trainer.out, [], ("model", "checkpoints", "metrics.jsonl", "samples.jsonl")
+    out, lines, made = trainer.out, [], ("model", "checkpoints", "metrics.jsonl", "samples.jsonl", "report.html")
     try:
         lora.merge(trainer.model)
     except ValueError as error:
@@ -309,4 +325,4 @@ def export(trainer) -> None:
         lines.append(f"\n{'held-out':10}{'accuracy':>10}{'mean length':>13}{'accuracy (%) per 1,000 tokens':>31}")
     for name, r in trainer.results.items():
         lines.append(f"{name:10}{r['accuracy']:10.3f}{r['length']:13.1f}{r['efficiency']:31.0f}")
-    say("\n".join([*lines, "", *(str(out / name) for name in made)]))
+    say("\n".join([*lines, "", *(str(out / name) for name in made if (out / name).exists())]))

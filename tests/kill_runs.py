@@ -215,7 +215,8 @@ class Killer:
 def contents(directory: Path) -> dict[str, bytes]:
     """The files of a run that may not depend on kills."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*")
-            if path.is_file() and path.name not in ("lock", "metrics.jsonl") and path != directory / "config.json"}
+            if path.is_file() and path.name not in ("lock", "metrics.jsonl", "report.html")
+            and path != directory / "config.json"}
 
 
 def main() -> None:

@@ -188,6 +188,7 @@ def test_the_core_stands_alone(alone):
     assert process.wait(timeout=300) == 0, (here / "log").read_text()
     for method in ("egrsd", "cl-egrsd"):
         assert len((here / method / "metrics.jsonl").read_text().splitlines()) == 2
+        assert "</html>" in (here / method / "report.html").read_text()
         assert 0 < json.loads((here / method / "evaluation.json").read_text())["after"]["accuracy"] < 1
     assert 0 < json.loads((here / "evaluation" / "results.json").read_text())["results"][0]["avg"] < 1
     text = (here / "log").read_text()

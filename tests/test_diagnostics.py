@@ -19,6 +19,7 @@ import reward
 import teacher
 from experiments import diagnostics, token_view
 from support.data import load_problems
+from support.report import COLUMNS, KINDS
 
 ROOT = Path(diagnostics.__file__).parent.parent
 
@@ -94,10 +95,10 @@ def test_a_run_adds_up(diagnosed):
     assert result["completions"] == len(rows) == 24 and result["tokens"] == sum(len(row["tokens"]) for row in rows)
     assert sum(part["tokens"] for part in result["deciles"]) == result["tokens"]
     assert sum(kind["share"] for kind in result["kinds"].values()) == pytest.approx(1, abs=1e-6)
-    assert all(len(row[name]) == len(row["tokens"]) for row in rows for name in token_view.COLUMNS)
+    assert all(len(row[name]) == len(row["tokens"]) for row in rows for name in COLUMNS)
     H = np.array([x for row in rows for x in row["entropy"]])
     assert result["kinds"]["lock"]["share"] == pytest.approx((H < 0.5).mean(), abs=1e-6)
-    columns = {name: np.array([x for row in rows for x in row[name]]) for name in token_view.COLUMNS}
+    columns = {name: np.array([x for row in rows for x in row[name]]) for name in COLUMNS}
     tenth = np.argsort(-H, kind="stable")[:len(H) // 10]
     assert result["deciles"][9]["entropy"] == pytest.approx(H[tenth].mean(), rel=0.01)
     assert result["deciles"][9]["|d|"] == pytest.approx(np.abs(columns["delta"][tenth]).mean(), rel=0.05)
@@ -233,17 +234,17 @@ def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
     parsed = Parsed(text)
     assert not {"src", "href"} & {key for _, attributes in parsed.tags for key in attributes}
     assert "url(" not in text and "http" not in text and "prefers-color-scheme: dark" in text
-    shown = [{name: row[name] for name in ("tokens", *token_view.COLUMNS)} for row in rows]
+    shown = [{name: row[name] for name in ("tokens", *COLUMNS)} for row in rows]
     assert json.loads(parsed.script["data"]) == shown
     spans = [attributes for tag, attributes in parsed.tags if tag == "span" and "data-t" in attributes]
-    kinds = [token_view.KINDS[k] for row in rows for k in row["kind"]]
+    kinds = [KINDS[k] for row in rows for k in row["kind"]]
     assert [attributes["class"].split()[1] for attributes in spans] == kinds
     assert rows[0]["problem"] in parsed.text and rows[0]["solution"] in parsed.text
 
 
 def test_page_cannot_be_broken_by_a_completion():
     evil = "</script><script>alert(1)</script><!--"
-    row = dict.fromkeys(("problem", "prompt", "solution", "answer"), evil) | dict.fromkeys(token_view.COLUMNS, [0, 1])
+    row = dict.fromkeys(("problem", "prompt", "solution", "answer"), evil) | dict.fromkeys(COLUMNS, [0, 1])
     row |= {"tokens": [evil, "\n"], "correct": True, "reward": 1.0, "A": 0.5}
     parsed = Parsed(token_view.page([row], evil))
     assert [attributes.get("id") for tag, attributes in parsed.tags if tag == "script"] == ["data", None]

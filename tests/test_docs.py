@@ -8,7 +8,7 @@ import pytest
 
 import eval as evaluation
 import train
-from experiments import bench, compare, diagnostics, gradients, plot, token_view, walk
+from experiments import bench, compare, diagnostics, gradients, plot, report, token_view, walk
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -16,7 +16,7 @@ TORCHRUN = {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "-
 OF_A_RUN = {"config.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "results.json", "state.json",
             "tokens.jsonl", "diagnostics.json", "adapter_config.json", "only.json", "test.json", "validation.json",
             "validation.jsonl", "token_view.html", "train.jsonl", "test.jsonl", "openthoughts.jsonl", "aime24.jsonl",
-            "math500.jsonl", "gsm8k_200.jsonl", "bench.json"}
+            "math500.jsonl", "gsm8k_200.jsonl", "bench.json", "report.html"}
 
 
 def text_of(page):
@@ -76,7 +76,8 @@ def flags_of():
     """The flags of every command."""
     commands = {"train.py": train, "eval.py": evaluation, "experiments.bench": bench, "experiments.plot": plot,
                 "experiments.compare": compare, "experiments.diagnostics": diagnostics,
-                "experiments.gradients": gradients, "experiments.token_view": token_view, "experiments.walk": walk}
+                "experiments.gradients": gradients, "experiments.report": report,
+                "experiments.token_view": token_view, "experiments.walk": walk}
     return {name: flags_in_help(name, module) for name, module in commands.items()}
 
 

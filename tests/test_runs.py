@@ -22,10 +22,11 @@ import eval as evaluation
 import lora
 import toy
 import train
-from experiments import bench, compare, diagnostics, plot, token_view
+from experiments import bench, compare, diagnostics, plot, report, token_view
 from support import checkpoint, run
 from support.data import InputError, load_adapter, load_model, load_problems
 from support.distributed import Ranks
+from support.report import HIDDEN
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,7 @@ def copied(finished, tmp_path):
 COMMANDS = {"train": (train.main, []), "eval": (evaluation.main, ["--model", "m", "--data", "d"]),
             "diagnostics": (diagnostics.main, ["--model", "m", "--data", "d"]), "plot": (plot.main, []),
             "compare": (compare.main, []), "bench": (bench.main, ["--rows", "3", "--repeats", "1"]),
-            "token_view": (token_view.main, ["tokens.jsonl"])}
+            "token_view": (token_view.main, ["tokens.jsonl"]), "report": (report.main, ["run"])}
 
 
 @pytest.mark.parametrize("command, flag", [*((name, "--out") for name in COMMANDS), ("compare", "--work")])
@@ -492,7 +493,7 @@ def test_values_that_cannot_work_in_evaluation(tmp_path, flag, value):
 @pytest.mark.parametrize("main, argv", [
     (train.main, ["--temperatur", "1"]), (evaluation.main, ["--temperatur", "1"]), (diagnostics.main, ["--gam", "1"]),
     (compare.main, ["--step", "1"]), (plot.main, ["--result", "r"]), (token_view.main, ["t", "--colou", "gate"]),
-    (bench.main, ["--row", "3"])])
+    (bench.main, ["--row", "3"]), (report.main, ["run", "--ou", "x"])])
 def test_abbreviated_flags_are_refused(tmp_path, main, argv):
     code, lines, _ = forked(tmp_path, main, "program", *argv)
     assert code in (1, 2) and "unrecognized arguments: --" in lines[-1]
@@ -737,7 +738,7 @@ def test_token_view_shows_what_would_garble_the_page(tmp_path):
     (tmp_path / "tokens.jsonl").write_text(json.dumps(TOKENS) + "\n")
     code, lines, _ = forked(tmp_path, token_view.main, "token_view", "tokens.jsonl")
     page = (tmp_path / "token_view.html").read_text()
-    assert code == 0 and not token_view.HIDDEN.search(page) and "\\u202e" not in page and "\\u0000" not in page
+    assert code == 0 and not HIDDEN.search(page) and "\\u202e" not in page and "\\u0000" not in page
     assert "a[U+202E]b" in page and "[U+0000]" in page and "[U+D83D]" in page and "é" in page and "line↵" in page
 
 

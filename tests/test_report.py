@@ -1,0 +1,325 @@
+"""report.html: it is there whenever a run ends, says what the run's files say, and nothing in them can break it."""
+
+import html.parser
+import json
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import forked, train_arguments, train_here
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import egrsd
+import experiments.report
+import teacher
+import train
+from support import report, run
+from support.data import load_problems
+from support.distributed import Ranks
+from support.errors import InputError
+
+VOID = {"meta", "input", "br", "polyline", "path"}  # have no end, or end themselves
+EVIL = "</script><script>alert(1)</script><!-- \" ' {{data}} {{name}} \u202e \ud83d \x00 &amp;"
+
+
+class Page(html.parser.HTMLParser):
+    """Tags and texts of a page whose tags must be balanced and load nothing."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text, self.scripts = [], [], "", {}
+        self.feed(text)
+        assert not self.open and "http" not in text and "url(" not in text and "@import" not in text
+        assert not [a for _, a in self.tags if "src" in a or not a.get("href", "#").startswith("#")]
+        assert not [a for _, a in self.tags if any(name.startswith("on") for name in a)]
+        assert not report.HIDDEN.search(text)
+        self.data = json.loads(self.scripts["data"], parse_constant=lambda name: pytest.fail(name))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1][0] == "script":
+            self.scripts[self.open[-1][1].get("id", "")] = data
+        elif self.open and self.open[-1][0] != "style":
+            self.text += data
+
+    def count(self, tag):
+        return sum(name == tag for name, _ in self.tags)
+
+    def colours(self):
+        return [a["value"] for tag, a in self.tags if tag == "input"]
+
+
+def page_of(directory):
+    return Page((directory / "report.html").read_text(encoding="utf-8"))
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def copied(tiny_run, tmp_path):
+    """What a report needs of a run."""
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "metrics.jsonl", "evaluation.json", "samples.jsonl"):
+        shutil.copy(tiny_run / name, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def change(path, **changes):
+    """Change every row of a log."""
+    path.write_text("".join(json.dumps(row | changes) + "\n" for row in rows_of(path)))
+
+
+# ---- the values in samples.jsonl
+
+
+def test_the_steps_that_have_values():
+    """The first, the middle one, the last, and those that leave a checkpoint: of a run that stops early too."""
+    log = run.StepLog(SimpleNamespace(ranks=None, s=SimpleNamespace(steps=9, checkpoint_every=4),
+                                      tokenizer=SimpleNamespace(decode=str)))
+    row = SimpleNamespace(token_ids=[7, 8], has_context=True)
+    log.read[id(row)] = {"logp": torch.tensor([[0.0, 0.0, 0.0], [-1.23456, -2.0, 0.0]]), "clipped": torch.ones(2, 3)}, 1
+    found = {step: log.by_token(step, row) for step in range(1, 10)}
+    assert [step for step, values in found.items() if values] == [1, 4, 5, 8, 9]
+    assert found[9] == {"by_token": {"text": ["[7]", "[8]"], "logp": [-1.2346, -2.0]}}
+
+
+def read_slowly(model, prompt, ids):
+    """log-probs and entropies [T] of a completion, from whole logits in float64."""
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].double()
+    logp = logits.log_softmax(-1)
+    return logp[range(len(ids)), ids], -(logp.exp() * logp).sum(-1)
+
+
+@torch.no_grad()
+def test_the_values_of_the_first_step_are_those_of_plain_forward_passes(tiny_run, tiny_toy):
+    """There the student is still the base model."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_toy / "model")
+    model = AutoModelForCausalLM.from_pretrained(tiny_toy / "model").double()
+    problems = {p.line: p for p in load_problems(tiny_toy / "train.jsonl")[0]}
+    ids_of = {tokenizer.decode([token]): token for token in range(len(tokenizer))}
+    most = rows_of(tiny_run / "metrics.jsonl")[0]["max_entropy"]
+    rows = [row for row in rows_of(tiny_run / "samples.jsonl") if row["step"] == 1]
+    assert len(rows) == run.SAMPLES_PER_STEP
+    for row in rows:
+        values, problem = row["by_token"], problems[row["line"]]
+        ids = [ids_of[text] for text in values["text"]]
+        assert len(ids) == row["tokens"] and tokenizer.decode(ids, skip_special_tokens=True) == row["completion"]
+        assert "".join(values["text"]).startswith(row["completion"])
+        asked, shown = (teacher.encode(tokenizer, messages) for messages in (
+            teacher.student_messages(problem.problem), teacher.teacher_messages(problem.problem, problem.solution)))
+        logp, _ = read_slowly(model, asked, ids)
+        teacher_logp, H = read_slowly(model, shown, ids)
+        w = torch.exp((teacher_logp - logp) * (1 if row["advantage"] > 0 else -1)).clamp(0.8, 1.2)
+        soon = torch.stack([H[t:t + 4].min() for t in range(len(ids))])
+        expected = {"logp": logp, "delta": teacher_logp - logp, "entropy": H, "magnitude": w,
+                    "gate": (1 - 0.3 * soon / max(1, most)).clamp(0.1, 1)}
+        assert {"text", *expected} == values.keys()
+        for name, value in expected.items():
+            assert values[name] == pytest.approx(value.tolist(), abs=2e-4), name
+
+
+def test_micro_batches_do_not_mix_up_the_rows(tiny_toy, tmp_path):
+    found = []
+    for size in (2, 8):
+        train_here(*train_arguments(tiny_toy, tmp_path / str(size), steps=1, **{"micro-batch": size}))
+        found.append(rows_of(tmp_path / str(size) / "samples.jsonl"))
+    for one, other in zip(*found, strict=True):
+        a, b = one.pop("by_token"), other.pop("by_token")
+        assert one == other and a.pop("text") == b.pop("text")
+        assert all(a[name] == pytest.approx(b[name], abs=2e-4) for name in a.keys() | b.keys())
+
+
+# ---- the page
+
+
+def test_what_the_page_of_a_run_says(tiny_run):
+    page = page_of(tiny_run)
+    assert (tiny_run / "report.html").stat().st_size < 400_000
+    samples = [row for row in rows_of(tiny_run / "samples.jsonl") if "by_token" in row]
+    assert sorted({row["step"] for row in samples}) == [1, 2, 4] and all(f"step {n}" in page.text for n in (1, 2, 4))
+    assert [row["tokens"] for row in page.data] == [row["by_token"]["text"] for row in samples]
+    assert all(row["problem"] in page.text for row in samples)
+    assert page.count("svg") == page.count("title") - 1 == 8 and page.colours() == [*report.COLOURS]
+    for name, found in json.loads((tiny_run / "evaluation.json").read_text()).items():
+        assert f"{name}{found['accuracy']:.3f}{found['length']:.1f}{found['truncated']:.3f}" in page.text
+    assert "4 of 4 steps" in page.text and "lora_rank4" in page.text and torch.__version__ in page.text
+
+
+def test_what_is_derived_agrees_with_egrsd(tiny_run):
+    config = json.loads((tiny_run / "config.json").read_text())["settings"]
+    samples = [row for row in rows_of(tiny_run / "samples.jsonl") if "by_token" in row]
+    most = {row["step"]: row["max_entropy"] for row in rows_of(tiny_run / "metrics.jsonl")}
+    for shown, sample in zip(page_of(tiny_run).data, samples, strict=True):
+        values = {name: torch.tensor([value]) for name, value in sample["by_token"].items() if name != "text"}
+        mask = torch.ones_like(values["logp"]).bool()
+        soon = egrsd.lookahead_min(values["entropy"], mask, config["window"])
+        weights = egrsd.token_advantages(
+            torch.tensor([sample["advantage"]]), values["delta"] + values["logp"], values["logp"], values["entropy"],
+            mask, gamma=config["gamma"], window=config["window"], eps=config["eps"], max_entropy=most[sample["step"]])
+        assert shown["lookahead"] == pytest.approx(soon[0].tolist()) and shown["advantage"] == pytest.approx(
+            weights[0].tolist(), abs=5e-4)
+        assert [report.KINDS[kind] for kind in shown["kind"]] == [
+            "lock" if h < 0.5 else "pivot" if s < 0.2 else "fork"
+            for h, s in zip(shown["entropy"], soon[0].tolist(), strict=True)]
+
+
+def test_hostile_texts_are_only_texts(copied):
+    for name in ("problem", "gold"):
+        change(copied / "samples.jsonl", **{name: EVIL})
+    rows = [row | {"by_token": row["by_token"] | {"text": [EVIL] * row["tokens"]}} if "by_token" in row else row
+            for row in rows_of(copied / "samples.jsonl")]
+    (copied / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = json.loads((copied / "config.json").read_text())
+    config["settings"] |= {"model": EVIL, "data": EVIL}
+    (copied / "config.json").write_text(json.dumps(config))
+    report.write([copied], copied / "report.html")
+    page = page_of(copied)
+    assert page.count("script") == 2 and "alert" not in page.scripts[""]
+    assert page.data[0]["tokens"][0] == report.visible(EVIL) and "{{data}} {{name}} [U+202E] [U+D83D]" in page.text
+    report.write([copied, copied], copied / "report.html")
+    assert page_of(copied).count("script") == 2
+
+
+def test_numbers_that_are_none(copied):
+    rows = rows_of(copied / "samples.jsonl")
+    rows[0]["by_token"]["delta"][0] = -float("inf")
+    (copied / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change(copied / "metrics.jsonl", loss=float("nan"))
+    report.write([copied], copied / "report.html")
+    page = page_of(copied)
+    assert page.data[0]["delta"][0] is None and page.count("svg") == 7 and "loss by step" not in page.text
+
+
+def test_a_run_that_is_going_on(copied, tmp_path):
+    """Its logs may end in the middle of a line."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        text = (copied / name).read_text()
+        (copied / name).write_text(text[:-30])
+    (copied / "evaluation.json").unlink()
+    code, lines, out = forked(tmp_path, experiments.report.main, "report", copied)
+    assert (code, lines, out) == (0, [], f"{copied / 'report.html'}\n")
+    assert "3 of 4 steps" in page_of(copied).text and "None yet" in page_of(copied).text
+    assert "reward by step, 1 to 3" in page_of(copied).text
+
+
+def test_a_long_run_and_a_long_completion(copied):
+    row, = rows_of(copied / "metrics.jsonl")[:1]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": n}) + "\n" for n in range(1, 3001)))
+    rows = [row | {"tokens": 1000, "by_token": {name: value[:1] * 1000 for name, value in row["by_token"].items()}}
+            for row in rows_of(copied / "samples.jsonl") if "by_token" in row]
+    (copied / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write([copied], copied / "report.html")
+    page = page_of(copied)
+    assert "1000 tokens, the first 300 shown" in page.text and "1 to 3000" in page.text
+    assert max(len(a["points"].split()) for tag, a in page.tags if tag == "polyline") <= report.MOST_POINTS + 2
+    assert (copied / "report.html").stat().st_size < 800_000
+
+
+def test_several_runs_over_each_other(copied, tiny_run, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    config["settings"] |= {"seed": 7, "steps": 9, "out": "elsewhere"}
+    (copied / "config.json").write_text(json.dumps(config))
+    code, lines, out = forked(tmp_path, experiments.report.main, "report", copied, tiny_run)
+    assert (code, lines, out) == (0, [], "report.html\n")
+    page = page_of(tmp_path)
+    assert page.count("polyline") == 8 * 2 * 2 and page.count("tr") == 5 and page.data == []
+    assert f"{copied} 4 of 9 steps" in page.text and ", seed 7" in page.text and ", seed 0" in page.text
+    assert "lora_rank" not in page.text and "elsewhere" not in page.text
+
+
+@pytest.mark.parametrize("break_it, part", [
+    (lambda p: (p / "config.json").unlink(), "No such file"),
+    (lambda p: (p / "config.json").write_text("[]"), "TypeError"),
+    (lambda p: (p / "metrics.jsonl").write_text("{step\n{}\n"), "JSONDecodeError"),
+    (lambda p: (p / "evaluation.json").write_text("{"), "JSONDecodeError"),
+    (lambda p: (p / "samples.jsonl").write_text('{"by_token": {}}\n'), "KeyError")])
+def test_what_is_no_run_is_one_line(copied, tmp_path, break_it, part):
+    break_it(copied)
+    code, lines, _ = forked(tmp_path, experiments.report.main, "report", copied)
+    assert code == 1 and len(lines) == 1 and f"{copied}: no report can be made" in lines[0] and part in lines[0]
+
+
+@pytest.mark.parametrize("method, curves, colours", [
+    ("sft", ["loss", "grad_norm"], []), ("grpo", ["reward", "accuracy", "length", "loss", "grad_norm"], []),
+    ("opsd", ["reward", "accuracy", "length", "entropy", "loss", "grad_norm"], ["entropy"])])
+def test_a_neighbour_shows_what_it_has(tiny_toy, tmp_path, method, curves, colours):
+    flags = train_arguments(tiny_toy, tmp_path / "run", method=method, steps=1)
+    for flag in ("--temperature", "--top-p", "--top-k") if method == "sft" else ():  # it samples nothing
+        place = flags.index(flag)
+        del flags[place:place + 2]
+    train_here(*flags)
+    page = page_of(tmp_path / "run")
+    titles = [line.split(" by step")[0] for line in page.text.splitlines() if " by step, " in line]
+    assert titles == curves and page.colours() == colours
+    assert bool(page.data) == (method != "sft") and all("advantage" not in row for row in page.data)
+
+
+# ---- when it is written
+
+
+def test_a_run_that_is_stopped_leaves_a_report(tiny_toy, tmp_path):
+    def stop():
+        finish = run.StepLog.finish_step
+
+        def finish_step(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return finish(*args, **kwargs)
+        run.StepLog.finish_step = finish_step
+    code, lines, _ = forked(tmp_path, train.main, "train.py", *train_arguments(tiny_toy, "run"), before=stop)
+    assert code == 143 and len(lines) == 1 and "stopped after step 1" in lines[0]
+    assert "1 of 4 steps" in page_of(tmp_path / "run").text and len(page_of(tmp_path / "run").data) == 4
+
+
+def test_a_run_that_fails_leaves_a_report(tiny_toy, tmp_path, monkeypatch):
+    def check_gradient(self, norm):
+        if self.step == 2:
+            raise InputError("not finite")
+    monkeypatch.setattr(train.Trainer, "check_gradient", check_gradient)
+    with pytest.raises(InputError, match="not finite"):
+        train_here(*train_arguments(tiny_toy, tmp_path / "run"))
+    assert "2 of 4 steps" in page_of(tmp_path / "run").text
+    monkeypatch.setattr(train.Trainer, "check_gradient", lambda self, norm: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_here(*train_arguments(tiny_toy, tmp_path / "at-once"))
+    assert not (tmp_path / "at-once" / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(tiny_toy, tmp_path, monkeypatch, capsys):
+    def write_text(path, text):
+        raise OSError(28, "No space left on device")
+    arguments = train_arguments(tiny_toy, tmp_path / "run", steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(report.checkpoint, "write_text", write_text)
+        patch.setattr(report.checkpoint, "write_json", lambda path, value: path.write_text(json.dumps(value)))
+        train_here(*arguments)
+    out, error = capsys.readouterr()
+    warnings = [line for line in error.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "no report.html" in warnings[0] and "No space left" in warnings[0]
+    assert "report.html" not in out and (tmp_path / "run" / "model").is_dir()
+    train_here(*train_arguments(tiny_toy, tmp_path / "other", steps=1))
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "other" / "report.html")
+
+
+def test_only_the_first_process_writes(tmp_path):
+    ranks = Ranks.alone()
+    ranks.rank = 1
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with run.StopRequest(ranks).checkpointed(SimpleNamespace(out=tmp_path)):
+        pass
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

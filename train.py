@@ -91,8 +91,7 @@ class Trainer:
         self.stop, self.log, self.results = run.StopRequest(ranks), run.StepLog(self), {}
         data, eval_data = ranks.once_per_node(
             lambda: (toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")))
-        self.problems, self.left_out = ranks.together(
-            load_problems, data, self.needs_solution, s.skip_ungradable)
+        self.problems, self.left_out = ranks.together(load_problems, data, self.needs_solution, s.skip_ungradable)
         self.held_out = ranks.together(load_problems, eval_data, False, s.skip_ungradable)[0] if eval_data else []
         name = ranks.once_per_node(lambda: toy.resolve(s.model, "model"))
         self.files = {"--data": data, "--model": name} | ({"--eval-data": eval_data} if eval_data else {})

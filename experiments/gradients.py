@@ -21,7 +21,8 @@ coordinates have room. Policy gradient itself is unbiased only with --temperatur
 
 import itertools
 import os
-from dataclasses import asdict, dataclass, fields, replace
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from experiments.diagnostics import sample_student, teacher_prompt
 from family.contexts import CONTEXTS
 from support.checkpoint import write_json
 from support.data import add_adapter, load_adapter, load_model, load_problems
-from support.flags import SEEDS, Parser, add_flags, check_ranges, flag
+from support.flags import SEEDS, flag, parse
 from support.run import name_lack_of_memory, one_line_errors, say
 from support.sampling import Rollout, Sampling, check_window
 
@@ -182,14 +183,7 @@ def table(result: dict) -> str:
 
 def main() -> None:
     with one_line_errors(PROGRAM, "stopped"):
-        parser = Parser(__doc__, prog=PROGRAM)
-        add_flags(parser, [f for f in fields(Settings) if f.type is not list])
-        for f in (f for f in fields(Settings) if f.type is list):
-            shown = f"{f.metadata['help']} (default: {' '.join(map(str, f.default_factory()))})"
-            parser.add_argument(f"--{f.name}", nargs="+", type=int if f.name == "window" else float, help=shown)
-        s = Settings(**vars(parser.parse_args()))
-        for gamma, window, eps in itertools.product(s.gamma, s.window, s.eps):
-            check_ranges(replace(s, gamma=gamma, window=window, eps=eps))
+        s = parse(Settings, sys.argv[1:], __doc__)
         with open(s.out or os.devnull, "a"), name_lack_of_memory(lambda: "here: lower --pass-tokens or --slots"):
             result = measure(s)
         if s.out:

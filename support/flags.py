@@ -11,7 +11,8 @@ SEEDS = "[0, 1e18]"  # torch takes 64 bits
 
 
 def flag(default, help: str, interval: str = "", choices: tuple | None = None):
-    """One setting; interval: the numbers that it may be, such as "[0, 1)". A list is a flag to be repeated."""
+    """One setting; interval: the numbers that it may be, such as "[0, 1)". A list takes several values at once, all of
+    the type of its first default; one that is empty by default is a flag to be repeated."""
     keywords = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(**keywords, metadata={"help": help, "interval": interval, "choices": choices})
 
@@ -46,13 +47,15 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser, settings: Iterable[Field], choices: dict[str, tuple] | None = None) -> None:
     """A flag per field; `choices` of fields that do not declare them."""
     for f in settings:
-        kind = nonempty if f.type is str and f.default != "" else f.type
+        kind = nonempty if f.type is str and f.default != "" else nonempty_path if f.type is Path else f.type
+        many = f.default_factory() if f.type is list else []
         keywords = {"type": kind, "choices": (choices or {}).get(f.name, f.metadata["choices"])}
         if f.type is bool:
             keywords = {"action": argparse.BooleanOptionalAction}
         elif f.type is list:
-            keywords = {"type": nonempty, "action": "append"}
-        shown = f" (default: {f.default})" if f.type is not list and f.default not in (None, "") else ""
+            keywords = {"type": type(many[0]), "nargs": "+"} if many else {"type": nonempty, "action": "append"}
+        default = " ".join(map(str, many)) if f.type is list else f.default
+        shown = f" (default: {default})" if default not in (None, "") else ""
         parser.add_argument(flag_name(f.name), help=f.metadata["help"] + shown, **keywords)
 
 
@@ -69,8 +72,9 @@ def check_ranges(settings) -> None:
     """InputError for the first number that is out of its range."""
     for f in fields(settings):
         value, interval = getattr(settings, f.name), f.metadata["interval"]
-        if interval and not is_inside(value, interval):
-            raise InputError(f"{flag_name(f.name)} must be in {interval}, got {value}")
+        for number in (value if f.type is list else [value]) if interval else ():
+            if not is_inside(number, interval):
+                raise InputError(f"{flag_name(f.name)} must be in {interval}, got {number}")
 
 
 def is_inside(value: float, interval: str) -> bool:

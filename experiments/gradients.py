@@ -1,6 +1,6 @@
 r"""How well the gradient of one step points: what magnitude, gate and baseline do to it, without training.
 
-    python -m experiments.gradients --max-new-tokens 128             the toy: 42 configurations in about five minutes
+    python -m experiments.gradients --max-new-tokens 128             the toy: 43 rows in about five minutes
 
 Student and teacher read each of N batches once. From that every configuration (gamma, window, eps) gets its gradient
 s_b with respect to the adapter, plain policy gradient (gamma = eps = 0, `grpo`) p_b. Advantages are (r - mean) / std

@@ -6,6 +6,7 @@
 
 from pathlib import Path
 
+from support.errors import InputError
 from support.flags import Parser, nonempty_path
 from support.report import write
 from support.run import one_line_errors, say
@@ -21,6 +22,8 @@ def main() -> None:
     with one_line_errors(PROGRAM, "stopped, nothing was written"):
         a = parser.parse_args()
         out = a.out or (a.runs[0] if len(a.runs) == 1 else Path()) / "report.html"
+        if out.suffix != ".html":
+            raise InputError(f"{out}: a page is needed here, such as report.html")
         write(a.runs, out)
         say(str(out))
 

@@ -93,8 +93,8 @@ def write_json(path: Path, value: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file as a whole."""
-    partial = path.with_name(path.name + ".tmp")
     with writing(path):
+        partial = path.with_name(path.name + ".tmp")
         partial.write_text(text, encoding="utf-8")
         _flush(partial)
         os.replace(partial, path)

@@ -162,7 +162,7 @@ def curve(name: str, unit: str, runs: list[Run]) -> str:
     span, every = min(25, max(1, steps // 20)), -(-steps // MOST_POINTS)
     for k, points in enumerate(series):
         means = [(x, fmean(y for _, y in points[max(0, i - span):i + span + 1])) for i, (x, _) in enumerate(points)]
-        raw, smooth = (" ".join(f"{x},{100 * (high - y) / (high - low or 1):.3f}" for x, y in [
+        raw, smooth = (" ".join(f"{x},{100 * (high - y) / (high - low or 1):.10g}" for x, y in [
             *some[:-1:every], *some[-1:] * 2]) for some in (points, means))  # a single point, twice, is a dot
         lines += f'<g class="s{k % 6}"><polyline class="raw" points="{raw}"/><polyline points="{smooth}"/></g>'
     return f"""<figure><figcaption>{name} <span class="faint">{unit}</span></figcaption>

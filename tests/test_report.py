@@ -240,6 +240,23 @@ def test_several_runs_over_each_other(copied, tiny_run, tmp_path):
     assert "lora_rank" not in page.text and "elsewhere" not in page.text
 
 
+@pytest.mark.parametrize("out", [".", "..", "metrics.jsonl"])
+def test_a_page_is_not_written_over_anything_else(copied, tmp_path, out):
+    code, lines, _ = forked(tmp_path, experiments.report.main, "report", copied, "--out", copied / out)
+    assert code == 1 and len(lines) == 1 and "a page is needed here" in lines[0]
+
+
+def test_values_beside_an_outlier(copied):
+    """The script reads a value back from its place in the curve."""
+    values = [0.05 + n / 1000 if n != 50 else 3000.0 for n in range(100)]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": x}) + "\n"
+                                                  for n, x in enumerate(values)))
+    report.write([copied], copied / "report.html")
+    raw = next(a for tag, a in page_of(copied).tags if tag == "polyline" and a.get("class") == "raw")
+    places = {int(x): float(y) for x, y in (point.split(",") for point in raw["points"].split())}
+    assert [3000 - places[n] / 100 * (3000 - 0.05) for n in range(100)] == pytest.approx(values, abs=1e-5)
+
+
 @pytest.mark.parametrize("break_it, part", [
     (lambda p: (p / "config.json").unlink(), "No such file"),
     (lambda p: (p / "config.json").write_text("[]"), "TypeError"),

@@ -200,7 +200,15 @@ def test_command(tiny_toy, tiny_run, tmp_path, monkeypatch, capsys):
     for row in result["rows"].values():
         assert len(row["cosines"]) == 3 and np.mean(row["cosines"]) == pytest.approx(row["alignment"][0])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0][2:] for line in lines[4:]] == list(result["rows"])
+    assert [line.split(" | ")[0][2:] for line in lines[4:-2]] == list(result["rows"])
+    assert lines[-1] == gradients.recommendation(result["rows"])
+
+
+def test_recommendation_names_the_best_gate_or_none():
+    rows = {"r": {}, "eps 0.5": {"- grpo": [0.1, 0.02], "- gamma 0": [0.03, 0.01]}}
+    assert gradients.recommendation(rows).startswith("try eps 0.5: alignment +0.100 +- 0.020 above grpo, +0.030")
+    rows["eps 0.5"]["- grpo"] = [0.1, 0.06]
+    assert gradients.recommendation(rows).startswith("no gate and no clip")
 
 
 def test_sketches_do_as_exact_gradients_on_the_toy_s_model(tiny_toy):

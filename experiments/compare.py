@@ -1,30 +1,32 @@
 """EGRSD and its neighbours on equal terms: same problems, same number of rollouts and updates, several seeds.
 
-    python -m experiments.compare                everything: 238 runs took 206 core-minutes; after a stop the same
-                                                 command goes on with what is missing; it prints the table at its end
+    python -m experiments.compare                everything; after a stop the same command goes on with what is missing;
+                                                 it prints the tables at its end
     python -m experiments.compare --only opsd    one row of the table, the choice of its learning rate included, into
-                                                 runs/compare/only.json (differences: add egrsd cl-egrsd)
+                                                 runs/compare/only.json (its difference to CL-EGRSD: add cl-egrsd)
 
 The learning rate of every method: train with --choose-seed at each of --rates, take the rate of the highest accuracy on
 the validation split, of equals the smallest; while it is at an edge, try the next one of LADDER too. Variants of
 CL-EGRSD take CL-EGRSD's rate. Then --seeds are trained and measured on the test split; docs/evidence.md says more.
 Every run is an ordinary `python train.py ...` in --work/<name>/lr<rate>-seed<seed>, with samples and figures of its
 evaluation beside it. What was done with the same command, data and settings is not repeated.
+
+A run is judged by its whole curve, the mean over its updates of the rollouts' accuracy, reward and length, beside its
+end. QUESTIONS are answered by differences of rows, seed by seed: their p-values (t test) are Holm's, over all of them.
 """
 
-import argparse
 import itertools
 import json
 import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr
-from functools import partial
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -35,13 +37,14 @@ from tqdm import tqdm
 import eval as evaluation
 import family
 import toy
+import train as training
 from experiments import diagnostics
 from family.settings import GROUP
 from support import settings
 from support.data import digest, load_model, load_problems
 from support.distributed import Ranks
 from support.errors import InputError
-from support.flags import Parser, nonempty, nonempty_path
+from support.flags import SEEDS, Parser, add_flags, check_ranges, flag
 from support.run import hold, one_line_errors, say
 
 PROGRAM = "python -m experiments.compare"
@@ -50,8 +53,42 @@ PARENT = "cl-egrsd"
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SLOTS = 128  # rows decoded together in evaluation
 CURVES = ("accuracy", "length", "reward", "entropy", "gate")  # of metrics.jsonl, kept for every run
-MEASURES = ("accuracy", "length", "eff", "markers_per_response", "markers_per_1000_tokens", "repetition")
-T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, by degrees of freedom from 1
+AREAS = ("mean_accuracy", "mean_reward", "mean_length")  # over the updates, of the rollouts
+MEASURES = ("accuracy", "length", "eff", "markers_per_response", "markers_per_1000_tokens", "repetition", *AREAS)
+QUESTIONS = {  # asked before the runs were made, and the differences that answer them
+    "magnitude": (("direction-aware", "grpo"), (PARENT, "magnitude off"), ("gamma 1.0 W 0", "gamma 1.0 W 0, eps 0")),
+    "gate": (("egrsd", "direction-aware"), ("gamma 1.0 W 0", "direction-aware"), ("gamma 3.0 W 0", "direction-aware")),
+    "lookahead": ((PARENT, "egrsd"), *((f"gamma {gamma} W {window}", f"gamma {gamma} W 0")
+                                       for gamma in ("1.0", "3.0") for window in (3, 5))),
+    "gate with lookahead": ((PARENT, "direction-aware"), *((f"gamma {gamma} W {window}", "direction-aware")
+                                                           for gamma in ("1.0", "3.0") for window in (3, 5))),
+    "wider clip": (("no gate, eps 0.4", "direction-aware"), ("no gate, eps 0.8", "direction-aware"),
+                   ("gamma 1.0 W 0, eps 0.8", "gamma 1.0 W 0")),
+    "recommended": (("gamma 1.0 W 0, eps 0.8", PARENT), ("gamma 3.0 W 0, eps 0.8", PARENT)),
+    "length reward": ((PARENT, "length reward off"),),
+    "whole method": (("egrsd", "grpo"), (PARENT, "grpo"))}
+
+
+@dataclass
+class Settings:
+    """The command line."""
+
+    only: list = flag([], "methods and variants to run")
+    seeds: list = flag(list(range(10)), "seeds of the reported runs", SEEDS)
+    other_seeds: int = flag(5, "how many of them for rows that no question is about", "[1, inf)")
+    rates: list = flag([3e-4, 1e-3, 3e-3], "learning rates tried", "[0, 1e30]")
+    choose_seed: int = flag(100, "seed of the runs that choose the rate", SEEDS)
+    steps: int = flag(40, "updates of every run", "[1, inf)")
+    completions: int = flag(32, "rollouts per update, in groups or not", "[1, inf)")
+    max_new_tokens: int = flag(128, "longest completion in tokens", "[1, inf)")
+    samples: int = flag(1, "completions per problem in evaluation", "[1, inf)")
+    validation: int = flag(480, "training problems set aside", "[1, inf)")
+    workers: int = flag(2, "runs at a time, each on one core", "[1, inf)")
+    model: str = flag("toy", "checkpoint directory or toy")
+    data: str = flag("toy", "training problems, JSONL or toy")
+    test: str = flag("toy", "test problems, JSONL or toy")
+    work: Path = flag(Path("runs/compare"), "directory of the runs")
+    out: Path = flag(None, "results (default: results/compare.json; with --only only.json in --work)")
 
 
 def methods() -> list[str]:
@@ -64,14 +101,17 @@ def methods() -> list[str]:
 def variants() -> dict[str, list[str]]:
     """Flags by name: the methods first, then what is derived from CL-EGRSD."""
     named = {name: ["--method", name] for name in methods()} | {
-        "gate off": ["--gamma", "0"], "magnitude off": ["--eps", "0"], "length reward off": ["--beta-length", "0"],
-        "gamma 3.0 W 3, floor 0": ["--gamma", "3", "--floor", "1e-9"],
+        "magnitude off": ["--eps", "0"], "length reward off": ["--beta-length", "0"],
         "position gate": ["--method", "egrsd", "--gate", "position"]}
-    for method in ("direction-aware", "egrsd", "cl-egrsd"):
-        named[f"{method}, answer only"] = ["--method", method, "--teacher-context", "answer"]
     for gamma, window in itertools.product((0.3, 1.0, 3.0), (0, 3, 5)):
         named[f"gamma {gamma} W {window}"] = ["--gamma", str(gamma), "--window", str(window)]
-    del named["gamma 0.3 W 3"]  # that is cl-egrsd
+    del named["gamma 0.3 W 0"], named["gamma 0.3 W 3"]  # egrsd and cl-egrsd
+    for eps in ("0.4", "0.8"):
+        named[f"no gate, eps {eps}"] = ["--gamma", "0", "--eps", eps]
+    for gamma, eps in (("1", "0"), ("1", "0.8"), ("3", "0.8")):
+        named[f"gamma {gamma}.0 W 0, eps {eps}"] = ["--gamma", gamma, "--window", "0", "--eps", eps]
+    for method in ("direction-aware", "egrsd", "cl-egrsd"):
+        named[f"{method}, answer only"] = ["--method", method, "--teacher-context", "answer"]
     return named
 
 
@@ -132,6 +172,7 @@ def run(name: str, rate: float, seed: int, split: str, a) -> dict:
         **diagnostics.markers(texts, sum(row["tokens"] for row in rows)),
         "repetition": diagnostics.repetition_rate(texts), "seconds": time.time() - start,
         "curves": {key: [round(step[key], 5) for step in steps] for key in CURVES if steps and key in steps[0]}}
+    result |= {f"mean_{key}": float(np.mean(curve)) for key, curve in result["curves"].items()}
     (out / f"{split}.json").write_text(json.dumps(result))
     return result
 
@@ -142,9 +183,12 @@ def train(command: list[str], origin: dict, out: Path) -> None:
     if made.exists() and json.loads(made.read_text()) == origin:
         return
     shutil.rmtree(out / "run", ignore_errors=True)
-    with log_path.open("w") as log:
-        code = subprocess.run([sys.executable, *command, "--out", str(out / "run")], stdout=log, stderr=log,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    sys.argv, code = [*command, "--out", str(out / "run")], 0
+    with log_path.open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            training.main()
+        except SystemExit as error:
+            code = error.code
     if code:
         last = log_path.read_text().strip().splitlines()[-1:]
         raise InputError(f"{log_path}: the run ended with code {code}: {' '.join(last)}")
@@ -152,8 +196,11 @@ def train(command: list[str], origin: dict, out: Path) -> None:
 
 
 def run_all(jobs: list[tuple], a, title: str) -> list[dict]:
-    """The results of all jobs, in their order."""
-    with ProcessPoolExecutor(a.workers, mp_context=get_context("spawn")) as pool:
+    """The results of all jobs, in their order; each has a process of its own, whose imports are made already."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["experiments.diagnostics", "train"])
+    with ProcessPoolExecutor(a.workers, mp_context=context, max_tasks_per_child=1) as pool:
         results = pool.map(run, *zip(*jobs, strict=True), itertools.repeat(a))
         return list(tqdm(results, total=len(jobs), desc=title, unit=" runs"))
 
@@ -177,72 +224,104 @@ def beyond(best: float, tried) -> list[float]:
     return lower + higher
 
 
+@cache
+def student_t(freedom: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values of Student's t from -inf to inf, and their distribution function: with t = sqrt(freedom) tan(angle) the
+    density of the angle is in proportion to cos(angle)^(freedom - 1)."""
+    angle = np.pi * ((np.arange(200_000) + 0.5) / 200_000 - 0.5)
+    density = np.cos(angle) ** (freedom - 1)
+    return np.sqrt(freedom) * np.tan(angle), (np.cumsum(density) - density / 2) / density.sum()
+
+
 def interval(values: list[float]) -> dict:
-    """Mean, half width of its 95 % interval (t distribution; None for one value), and the values."""
-    n = len(values)
-    half = T_975[min(n, 10) - 2] * np.std(values, ddof=1).item() / n ** 0.5 if n > 1 else None
-    return {"mean": float(np.mean(values)), "half_width": half, "values": [round(v, 5) for v in values]}
+    """Mean, half width of its 95 % interval, p of a mean of 0 (t distribution; None for one value), and the values."""
+    n, half, p = len(values), None, None
+    if n > 1:
+        t, below = student_t(n - 1)
+        error = np.std(values, ddof=1).item() / n ** 0.5
+        half = float(np.interp(0.975, below, t)) * error
+        p = 2 * float(np.interp(-abs(np.mean(values)) / error, t, below)) if error else float(not np.any(values))
+    return {"mean": float(np.mean(values)), "half_width": half, "p": p, "values": [round(v, 5) for v in values]}
 
 
-def summarise(results: list[dict]) -> dict:
-    """Per name the intervals of every measure, and of its difference to EGRSD and CL-EGRSD."""
-    names = dict.fromkeys(result["name"] for result in results)
-    by_name = {name: {result["seed"]: result for result in results if result["name"] == name} for name in names}
+def holm(p: list[float]) -> list[float]:
+    """p-values adjusted for their number, in the order given (Holm 1979).
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p, kind="stable")
+    adjusted = np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted[np.argsort(order)].tolist()
+
+
+def difference(more: dict[int, dict], less: dict[int, dict], measures: tuple) -> dict:
+    """Intervals of the difference of two rows' runs, of the seeds that both have."""
+    seeds = sorted(more.keys() & less.keys())
+    return {measure: interval([more[seed][measure] - less[seed][measure] for seed in seeds])
+            for measure in measures if seeds and all(measure in run[seeds[0]] for run in (more, less))}
+
+
+def answers(by_name: dict[str, dict[int, dict]]) -> list[dict]:
+    """The QUESTIONS of which there are runs: differences of AREAS, with p-values adjusted for the number of all."""
+    rows = [{"question": question, "difference": f"{more} - {less}"} | difference(by_name[more], by_name[less], AREAS)
+            for question, pairs in QUESTIONS.items() for more, less in pairs if {more, less} <= by_name.keys()]
+    cells = [row[area] for row in rows for area in AREAS if row[area]["p"] is not None]
+    for cell, p in zip(cells, holm([cell["p"] for cell in cells]), strict=True):
+        cell["holm"] = p
+    return rows
+
+
+def summarise(by_name: dict[str, dict[int, dict]]) -> dict:
+    """Per name the intervals of every measure, and of CL-EGRSD's difference to it."""
     rows = {}
     for name, runs in by_name.items():
         first = runs[min(runs)]
-        rows[name] = {measure: interval([runs[seed][measure] for seed in sorted(runs)]) for measure in MEASURES}
+        rows[name] = {measure: interval([runs[seed][measure] for seed in sorted(runs)])
+                      for measure in MEASURES if measure in first}
         rows[name] |= {"rate": first["rate"], "seeds": sorted(runs), "command": first["command"]}
-        for rival in ("egrsd", "cl-egrsd"):
-            shared = sorted(set(runs) & set(by_name.get(rival, {})))
-            if shared and name != rival:
-                rows[name][f"{rival} minus this"] = {
-                    measure: interval([by_name[rival][seed][measure] - runs[seed][measure] for seed in shared])
-                    for measure in MEASURES[:3]}
+        if name != PARENT and PARENT in by_name:
+            rows[name][f"{PARENT} minus this"] = difference(by_name[PARENT], runs, MEASURES)
     return rows
+
+
+def cell(value: dict | None, digits: int, scale: float = 1.0, sign: str = "") -> str:
+    """An interval as text; with a star, if its p-value was adjusted and is below 0.05."""
+    if not value:
+        return ""
+    half = f" ± {scale * value['half_width']:.{digits}f}" if value["half_width"] is not None else ""
+    return f"{scale * value['mean']:{sign}.{digits}f}{half}" + " *" * (value.get("holm", 1) < 0.05)
 
 
 def table(rows: dict) -> str:
     """The rows as markdown."""
-    def cell(value: dict, digits: int, scale: float = 1.0, sign: str = "") -> str:
-        half = f" ± {scale * value['half_width']:.{digits}f}" if value["half_width"] is not None else ""
-        return f"{scale * value['mean']:{sign}.{digits}f}{half}"
-    lines = ["| method | rate | accuracy % | length | Eff | markers per response | "
-             "EGRSD minus it | CL-EGRSD minus it |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| method | rate | seeds | accuracy % | length | Eff | markers per response | mean accuracy % | "
+             "mean reward | mean length | CL-EGRSD minus it, mean accuracy |", "|---" * 11 + "|"]
     for name, row in rows.items():
-        differences = [cell(row[f"{rival} minus this"]["accuracy"], 1, 100, "+") if f"{rival} minus this" in row else ""
-                       for rival in ("egrsd", "cl-egrsd")]
-        rate = f"{row['rate']:g}" if name != BASE else ""
-        lines.append(f"| {name} | {rate} | {cell(row['accuracy'], 1, 100)} | {cell(row['length'], 1)} | "
-                     f"{cell(row['eff'], 0)} | {cell(row['markers_per_response'], 2)} | {' | '.join(differences)} |")
+        rate, rival = f"{row['rate']:g}" if name != BASE else "", row.get(f"{PARENT} minus this", {})
+        lines.append("| " + " | ".join([
+            name, rate, str(len(row["seeds"])), cell(row["accuracy"], 1, 100), cell(row["length"], 1),
+            cell(row["eff"], 0), cell(row["markers_per_response"], 2), cell(row.get("mean_accuracy"), 1, 100),
+            cell(row.get("mean_reward"), 3), cell(row.get("mean_length"), 1),
+            cell(rival.get("mean_accuracy"), 1, 100, "+")]) + " |")
     return "\n".join(lines)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def questions_table(found: list[dict]) -> str:
+    """The answers as markdown."""
+    lines = ["| question | difference | mean accuracy, points | mean reward | mean length, tokens |", "|---" * 5 + "|"]
+    lines += [f"| {row['question']} | {row['difference']} | {cell(row['mean_accuracy'], 1, 100, '+')} | "
+              f"{cell(row['mean_reward'], 3, 1, '+')} | {cell(row['mean_length'], 2, 1, '+')} |" for row in found]
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: list[str]) -> Settings:
     parser = Parser(__doc__, prog=PROGRAM)
-    parser.add_argument("--only", default=[], nargs="+", choices=list(variants()), metavar="NAME",
+    add_flags(parser, fields(Settings)[1:])
+    parser.add_argument("--only", nargs="+", choices=list(variants()), metavar="NAME",
                         help="methods and variants to run (default: all): " + "; ".join(variants()))
-    for name, default, help in (
-            ("--seeds", [0, 1, 2, 3, 4], "seeds of the reported runs"),
-            ("--variant-seeds", 5, "how many of them for the variants"),
-            ("--rates", [3e-4, 1e-3, 3e-3], "learning rates tried"),
-            ("--choose-seed", 100, "seed of the runs that choose the rate"),
-            ("--steps", 40, "updates of every run"),
-            ("--completions", 32, "rollouts per update, in groups or not"),
-            ("--max-new-tokens", 128, "longest completion in tokens"),
-            ("--samples", 2, "completions per problem in evaluation"),
-            ("--validation", 480, "training problems set aside"),
-            ("--workers", 2, "runs at a time, each on one core"),
-            ("--model", "toy", "checkpoint directory or toy"),
-            ("--data", "toy", "training problems, JSONL or toy"),
-            ("--test", "toy", "test problems, JSONL or toy"),
-            ("--work", Path("runs/compare"), "directory of the runs")):
-        kind = {"type": type(default[0]), "nargs": "+"} if isinstance(default, list) else {
-            "type": {str: nonempty, type(Path()): nonempty_path}.get(type(default), type(default))}
-        parser.add_argument(name, default=default, help=f"{help} (default: {default})", **kind)
-    parser.add_argument("--out", default=None, type=nonempty_path,
-                        help="results (default: results/compare.json; with --only only.json in --work)")
-    a = parser.parse_args(argv)
+    a = Settings(**vars(parser.parse_args(argv)))
+    check_ranges(a)
     if a.completions % GROUP:
         raise InputError(f"--completions must be a multiple of {GROUP}, the size of a group, got {a.completions}")
     a.out = a.out or (a.work / "only.json" if a.only else Path("results/compare.json"))
@@ -256,19 +335,22 @@ def compare(a) -> None:
     compared = [name for name in names if name in methods()]
     derived = [name for name in names if name not in methods()]
     rates, chosen = choose_rates(compared + ([PARENT] if derived and PARENT not in compared else []), a)
-    jobs = [(BASE, 0.0, seed, "test") for seed in a.seeds]
-    jobs += [(name, rates[name], seed, "test") for name in compared for seed in a.seeds]
-    jobs += [(name, rates[PARENT], seed, "test") for name in derived for seed in a.seeds[:a.variant_seeds]]
+    asked = {BASE, *(name for pairs in QUESTIONS.values() for pair in pairs for name in pair)}
+    rates |= {name: rates[PARENT] for name in derived} | {BASE: 0.0}
+    jobs = [(name, rates[name], seed, "test") for place, seed in enumerate(a.seeds) for name in [BASE, *names]
+            if name in asked or place < a.other_seeds]
     results = run_all(jobs, a, "seeds")
-    rows = summarise(results)
-    say(table(rows) + "\n")
+    by_name = {name: {r["seed"]: r for r in results if r["name"] == name} for name in [BASE, *names]}
+    rows, found = summarise(by_name), answers(by_name)
+    say(f"{table(rows)}\n\n{questions_table(found)}\n")
     if a.out.exists() and (lost := set(json.loads(a.out.read_text())["rows"]) - set(rows)):
         raise InputError(f"{a.out}: holds {len(lost)} rows that these runs do not have: choose another --out")
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps({
-        "command": PROGRAM, "settings": vars(a),
+        "command": PROGRAM, "settings": asdict(a),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "run_seconds": sum(r["seconds"] for r in chosen + results), "methods": methods(), "rows": rows,
+        "questions": found,
         "choice_of_rates": [{key: r[key] for key in ("name", "rate", "seed", "accuracy", "length")} for r in chosen],
         "curves": {name: [r["curves"] for r in results if r["name"] == name] for name in rows if name != BASE},
     }, separators=(",", ":"), default=str) + "\n")

@@ -1,10 +1,13 @@
-"""Pictures of results/compare.json, the output of experiments.compare: all methods, and training curves.
+"""Pictures of results/compare.json, the output of experiments.compare, and how well experiments.gradients foretold it.
 
     pip install matplotlib && python -m experiments.plot
 
-frontier.png: every method at its mean length and accuracy on the test problems, with 95 % intervals over seeds in
+frontier.png: every row at its mean length and accuracy on the test problems, with 95 % intervals over seeds in
 both; up and to the left is better.
-curves.png: accuracy and length of a few methods' rollouts by update, mean over seeds, smoothed over five updates.
+curves.png: accuracy and length of a few rows' rollouts by update, mean over seeds, smoothed over five updates.
+alignment.png: the rows that both experiments know, with all seeds, by what gradients_start.json says of them and by the
+mean over the updates. The rank correlations (Spearman) are printed, with 95 % intervals by a bootstrap over these rows
+and seeds; "all" is the mean of gradients_start.json, gradients_middle.json and gradients_end.json.
 """
 
 import json
@@ -18,19 +21,21 @@ from support.run import one_line_errors, say
 
 PROGRAM = "python -m experiments.plot"
 RESULTS = Path("results")
-CURVES = ("egrsd", "cl-egrsd", "direction-aware", "grpo", "rlsd", "vopd", "topk-opd", "sdpo")
+CURVES = ("grpo", "direction-aware", "egrsd", "cl-egrsd", "gamma 3.0 W 0", "gamma 3.0 W 3", "gamma 1.0 W 0, eps 0.8")
+TIMES, PREDICTORS = ("start", "middle", "end"), ("alignment", "shorter", "momentum", "bias")
+AREAS = ("accuracy", "reward", "length")
 
 
 def draw_methods(axes, results: dict) -> None:
-    rows = {name: row for name, row in results["rows"].items() if name in ("no training", *results["methods"])}
-    for k, (name, row) in enumerate(rows.items()):
+    for k, (name, row) in enumerate(results["rows"].items()):
         x, y = row["length"], row["accuracy"]
         axes.errorbar(x["mean"], 100 * y["mean"], xerr=x["half_width"], yerr=100 * (y["half_width"] or 0), label=name,
                       fmt="os^D"[k % 4], color=f"C{k % 10}", capsize=2, markersize=6, linewidth=1)
     axes.set(xlabel="mean length of completions, tokens", ylabel="accuracy on held-out problems, %")
-    axes.set_title("The toy: {steps} updates of {completions} rollouts, {} seeds, 95 % intervals".format(
-        len(results["settings"]["seeds"]), **results["settings"]), fontsize=10)
-    axes.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False)
+    axes.set_title("The toy: {steps} updates of {completions} rollouts, 95 % intervals over seeds".format(
+        **results["settings"]), fontsize=10)
+    axes.legend(fontsize=8, ncols=1 + len(results["rows"]) // 25, bbox_to_anchor=(1.01, 1), loc="upper left",
+                frameon=False)
 
 
 def draw_curves(axes, results: dict, measure: str, label: str, scale: float) -> None:
@@ -41,6 +46,46 @@ def draw_curves(axes, results: dict, measure: str, label: str, scale: float) -> 
             smooth = [mean[max(0, t - 4):t + 1].mean() for t in range(len(mean))]
             axes.plot(range(1, len(mean) + 1), smooth, label=name, linewidth=1.4)
     axes.set(xlabel="update", ylabel=label)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation, ties with their mean rank.
+
+    >>> round(spearman(np.array([1, 2, 3, 4]), np.array([10, 30, 20, 40])), 3)
+    0.8
+    """
+    x, y = ((v[:, None] > v).sum(1) + (v[:, None] >= v).sum(1) for v in (x, y))  # twice the rank
+    return float(np.corrcoef(x, y)[0, 1]) if len({*x}) > 1 < len({*y}) else 0.0
+
+
+def foretold(results: dict, gradients: dict[str, dict], resamples: int = 2000) -> tuple[dict, str]:
+    """What gradients say and training gave, [configurations] and [configurations, seeds], and their rank correlations
+    as markdown."""
+    names = [name for name in gradients["start"]["rows"]
+             if results["rows"].get(name, {}).get("seeds") == results["settings"]["seeds"]]
+    values = {"names": names} | {
+        area: np.array([results["rows"][name][f"mean_{area}"]["values"] for name in names]) for area in AREAS}
+    values |= {(time, key): np.array([file["rows"][name][key][0] for name in names], dtype=float)
+               for time, file in gradients.items() for key in PREDICTORS}
+    values |= {("all", key): np.mean([values[time, key] for time in gradients], axis=0) for key in PREDICTORS}
+    seeds, lines = values["reward"].shape[1], ["| gradients | column | accuracy | reward | length |", "|---" * 5 + "|"]
+    rng = np.random.default_rng(0)
+    draws = [(rng.integers(len(names), size=len(names)), rng.integers(seeds, size=seeds)) for _ in range(resamples)]
+    for time, key in ((time, key) for time in (*gradients, "all") for key in PREDICTORS):
+        x, cells = values[time, key], []
+        for y in (values[area] for area in AREAS):
+            low, high = np.quantile([spearman(x[i], y[i][:, j].mean(1)) for i, j in draws], [0.025, 0.975])
+            cells.append(f"{spearman(x, y.mean(1)):+.2f} [{low:+.2f}, {high:+.2f}]")
+        lines.append(f"| {time} | {key} | {' | '.join(cells)} |")
+    return values, "\n".join(lines)
+
+
+def draw_foretold(axes, values: dict, key: str, area: str) -> None:
+    x, y = values["start", key], values[area]
+    axes.errorbar(x, y.mean(1), yerr=y.std(1, ddof=1) / y.shape[1] ** 0.5, fmt="o", markersize=4, linewidth=1)
+    for name, *place in zip(values["names"], x, y.mean(1), strict=True):
+        axes.annotate(name, place, fontsize=5, xytext=(3, 3), textcoords="offset points")
+    axes.set(xlabel=f"{key}, at the start", ylabel=f"mean {area} over the updates, standard error")
 
 
 def draw(a) -> None:
@@ -60,7 +105,13 @@ def draw(a) -> None:
     draw_curves(right, results, "length", "mean length of the rollouts, tokens", 1)
     right.legend(fontsize=8, frameon=False)
     figure.savefig(a.out / "curves.png")
-    say(f"{a.out / 'frontier.png'}\n{a.out / 'curves.png'}")
+    files = {time: a.results.with_name(f"gradients_{time}.json") for time in TIMES}
+    values, table = foretold(results, {time: json.loads(file.read_text()) for time, file in files.items()})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
+    draw_foretold(left, values, "alignment", "accuracy")
+    draw_foretold(right, values, "shorter", "length")
+    figure.savefig(a.out / "alignment.png")
+    say(f"{table}\n\n" + "\n".join(str(a.out / f"{name}.png") for name in ("frontier", "curves", "alignment")))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import family
 from experiments import compare, plot
 from support import settings
+from support.errors import InputError
 
 ROOT = Path(compare.__file__).parent.parent
 
@@ -22,8 +24,24 @@ def test_doctests():
 def test_interval_is_student_s_t():
     found = compare.interval([0.8, 0.9, 0.85, 0.95, 0.7])
     assert found["mean"] == pytest.approx(0.84)
-    assert found["half_width"] == pytest.approx(2.776 * np.std([0.8, 0.9, 0.85, 0.95, 0.7], ddof=1) / 5 ** 0.5)
-    assert compare.interval([0.5])["half_width"] is None
+    error = np.std([0.8, 0.9, 0.85, 0.95, 0.7], ddof=1) / 5 ** 0.5
+    assert found["half_width"] == pytest.approx(2.776445 * error, rel=1e-5)
+    assert compare.interval([0.5])["half_width"] is compare.interval([0.5])["p"] is None
+    assert compare.interval([0.0, 0.0])["p"] == 1 and compare.interval([0.1, 0.1])["p"] == 0
+
+
+@pytest.mark.parametrize("freedom, p, t", [(1, 0.975, 12.7062), (4, 0.975, 2.77645), (9, 0.995, 3.24984), (9, 0.5, 0)])
+def test_quantiles_of_student_s_t(freedom, p, t):  # a table's
+    values, below = compare.student_t(freedom)
+    assert np.interp(p, below, values) == pytest.approx(t, rel=1e-4, abs=1e-4)
+
+
+def test_p_value_is_that_of_the_interval():
+    """An interval of 1 - p that just reaches 0."""
+    values = [0.3, 0.1, 0.4, -0.1, 0.2, 0.35, 0.0, 0.15]
+    t, below = compare.student_t(7)
+    half = np.interp(1 - compare.interval(values)["p"] / 2, below, t) * np.std(values, ddof=1) / 8 ** 0.5
+    assert half == pytest.approx(np.mean(values), rel=1e-4)
 
 
 def arguments(tmp_path, *flags):
@@ -58,14 +76,13 @@ def test_every_run_has_the_same_number_of_rollouts(tmp_path):
 
 
 def test_order_of_the_table():
-    """That of the recorded comparison; a method that is added later comes last."""
+    """A method that is added later comes last."""
     path = ROOT / "results" / "compare.json"
     if not path.exists():
         pytest.skip("no recorded comparison")
     recorded = json.loads(path.read_text())
     assert compare.methods()[:len(recorded["methods"])] == recorded["methods"]
-    assert list(recorded["rows"]) == [compare.BASE, *recorded["methods"],
-                                      *(name for name in compare.variants() if name not in compare.methods())]
+    assert list(recorded["rows"]) == [compare.BASE, *(name for name in compare.variants() if name in recorded["rows"])]
 
 
 def test_jobs(tmp_path, monkeypatch):
@@ -79,14 +96,21 @@ def test_jobs(tmp_path, monkeypatch):
                 for name, rate, seed, _ in jobs]
     monkeypatch.setattr(compare, "run_all", run_all)
     monkeypatch.setattr(compare, "make_splits", lambda a: None)
-    monkeypatch.setattr(sys, "argv", ["compare", "--only", "opsd", "gate off", "--work", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["compare", "--only", "opsd", "magnitude off", "--work", str(tmp_path)])
     compare.main()
-    assert [job for job in seen if job[3] == "test"] == [
-        (name, rate, seed, "test") for name, rate in ((compare.BASE, 0.0), ("opsd", 3e-3), ("gate off", 1e-3))
-        for seed in range(5)]
+    few = range(5)
+    assert sorted(job for job in seen if job[3] == "test") == sorted(
+        [(compare.BASE, 0.0, seed, "test") for seed in range(10)] + [("opsd", 3e-3, seed, "test") for seed in few] +
+        [("magnitude off", 1e-3, seed, "test") for seed in range(10)])
     written = json.loads((tmp_path / "only.json").read_text())  # not over the recorded comparison
-    assert written["command"] == "python -m experiments.compare" and written["settings"]["seeds"] == [0, 1, 2, 3, 4]
-    assert list(written["rows"]) == [compare.BASE, "opsd", "gate off"] and "gate off" in written["curves"]
+    assert written["command"] == "python -m experiments.compare" and written["settings"]["seeds"] == [*range(10)]
+    assert list(written["rows"]) == [compare.BASE, "opsd", "magnitude off"] and "magnitude off" in written["curves"]
+    assert written["rows"]["opsd"]["seeds"] == [*few] and written["questions"] == []
+
+
+def test_every_question_is_about_rows_that_exist():
+    asked = {name for pairs in compare.QUESTIONS.values() for pair in pairs for name in pair}
+    assert asked <= compare.variants().keys()
 
 
 @pytest.mark.parametrize("name, complaint", [("short", "1 problems, --validation takes 480"), ("none", "no such data")])
@@ -102,16 +126,36 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys, name, complaint
 
 def result(name, seed, accuracy):
     return {"name": name, "seed": seed, "rate": 1e-3, "command": "c", "accuracy": accuracy, "length": 30.0, "eff": 2.0,
-            "markers_per_response": 1.0, "markers_per_1000_tokens": 2.0, "repetition": 0.0, "curves": {}}
+            "markers_per_response": 1.0, "markers_per_1000_tokens": 2.0, "repetition": 0.0, "curves": {},
+            "mean_accuracy": accuracy, "mean_reward": 1.5 * accuracy, "mean_length": 40 - seed}
+
+
+def by_name(accuracies):
+    return {name: {seed: result(name, seed, value) for seed, value in enumerate(values)}
+            for name, values in accuracies.items()}
 
 
 def test_differences_are_taken_seed_by_seed():
-    rows = compare.summarise([result("cl-egrsd", 0, 0.8), result("cl-egrsd", 1, 0.6), result("grpo", 1, 0.5),
-                              result("grpo", 0, 0.7)])
-    assert rows["grpo"]["cl-egrsd minus this"]["accuracy"] == {
-        "mean": pytest.approx(0.1), "half_width": pytest.approx(0, abs=1e-9), "values": [0.1, 0.1]}
-    assert "cl-egrsd minus this" not in rows["cl-egrsd"] and "egrsd minus this" not in rows["grpo"]
-    assert "| grpo | 0.001 | 60.0 ± 127.1 | 30.0 ± 0.0 |" in compare.table(rows)
+    runs = by_name({"cl-egrsd": [0.8, 0.6], "grpo": [0.7, 0.5, 0.1]})
+    rows = compare.summarise(runs)
+    found = rows["grpo"]["cl-egrsd minus this"]["mean_accuracy"]
+    assert found["values"] == [0.1, 0.1] and found["half_width"] == pytest.approx(0, abs=1e-9)
+    assert "cl-egrsd minus this" not in rows["cl-egrsd"]
+    assert "| cl-egrsd | 0.001 | 2 | 70.0 ± 127.1 | 30.0 ± 0.0 | 2 ± 0 | 1.00 ± 0.00 | 70.0" in compare.table(rows)
+
+
+def test_answers_are_adjusted_for_their_number():
+    runs = by_name({"direction-aware": [0.8, 0.82, 0.79], "grpo": [0.7, 0.7, 0.7], "egrsd": [0.81, 0.80, 0.80]})
+    found = compare.answers(runs)
+    assert [row["difference"] for row in found] == ["direction-aware - grpo", "egrsd - direction-aware", "egrsd - grpo"]
+    p = [row[area]["p"] for row in found for area in compare.AREAS]
+    assert [row[area]["holm"] for row in found for area in compare.AREAS] == compare.holm(p)
+    for values in ([0.001, 0.02, 0.02, 0.9], [0.5, 0.6]):  # against the definition
+        order = sorted(range(len(values)), key=values.__getitem__)
+        steps = [min(1, max((len(values) - k) * values[order[k]] for k in range(place + 1)))
+                 for place in range(len(values))]
+        assert [compare.holm(values)[i] for i in order] == pytest.approx(steps)
+    assert "| whole method | egrsd - grpo | +10.3 ± 1.4 * | +0.155 ± 0.022 * |" in compare.questions_table(found)
 
 
 def test_a_run_is_made_once_and_says_how(tiny_toy, tmp_path, monkeypatch):
@@ -119,6 +163,8 @@ def test_a_run_is_made_once_and_says_how(tiny_toy, tmp_path, monkeypatch):
                   "--test", tiny_toy / "test.jsonl", "--steps", 1, "--max-new-tokens", 12, "--samples", 1,
                   "--completions", 8, "--validation", 50)
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [])  # which the run sets, as it does these
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     compare.make_splits(a)
     train, validation = ((a.work / f"{name}.jsonl").read_text() for name in ("train", "validation"))
     assert train + validation == (tiny_toy / "train.jsonl").read_text() and validation.count("\n") == 50
@@ -133,20 +179,24 @@ def test_a_run_is_made_once_and_says_how(tiny_toy, tmp_path, monkeypatch):
     assert (a.work / "grpo" / "lr0.001-seed0" / "run" / "metrics.jsonl").stat().st_mtime_ns == trained
     a.steps = 2  # other settings, another run
 
-    def train_again(command, **_):
-        assert command[command.index("--steps") + 1] == "2"
+    def train_again():
+        assert sys.argv[sys.argv.index("--steps") + 1] == "2"
         sys.exit("trains again")
-    monkeypatch.setattr(compare.subprocess, "run", train_again)
-    with pytest.raises(SystemExit, match="trains again"):
+    monkeypatch.setattr(compare.training, "main", train_again)
+    with pytest.raises(InputError, match="the run ended with code trains again"):
         compare.run("grpo", 1e-3, 0, "test", a)
 
 
 def test_a_recorded_comparison_is_that_of_the_documentation():
-    """The table of docs/evidence.md is the one that the recorded results give."""
+    """The tables of docs/evidence.md are those that the recorded results give."""
     path = ROOT / "results" / "compare.json"
     if not path.exists():
         pytest.skip("no recorded comparison")
-    rows = json.loads(path.read_text())["rows"]
+    recorded = json.loads(path.read_text())
     documentation = (ROOT / "docs" / "evidence.md").read_text()
-    for line in compare.table(rows).splitlines()[2:]:
+    for line in [*compare.table(recorded["rows"]).splitlines(), *compare.questions_table(
+            recorded["questions"]).splitlines()]:
+        assert line in documentation
+    gradients = {time: json.loads((path.parent / f"gradients_{time}.json").read_text()) for time in plot.TIMES}
+    for line in plot.foretold(recorded, gradients)[1].splitlines():
         assert line in documentation

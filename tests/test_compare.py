@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -198,5 +199,6 @@ def test_a_recorded_comparison_is_that_of_the_documentation():
             recorded["questions"]).splitlines()]:
         assert line in documentation
     gradients = {time: json.loads((path.parent / f"gradients_{time}.json").read_text()) for time in plot.TIMES}
-    for line in plot.foretold(recorded, gradients)[1].splitlines():
-        assert line in documentation
+    for line in plot.foretold(recorded, gradients, resamples=2)[1].splitlines():  # whose intervals are others
+        cells = [re.escape(cell.split("[")[0]) for cell in line.split(" | ")]
+        assert re.search(r"[^|]*\| ".join(cells), documentation)

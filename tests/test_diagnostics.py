@@ -4,14 +4,12 @@ import doctest
 import html.parser
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_ids, tiny_qwen3
+from conftest import forked, random_ids, tiny_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora
@@ -20,8 +18,6 @@ import teacher
 from experiments import diagnostics, token_view
 from support.data import load_problems
 from support.report import COLUMNS, KINDS
-
-ROOT = Path(diagnostics.__file__).parent.parent
 
 
 def test_doctests():
@@ -222,13 +218,8 @@ class Parsed(html.parser.HTMLParser):
             self.text += data
 
 
-def make_page(*arguments):
-    return subprocess.run([sys.executable, "-m", "experiments.token_view", *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True)
-
-
 def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
-    assert make_page(diagnosed / "tokens.jsonl", "--out", tmp_path / "v.html").returncode == 0
+    assert forked(tmp_path, token_view.main, "v", diagnosed / "tokens.jsonl", "--out", tmp_path / "v.html")[0] == 0
     text = (tmp_path / "v.html").read_text()
     rows = [json.loads(line) for line in (diagnosed / "tokens.jsonl").read_text().splitlines()]
     parsed = Parsed(text)
@@ -253,5 +244,5 @@ def test_page_cannot_be_broken_by_a_completion():
 
 def test_page_refuses_other_files(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"problem": "p"}\n')
-    done = make_page(tmp_path / "other.jsonl")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "not a tokens.jsonl" in done.stderr
+    code, lines, _ = forked(tmp_path, token_view.main, "v", tmp_path / "other.jsonl")
+    assert code == 1 and len(lines) == 1 and "not a tokens.jsonl" in lines[0]

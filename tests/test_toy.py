@@ -15,7 +15,7 @@ from support.data import load_problems
 
 
 def test_same_seed_same_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "UPDATES", 4)
+    monkeypatch.setattr(toy, "UPDATES", 2)
     monkeypatch.setattr(toy, "accuracy", lambda *args: 0.0)
     paths = [toy.build(seed, tmp_path / name) for seed, name in ((0, "a"), (0, "b"), (1, "a"))]
     assert paths[0].name == paths[1].name != paths[2].name and toy.build(0, tmp_path / "a") == paths[0]

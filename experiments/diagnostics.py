@@ -1,6 +1,6 @@
 """What a student and its privileged teacher do token by token, without training: the metrics of the family's papers.
 
-    python -m experiments.diagnostics --model toy --data toy --max-new-tokens 128
+    python -m experiments.diagnostics --max-new-tokens 128          the toy, its held-out problems
 
     markers       epistemic words (wait, perhaps, check ...) per response and per 1,000 tokens            2603.24472
     repetition    share of completions whose tail compresses more than 10 times with zlib                 2604.08527
@@ -40,7 +40,7 @@ from support.data import Problem, load_adapter, load_model, load_problems
 from support.distributed import Ranks
 from support.errors import InputError
 from support.flags import SEEDS, flag, parse
-from support.report import COLUMNS, KINDS
+from support.report import COLUMNS, HIGH, KINDS, LOW, WINDOW
 from support.run import hold, one_line_errors, say
 from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample
 
@@ -52,26 +52,32 @@ BATCH_TOKENS = 2**14  # per forward pass when reading
 
 
 @dataclass
-class Settings(Sampling):
-    """The command line: how to sample, and what to look at."""
+class ReadingSettings(Sampling):
+    """Flags of commands that sample solutions, which student and teacher then read."""
 
-    model: str = flag("", "checkpoint directory, hub id or toy")
+    model: str = flag("toy", "checkpoint directory, hub id or toy")
     adapter: str = flag(None, "LoRA adapter directory of the student (default: none, so that it is the base model)")
-    data: str = flag("", "JSONL file with problem, solution and answer, or toy (its test problems)")
-    out: str = flag(None, "directory for the results (default: runs/diagnostics-<time>)")
+    data: str = flag("toy", "JSONL file with problem, solution and answer, or toy")
     skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
-    problems: int = flag(64, "how many of the file's problems, from its start", "[1, inf)")
-    max_new_tokens: int = flag(1024, "longest completion in tokens", "[1, inf)")
+    max_new_tokens: int = flag(1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)")
     top_p: float = flag(1.0, "draw from the likeliest tokens of this mass", "(0, 1]")
     slots: int = flag(128, "rows decoded together; lower it to save memory", "[1, inf)")
     thinking: bool = flag(False, "let the chat template open a thinking block")
-    seed: int = flag(0, "seed of sampling and of the choice of positions", SEEDS)
-    gamma: float = flag(0.3, "strength of the gate", "[0, inf)")
-    window: int = flag(3, "lookahead of CL-EGRSD's gate, of pivots and of the lookahead entropy", "[0, inf)")
-    eps: float = flag(0.2, "clip of the magnitude, for the token advantages", "[0, 1)")
+    seed: int = flag(0, "seed of sampling and of everything else that is random", SEEDS)
     floor: float = flag(0.1, "smallest gate", "(0, 1]")
-    high: float = flag(0.5, "H in nats from which a token is a pivot or a fork", "[0, inf)")
-    low: float = flag(0.2, "H in nats below which a pivot's continuation is certain", "[0, inf)")
+
+
+@dataclass
+class Settings(ReadingSettings):
+    """The command line: how to sample, and what to look at."""
+
+    out: str = flag(None, "directory for the results (default: runs/diagnostics-<time>)")
+    problems: int = flag(64, "how many of the file's problems, from its start", "[1, inf)")
+    gamma: float = flag(0.3, "strength of the gate", "[0, inf)")
+    window: int = flag(WINDOW, "lookahead of CL-EGRSD's gate, of pivots and of the lookahead entropy", "[0, inf)")
+    eps: float = flag(0.2, "clip of the magnitude, for the token advantages", "[0, 1)")
+    high: float = flag(HIGH, "H in nats from which a token is a pivot or a fork", "[0, inf)")
+    low: float = flag(LOW, "H in nats below which a pivot's continuation is certain", "[0, inf)")
     branches: int = flag(100, "positions for branch viability, drawn at random, 0: none", "[0, inf)")
     branch_probability: float = flag(0.05, "least probability of a token that the teacher proposes", "(0, 1)")
     most_branches: int = flag(4, "most tokens forced at a position", "[2, inf)")
@@ -281,8 +287,8 @@ def diagnose(s: Settings) -> dict:
 
 def parse_arguments(argv: list[str]) -> Settings:
     s = parse(Settings, argv, __doc__)
-    if not (s.model and s.data and s.low <= s.high):
-        raise InputError(f"--model and --data are needed, and --low at most --high, got {s.low} and {s.high}")
+    if s.low > s.high:
+        raise InputError(f"--low must be at most --high, got {s.low} and {s.high}")
     return s
 
 

@@ -1,6 +1,6 @@
 r"""How well the gradient of one step points: what magnitude, gate and baseline do to it, without training.
 
-    python -m experiments.gradients --max-new-tokens 128             the toy: 43 rows in about five minutes
+    python -m experiments.gradients --max-new-tokens 128     the toy, its training problems: 43 rows, five minutes
 
 Student and teacher read each of N batches once. From that every configuration (gamma, window, eps) gets its gradient
 s_b with respect to the adapter, plain policy gradient (gamma = eps = 0, `grpo`) p_b. Advantages are (r - mean) / std
@@ -33,13 +33,13 @@ import egrsd
 import lora
 import teacher
 import toy
-from experiments.diagnostics import sample_student, teacher_prompt
+from experiments.diagnostics import ReadingSettings, sample_student, teacher_prompt
 from family.contexts import CONTEXTS
 from support.checkpoint import write_json
 from support.data import add_adapter, load_adapter, load_model, load_problems
-from support.flags import SEEDS, flag, parse
+from support.flags import flag, parse
 from support.run import name_lack_of_memory, one_line_errors, say
-from support.sampling import Rollout, Sampling, check_window
+from support.sampling import Rollout, check_window
 
 PROGRAM = "python -m experiments.gradients"
 NAMES = {(0, 0, 0): "grpo", (0, 0, 0.2): "direction-aware", (0.3, 0, 0.2): "egrsd", (0.3, 3, 0.2): "cl-egrsd",
@@ -48,27 +48,17 @@ BASELINES = ("r", "r - 0.5", "shorter")
 
 
 @dataclass
-class Settings(Sampling):
+class Settings(ReadingSettings):
     """The command line: how to sample, and which gradients to compare."""
 
-    model: str = flag("toy", "checkpoint directory, hub id or toy")
-    adapter: str = flag(None, "LoRA adapter directory of the student (default: a fresh one: the student is the model)")
-    data: str = flag("toy", "JSONL file with problem, solution and answer, or toy (its training problems)")
     out: str = flag(None, "JSON file for all figures, with the cosine of every batch (default: none)")
-    skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
     teacher_context: str = flag("solution", "what the teacher is shown", choices=("solution", "answer"))
     batches: int = flag(32, "batches, N; behind the last problem of the file the first one follows again", "[3, inf)")
     batch: int = flag(64, "problems per batch", "[1, inf)")
     samples: int = flag(1, "completions per problem", "[1, inf)")
-    max_new_tokens: int = flag(1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)")
-    top_p: float = flag(1.0, "draw from the likeliest tokens of this mass", "(0, 1]")
-    slots: int = flag(128, "rows decoded together; lower it to save memory", "[1, inf)")
-    thinking: bool = flag(False, "let the chat template open a thinking block")
-    seed: int = flag(0, "seed of a fresh adapter, the order of the problems, sampling and sketches", SEEDS)
     gamma: list = flag([0.0, 0.3, 1.0, 3.0], "strengths of the gate; 0 is always among them", "[0, inf)")
     window: list = flag([0, 3, 5], "lookaheads of the gate in tokens", "[0, inf)")
     eps: list = flag([0.0, 0.2, 0.4, 0.8], "clips of the magnitude; 0 is always among them", "[0, 1)")
-    floor: float = flag(0.1, "smallest gate", "(0, 1]")
     sketch: int = flag(2**16, "numbers kept of a gradient", "[1, inf)")
     pass_tokens: int = flag(2**14, "tokens per pass through the model; lower it to save memory", "[1, inf)")
 

@@ -23,11 +23,10 @@ from tqdm import tqdm
 
 import egrsd
 import train
-from experiments.diagnostics import Settings as Diagnostics
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError, reason
 from support.flags import Parser, add_flags, nonempty_path
-from support.report import KINDS, visible
+from support.report import HIGH, KINDS, LOW, WINDOW, kinds, visible
 from support.run import name_lack_of_memory, one_line_errors, say
 from support.settings import PRESETS, Settings, check
 
@@ -94,7 +93,6 @@ def fit(text: str, most: int = 10**9) -> str:
 
 def derived(c: dict, s: dict, b: dict) -> dict:
     """A recorded completion, and what a reader works out from the numbers that are printed of it."""
-    d, H = Diagnostics, c["H"]
     judged = "correct" if c["correct"] else "wrong" if c["finished"] else "not finished, so wrong"
     r = f"1 + {s['beta_length']} * (1 - {c['tokens']} / {s['max_new_tokens']}) = " if c["correct"] else ""
     a = f"{c['reward']:.6f} - 0.5" if b["warm_up"] else f"({c['reward']:.6f} - {b['mean']:.6f}) / {b['std']:.6f}"
@@ -102,7 +100,7 @@ def derived(c: dict, s: dict, b: dict) -> dict:
                     for name in ("log p_S", "after"))
     change = [round(x - y, 4) for x, y in zip(c["after"], c["log p_S"], strict=True)]
     return c | {key: fit(c[key], 24) for key in ("prompt", "teacher_prompt", "problem", "solution", "completion")} | {
-        "kind": [KINDS[0 if h < d.high else 1 if min(H[t:t + d.window + 1]) < d.low else 2] for t, h in enumerate(H)],
+        "kind": [KINDS[k] for k in kinds(c["H"])[1]],
         "verdict": f"{c['answer'] or 'none'}, gold answer {c['gold']}: {judged}; r = {r}{c['reward']:.6f}",
         "advantage": f"{a} = {c['A']:+.4f}", "term": terms, "change": change, "sum": sum(terms), "later": sum(later),
         "rose": sum(x > 0 for x in change), "fell": sum(x < 0 for x in change)}
@@ -124,8 +122,9 @@ def tell(record: dict, rows: int = 60, made: str = "") -> str:
     n, N, top = c["tokens"], c["tokens"] + o["tokens"], c["H"].index(max(c["H"]))
     order = sorted(range(n), key=c["change"].__getitem__)
     values = {
-        "s": s, "b": b, "c": c, "o": o, "d": Diagnostics, "m": record["metrics"], "made": made, "tries": TRIES, "N": N,
-        "t": top + 1, "k": {name: c[name][top] for name in COLUMNS}, "sign": (c["A"] > 0) - (c["A"] < 0),
+        "s": s, "b": b, "c": c, "o": o, "m": record["metrics"], "made": made, "tries": TRIES, "N": N, "t": top + 1,
+        "high": HIGH, "low": LOW, "soon": WINDOW, "k": {name: c[name][top] for name in COLUMNS},
+        "sign": (c["A"] > 0) - (c["A"] < 0),
         "range": f"[{1 - s['eps']:.4g}, {1 + s['eps']:.4g}]", "now": (c["later"] + o["later"]) / N,
         "kinds": ", ".join(f"{kind}: {c['kind'].count(kind)}" for kind in KINDS), "by_hand": (c["sum"] + o["sum"]) / N,
         "table": table(c, COLUMNS, [*range(n)[:rows]]),

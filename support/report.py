@@ -20,7 +20,7 @@ from support.settings import METHODS
 COLUMNS = ("entropy", "lookahead", "gate", "delta", "advantage", "kind")  # of token_view
 COLOURS = {"entropy": "teacher entropy", "gate": "gate", "advantage": "token advantage"}
 KINDS = ("lock", "pivot", "fork")
-HIGH, LOW, WINDOW = 0.5, 0.2, 3  # H of pivots and forks; least H soon after a pivot; how soon, if no gate looks ahead
+HIGH, LOW, WINDOW = 0.5, 0.2, 3  # nats from which a token is no lock; nats below which it is a pivot, so soon
 MOST_TOKENS, MOST_POINTS = 300, 400  # shown of a completion, drawn of a curve
 CURVES = {"reward": "", "accuracy": "share", "length": "tokens", "entropy": "nats", "gate": "", "clipped": "share",
           "loss": "", "grad_norm": "before clipping"}  # of metrics.jsonl, and their units
@@ -66,12 +66,18 @@ def navigation(rows: list[dict], colour: str = "entropy") -> str:
 <span class="key">lock</span></span></nav>""" if there else ""
 
 
+def kinds(H: list[float], window: int = WINDOW) -> tuple[list[float], list[int]]:
+    """(least H of each token and the next `window` ones, (8); its place in KINDS), H in nats."""
+    soon = [min(H[t:t + window + 1]) for t in range(len(H))]
+    return soon, [0 if now < HIGH else 1 if then < LOW else 2 for now, then in zip(H, soon, strict=True)]
+
+
 def article(i: int, row: dict, more: str = "") -> str:
     """One completion, its line breaks made visible."""
     shown = [escaped(token).replace("\n", "\u21b5\n") for token in row["tokens"]]
-    kinds = [KINDS[kind] for kind in row["kind"]] if "kind" in row else [""] * len(shown)
+    names = [KINDS[kind] for kind in row["kind"]] if "kind" in row else [""] * len(shown)
     tokens = "".join(f'<span class="t {kind}" data-i="{i}" data-t="{t}" tabindex="0">{text}</span>'
-                     for t, (text, kind) in enumerate(zip(shown, kinds, strict=True)))
+                     for t, (text, kind) in enumerate(zip(shown, names, strict=True)))
     verdict, count = "correct" if row["correct"] else "wrong", row.get("count", len(shown))
     return f"""<article><h2>{escaped(row["problem"])}</h2>
 <div class="faint">{verdict}, gold answer {escaped(row["answer"])}, reward {row["reward"]:.3f}, A = {row["A"]:+.3f},
@@ -195,9 +201,7 @@ def token_row(sample: dict, settings: dict) -> dict:
     """A row of samples.jsonl as `article` and `document` take it, with what follows from its values."""
     values = dict(sample["by_token"])
     if H := values.get("entropy"):
-        soon = [min(H[t:t + (settings["window"] or WINDOW) + 1]) for t in range(len(H))]  # (8)
-        values |= {"lookahead": soon, "kind": [0 if now < HIGH else 1 if then < LOW else 2
-                                               for now, then in zip(H, soon, strict=True)]}
+        values["lookahead"], values["kind"] = kinds(H, settings["window"] or WINDOW)
     if settings["method"] in METHODS:  # others may give credit in another way
         values["advantage"] = [round(sample["advantage"] * w * omega, 4)
                                for w, omega in zip(values["magnitude"], values["gate"], strict=True)]

@@ -179,8 +179,8 @@ def test_overlap_in_a_reading_is_that_of_full_distributions():
 
 
 @pytest.mark.parametrize("flags,complaint", [
-    (["--problems", 0], "--problems must be in [1, inf), got 0"), (["--low", 2], "--low at most --high"),
-    (["--data", ""], "--model and --data are needed"), (["--window"], "expected one argument; see --help"),
+    (["--problems", 0], "--problems must be in [1, inf), got 0"), (["--low", 2], "--low must be at most --high"),
+    (["--data", ""], "argument --data: it is empty"), (["--window"], "expected one argument; see --help"),
     (["--top-p", 0], "--top-p"), (["--adapter", "nowhere"], "nowhere: cannot load the adapter"),
     (["--max-new-tokens", 4000], "lower --max-new-tokens"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file")])

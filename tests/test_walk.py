@@ -101,8 +101,8 @@ def test_the_kinds_are_those_of_diagnostics(found):
     c = copy.deepcopy(found["completions"][0]) | {"H": [0.6, 0.1, 0.6, 0.6, 0.3, 0.6, 0.7]}
     kinds = walk.derived(c, found["settings"], found["before"])["kind"]
     H = torch.tensor([c["H"]])
-    soon = egrsd.lookahead_min(H, torch.ones_like(H, dtype=torch.bool), walk.Diagnostics.window)
-    expected = torch.where(H < walk.Diagnostics.high, 0, torch.where(soon < walk.Diagnostics.low, 1, 2))
+    soon = egrsd.lookahead_min(H, torch.ones_like(H, dtype=torch.bool), walk.WINDOW)
+    expected = torch.where(H < walk.HIGH, 0, torch.where(soon < walk.LOW, 1, 2))
     assert kinds == [walk.KINDS[k] for k in expected[0].tolist()] and set(kinds) == set(walk.KINDS)
 
 

@@ -8,6 +8,7 @@ over all rewards, which stand for those of earlier steps in (9), arXiv 2605.1325
 mean length - length, which is `shorter`.
 
     alignment  mean over b of cos(s_b, sum of p_b' over b' != b); and its differences to grpo and to gamma = 0
+    sign       the same with the sign of every coordinate of s_b, AdamW's first step; only if --sketch holds them all
     shorter    the same with the gradients of the row `shorter` in the place of p: what the step does to length
     bias       cos(E s, E p) by products of different batches, whose noise has mean 0; naive: of the two noisy means
     signal     |E s|^2 / E |s|^2, by the same products; norm: sqrt(E |s|^2 / E |p|^2)
@@ -59,7 +60,7 @@ class Settings(ReadingSettings):
     gamma: list = flag([0.0, 0.3, 1.0, 3.0], "strengths of the gate; 0 is always among them", "[0, inf)")
     window: list = flag([0, 3, 5], "lookaheads of the gate in tokens", "[0, inf)")
     eps: list = flag([0.0, 0.2, 0.4, 0.8], "clips of the magnitude; 0 is always among them", "[0, 1)")
-    sketch: int = flag(2**16, "numbers kept of a gradient", "[1, inf)")
+    sketch: int = flag(2**17, "numbers kept of a gradient", "[1, inf)")
     pass_tokens: int = flag(2**14, "tokens per pass through the model; lower it to save memory", "[1, inf)")
 
 
@@ -110,25 +111,31 @@ def alignments(own: np.ndarray, cross: np.ndarray, target: np.ndarray) -> np.nda
     return (cross.sum(1) - cross.diagonal()) / np.sqrt(own.diagonal() * others).clip(1e-300)  # 0 where s_b = 0
 
 
-def estimates(own: np.ndarray, cross: np.ndarray, plain: np.ndarray, *shorter: np.ndarray) -> dict:
-    """Values by column from such products, and from those with the gradients of `shorter`."""
+def estimates(own: np.ndarray, cross: np.ndarray, plain: np.ndarray, to_shorter: np.ndarray, shorter: np.ndarray,
+              *signs: np.ndarray) -> dict:
+    """Values by column from such products: the second two with the row `shorter` in the place of p, the last two, if
+    they are known, with the signs of s in the place of s."""
     n, power, cosines = len(own), own.diagonal().mean(), alignments(own, cross, plain)
     signal, shared, plain_signal = ((x.sum() - x.trace()) / (n * (n - 1)) for x in (own, cross, plain))
     bias, momentum = shared / np.sqrt(plain_signal) / np.sqrt([signal, signal + (power - signal) / 19])
-    return {"alignment": cosines.mean(), "shorter": alignments(own, *shorter).mean(), "bias": bias,
+    first_step = {"sign": alignments(*signs, plain).mean()} if signs else {}
+    return {"alignment": cosines.mean()} | first_step | {
+            "shorter": alignments(own, to_shorter, shorter).mean(), "bias": bias,
             "naive bias": cross.sum() / np.sqrt(own.sum() * plain.sum()), "signal": signal / power,
             "momentum": momentum, "norm": np.sqrt(power / plain.diagonal().mean()), "cosines": cosines}
 
 
 @np.errstate(invalid="ignore", divide="ignore")  # nan where the estimate of a square is negative
-def summarise(sketches: torch.Tensor, grid: dict[str, tuple]) -> dict[str, dict]:
-    """sketches [C, N, m] -> by name, best alignment first: [value, standard error] by column, and all cosines."""
+def summarise(sketches: torch.Tensor, grid: dict[str, tuple], exact: bool) -> dict[str, dict]:
+    """sketches [C, N, m] -> by name, best alignment first: [value, standard error] by column, and all cosines. exact:
+    they hold every coordinate, up to its sign."""
     plain, shorter = (sketches[list(grid).index(name)].double() for name in ("grpo", "shorter"))
     n, found, rows = sketches.shape[1], {}, {}
     kept = [np.arange(n), *(np.delete(np.arange(n), b) for b in range(n))]  # all, and all but one
     for name, own in zip(grid, map(torch.Tensor.double, sketches), strict=True):
-        products = [(x @ y.T).cpu().numpy() for x, y in (
-            (own, own), (own, plain), (plain, plain), (own, shorter), (shorter, shorter))]
+        pairs = [(own, own), (own, plain), (plain, plain), (own, shorter), (shorter, shorter)]
+        pairs += [(own.sign(), own.sign()), (own.sign(), plain)] if exact else []
+        products = [(x @ y.T).cpu().numpy() for x, y in pairs]
         found[name] = [estimates(*(x[np.ix_(k, k)] for x in products)) for k in kept]
     for name in sorted(grid, key=lambda name: -found[name][0]["alignment"]):
         columns = {key: np.array([one[key] for one in found[name]]) for key in found[name][0] if key != "cosines"}
@@ -157,7 +164,7 @@ def measure(s: Settings) -> dict:
     size = sum(parameter.numel() for parameter in lora.lora_parameters(model))
     return {"settings": asdict(s), "coordinates": size, "sketch_error": s.sketch ** -0.5 if s.sketch < size else 0.0,
             "accuracy": np.mean([r.correct for r in rollouts]), "length": np.mean([len(r.token_ids) for r in rollouts]),
-            "rows": summarise(sketches, configurations(s))}
+            "rows": summarise(sketches, configurations(s), exact=s.sketch >= size)}
 
 
 def table(result: dict) -> str:
@@ -169,17 +176,21 @@ def table(result: dict) -> str:
     lines = [["", *keys], ["---"] * (1 + len(keys)),
              *([name, *(cell(key, *row[key]) for key in keys)] for name, row in result["rows"].items())]
     return ("accuracy {accuracy:.3f}, length {length:.1f}; {coordinates} coordinates, standard error of a cosine by "
-            "their sketch {sketch_error:.4f}\n\n").format(**result) + "\n".join(f"| {' | '.join(x)} |" for x in lines)
+            "their sketch {sketch_error:.4f}; --help explains the columns\n\n").format(**result) + "\n".join(
+                f"| {' | '.join(line)} |" for line in lines)
 
 
 def recommendation(rows: dict[str, dict]) -> str:
-    """The gate and clip of the highest alignment, if it is above grpo's by two standard errors; what speaks for it."""
-    best = next(name for name in rows if name not in BASELINES)
-    (more, error), (ungated, its_error) = rows[best]["- grpo"], rows[best]["- gamma 0"]
-    if more <= 2 * error:
-        return "no gate and no clip is two standard errors above grpo: this teacher's word on tokens helps little here"
+    """The best gate and clip of those above grpo's alignment by two standard errors, and what speaks for it."""
+    tried = {name: row["- grpo"] for name, row in rows.items() if name not in BASELINES}
+    best = next((name for name, (more, error) in tried.items() if more > 2 * error), None)
+    if best is None:
+        widest = max(error for _, error in tried.values())
+        return (f"no gate or clip is above grpo by two standard errors, which are up to {2 * widest:.3f} here: "
+                "what this teacher says of tokens helps little here, or --batches and --batch are too small to tell")
+    (more, error), (ungated, its_error) = tried[best], rows[best]["- gamma 0"]
     return (f"try {best}: alignment {more:+.3f} +- {error:.3f} above grpo, {ungated:+.3f} +- {its_error:.3f} above no "
-            "gate. On the toy this foretold accuracy, but neither length nor what a lookahead does")
+            "gate. On the toy it foretold accuracy, and the column shorter foretold length, of the first 20 updates")
 
 
 def main() -> None:

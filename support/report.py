@@ -10,6 +10,8 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 
@@ -22,8 +24,9 @@ COLOURS = {"entropy": "teacher entropy", "gate": "gate", "advantage": "token adv
 KINDS = ("lock", "pivot", "fork")
 HIGH, LOW, WINDOW = 0.5, 0.2, 3  # nats from which a token is no lock; nats below which it is a pivot, so soon
 MOST_TOKENS, MOST_POINTS = 300, 400  # shown of a completion, drawn of a curve
-CURVES = {"reward": "", "accuracy": "share", "length": "tokens", "entropy": "nats", "gate": "", "clipped": "share",
-          "loss": "", "grad_norm": "before clipping"}  # of metrics.jsonl, and their units
+BY_TOKEN = '"by_token": {'  # marks the rows of samples.jsonl that have values by token
+CURVES = {"reward": "", "accuracy": "share", "length": "tokens", "entropy": "of the teacher, nats", "gate": "omega",
+          "clipped": "share of tokens, w at a bound", "loss": "", "grad_norm": ""}  # of metrics.jsonl; what it is
 FIGURES = {"accuracy": ("accuracy", ".3f"), "length": ("mean length", ".1f"), "truncated": ("truncated", ".3f"),
            "efficiency": ("% per 1,000 tokens", ".0f"), "no_answer": ("no answer", ".3f")}
 
@@ -62,8 +65,8 @@ def navigation(rows: list[dict], colour: str = "entropy") -> str:
     radios = "".join(f'<label><input type="radio" name="colour" value="{name}"{" checked" * (name == colour)}> '
                      f"{COLOURS[name]}</label>" for name in there)
     return f"""<nav>{radios}<br><span class="faint" id="legend"></span>
-<span class="faint">&middot; <span class="key pivot">pivot</span> <span class="key fork">fork</span>
-<span class="key">lock</span></span></nav>""" if there else ""
+<br><span class="faint"><span class="key">lock</span> the teacher is sure, <span class="key pivot">pivot</span> unsure
+now, but sure soon, <span class="key fork">fork</span> unsure for longer</span></nav>""" if there else ""
 
 
 def kinds(H: list[float], window: int = WINDOW) -> tuple[list[float], list[int]]:
@@ -94,20 +97,31 @@ def table(rows: list[list], kind: str = "") -> str:
 
 
 class Run:
-    """What the files of a run directory say; of samples.jsonl the rows with values by token."""
+    """What the files of a run directory say; of samples.jsonl the steps whose rows have values by token."""
 
     def __init__(self, directory: Path):
+        self.name, self.samples = str(directory), directory / "samples.jsonl"
+        self.config = parsed((directory / "config.json").read_text(), directory / "config.json")
+        self.settings, self.metrics = self.config["settings"], list(read_log(directory / "metrics.jsonl"))
+        self.steps = sorted({row["step"] for row in read_log(self.samples, BY_TOKEN)})
         results = directory / "evaluation.json"
-        self.name, self.config = str(directory), json.loads((directory / "config.json").read_text())
-        self.settings, self.metrics = self.config["settings"], read_log(directory / "metrics.jsonl")
-        self.samples = read_log(directory / "samples.jsonl", '"by_token": {')
-        self.results = json.loads(results.read_text()) if results.exists() else {}
+        self.results = parsed(results.read_text(), results) if results.exists() else {}
 
 
-def read_log(path: Path, mark: str = "") -> list[dict]:
+def parsed(text: str, place: str | Path):
+    """InputError with the place if it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: no valid JSON ({reason(error)}): put it right, or the file away") from None
+
+
+def read_log(path: Path, mark: str = "") -> Iterator[dict]:
     """The lines with `mark`; what follows the last line feed is still being written, or was cut off."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines if mark in line]
+    with path.open() if path.exists() else nullcontext(()) as lines:
+        for number, line in enumerate(lines, 1):
+            if mark in line and line.endswith("\n"):
+                yield parsed(line, f"{path}: line {number}")
 
 
 def write(directories: list[Path], out: Path) -> None:
@@ -141,7 +155,7 @@ def report(runs: list[Run]) -> str:
     title = f"Training run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} training runs"
     rows, last = completions(runs[0]) if len(runs) == 1 else ([], "")
     said = ["".join(f", {key} {run.settings.get(key)}" for key in keys) for run in runs]
-    items = "".join(f'<li class="s{k % 6}"><b>{escaped(run.name)}</b> {len(run.metrics)} of '
+    items = "".join(f'<li class="{colour(k)}"><b>{escaped(run.name)}</b> {len(run.metrics)} of '
                     f"{escaped(run.settings['steps'])} steps{escaped(said[k])}</li>\n" for k, run in enumerate(runs))
     return document(title, f"""<ul class="legend">{items}</ul><h2>Held-out problems</h2>
 {figures(runs)}<h2>Training</h2>
@@ -155,7 +169,9 @@ def figures(runs: list[Run]) -> str:
     rows = [[name if len(runs) == 1 else f"{run.name}, {name}", *(
         format(found[key], form) if key in found else "-" for key, (_, form) in FIGURES.items())]
             for run in runs for name, found in run.results.items()]
-    return table([["", *(head for head, _ in FIGURES.values())], *rows], "figures") if rows else "<p>None yet.</p>\n"
+    if rows:
+        return table([["", *(head for head, _ in FIGURES.values())], *rows], "figures")
+    return f"<p>{'None yet' if any(run.settings['eval_data'] for run in runs) else 'There are none'}.</p>\n"
 
 
 def curve(name: str, unit: str, runs: list[Run]) -> str:
@@ -165,12 +181,12 @@ def curve(name: str, unit: str, runs: list[Run]) -> str:
         return ""
     (first, last), (low, high) = ((min(axis), max(axis)) for axis in zip(*sum(series, []), strict=True))
     lines, steps = "", max(map(len, series))
-    span, every = min(25, max(1, steps // 20)), -(-steps // MOST_POINTS)
+    span = min(25, max(1, steps // 20))
     for k, points in enumerate(series):
         means = [(x, fmean(y for _, y in points[max(0, i - span):i + span + 1])) for i, (x, _) in enumerate(points)]
-        raw, smooth = (" ".join(f"{x},{100 * (high - y) / (high - low or 1):.10g}" for x, y in [
-            *some[:-1:every], *some[-1:] * 2]) for some in (points, means))  # a single point, twice, is a dot
-        lines += f'<g class="s{k % 6}"><polyline class="raw" points="{raw}"/><polyline points="{smooth}"/></g>'
+        raw, smooth = (" ".join(f"{x},{100 * (high - y) / (high - low or 1):.10g}" for x, y in thinned(some))
+                       for some in (points, means))
+        lines += f'<g class="{colour(k)}"><polyline class="raw" points="{raw}"/><polyline points="{smooth}"/></g>'
     return f"""<figure><figcaption>{name} <span class="faint">{unit}</span></figcaption>
 <div class="y"><span>{high:.4g}</span><span>{low:.4g}</span></div><svg viewBox="{first} 0 {last - first or 1} 100"
 preserveAspectRatio="none" role="img" tabindex="0" data-high="{high}" data-low="{low}">
@@ -179,21 +195,36 @@ preserveAspectRatio="none" role="img" tabindex="0" data-high="{high}" data-low="
 """
 
 
+def thinned(points: list[tuple]) -> list[tuple]:
+    """Of each stretch of a long curve the lowest and the highest point, so that no peak is lost; a single point, twice,
+    is a dot."""
+    size = max(1, -(-2 * len(points) // MOST_POINTS))
+    parts = [points[i:i + size] for i in range(0, len(points), size)]
+    kept = [point for part in parts for point in sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})]
+    return kept * 2 if len(kept) == 1 else kept
+
+
+def colour(k: int) -> str:
+    """The class of the k-th run: six colours, then the same with dashes."""
+    return f"s{k % 6}" + " dashed" * (k // 6 % 2)
+
+
 def completions(run: Run) -> tuple[list[dict], str]:
     """(rows with their tokens, HTML) of the first, middle and last step that has values; behind them the settings."""
-    steps, rows, columns = sorted({row["step"] for row in run.samples}), [], ""
+    steps, rows, columns = run.steps, [], ""
     chosen = {steps[0], min(steps, key=lambda step: abs(2 * step - steps[0] - steps[-1])), steps[-1]} if steps else ()
+    shown = [row for row in read_log(run.samples, BY_TOKEN) if row["step"] in chosen]
     for step in sorted(chosen):
-        found = [token_row(row, run.settings) for row in run.samples if row["step"] == step]
+        found = [token_row(row, run.settings) for row in shown if row["step"] == step]
         articles = "".join(article(len(rows) + i, row) for i, row in enumerate(found))
         rows, columns = rows + found, columns + f"<section><h2>step {escaped(step)}</h2>\n{articles}</section>\n"
     settings = [[part, key, value if isinstance(value, str) else json.dumps(value)]
                 for part in ("settings", "derived", "versions") for key, value in run.config.get(part, {}).items()]
-    shown = f"""<section><h2>Completions</h2>
+    page = f"""<section><h2>Completions</h2>
 <p class="faint">Point at a token, or go to it with the tab key, for its values.
 <a href="#settings">On to the settings</a></p>
 {navigation(rows)}<div class="columns">{columns}</div></section>""" if rows else ""
-    return rows, f"""{shown}<details id="settings"><summary>settings, derived numbers and versions</summary>
+    return rows, f"""{page}<details id="settings"><summary>settings, derived numbers and versions</summary>
 {table([["", "", ""], *settings])}</details>"""
 
 

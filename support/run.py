@@ -233,6 +233,8 @@ class StepLog:
             means["reward_range"] = max(rewards) - min(rewards)
         self.status = "".join(f"{name} {means[name]:.{digits}f}, " for name, digits in
                               (("reward", 2), ("accuracy", 2), ("length", 0)) if name in means)
+        if self.bar is not None and rollouts:
+            self.bar.set_postfix_str(f"{self.status}{num_tokens / self.seconds['rollout']:.0f} tokens/s", refresh=False)
         if self.ranks.rank == 0:
             checkpoint.append_jsonl(self.trainer.out / "samples.jsonl", [
                 {"step": step} | row.as_json() | {"reward": row.reward, "advantage": row.advantage}

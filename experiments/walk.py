@@ -71,6 +71,8 @@ def record(given: dict, earlier: int) -> dict:
         rows, decode = [row for row, _ in t.heard], t.tokenizer.decode
         with torch.no_grad(), t.autocast():
             after = t.student([r.prompt for r in rows], [r.token_ids for r in rows], s.score_temperature, False).logp
+        if not after.isfinite().all():
+            raise InputError("after the update log-probs are not finite: lower --lr")
     terms = [term for _, columns in t.heard for term in columns["term"]]
     assert math.isclose(by_hand := math.fsum(terms) / len(terms), metrics["loss"], rel_tol=1e-5, abs_tol=1e-5), \
         f"the terms of the tokens make a loss of {by_hand}, but train_step returned {metrics['loss']}"
@@ -158,9 +160,9 @@ def main() -> None:
             text = tell(found, max(0, a.rows), f"Made by `{PROGRAM} --from {a.source} --markdown`." * a.markdown)
         except DAMAGED as error:
             raise (InputError(f"{a.source}: no record of a step ({reason(error)})") if a.source else error) from None
+        say(text)
         if a.out:
             a.out.write_text(json.dumps(found) + "\n")
-        say(text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ the teacher p_T is the same weights shown the reference solution. Three signals 
 
     direction   D_i  = sign(A_i)                                        did the verifier like the completion?
     magnitude   w_it = clip((p_T(y_it) / p_S(y_it)) ^ D_i, 1-eps, 1+eps)   does the teacher agree?      (2)
-    gate        omega_it = clip(1 - gamma * Hhat_it, floor, 1)             is the teacher sure?      (5), (6)
+    gate        omega_it = clip(1 - gamma * H_it / max(1, max H), floor, 1)    is the teacher sure?  (5), (6)
 
     L = - (1 / sum m) * sum_it m_it * A_i * w_it * omega_it * log p_theta(y_it)                           (7)
 

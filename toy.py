@@ -10,7 +10,7 @@ with mistakes, fewer of them after the teacher's prompt:
     teacher prompt (problem + solution)   1 %, 10 % and 30 %
 
 So the same weights do much better when they are shown the reference solution: what self-distillation needs. A musing is
-eight random words, and nobody knows the next one: these tokens are forks, beginnings of steps are pivots, digits locks.
+eight random words: five forks, and three pivots, since certainty is near. So are beginnings of steps; digits are locks.
 
 The result is a checkpoint directory and JSONL files like any other, made once in runs/toy-<hash>/ of the working
 directory: the hash covers seed, code and library versions. To train.py and eval.py `toy` is short for these paths.

@@ -41,9 +41,10 @@ import train as training
 from experiments import diagnostics
 from family.settings import GROUP
 from support import settings
+from support.checkpoint import write_text
 from support.data import digest, load_model, load_problems
 from support.distributed import Ranks
-from support.errors import InputError
+from support.errors import DAMAGED, InputError
 from support.flags import SEEDS, Parser, add_flags, check_ranges, flag
 from support.run import hold, one_line_errors, say
 
@@ -55,7 +56,7 @@ SLOTS = 128  # rows decoded together in evaluation
 CURVES = ("accuracy", "length", "reward", "entropy", "gate")  # of metrics.jsonl, kept for every run
 AREAS = ("mean_accuracy", "mean_reward", "mean_length")  # over the updates, of the rollouts
 MEASURES = ("accuracy", "length", "eff", "markers_per_response", "markers_per_1000_tokens", "repetition", *AREAS)
-QUESTIONS = {  # asked before the runs were made, and the differences that answer them
+QUESTIONS = {  # all but `recommended` were asked before the runs were made; the differences that answer them
     "magnitude": (("direction-aware", "grpo"), (PARENT, "magnitude off"), ("gamma 1.0 W 0", "gamma 1.0 W 0, eps 0")),
     "gate": (("egrsd", "direction-aware"), ("gamma 1.0 W 0", "direction-aware"), ("gamma 3.0 W 0", "direction-aware")),
     "lookahead": ((PARENT, "egrsd"), *((f"gamma {gamma} W {window}", f"gamma {gamma} W 0")
@@ -150,7 +151,7 @@ def run(name: str, rate: float, seed: int, split: str, a) -> dict:
               "training_data": digest(a.work / "train.jsonl")[:12]}
     measured = origin | {"split": split, "data": digest(Path(path))[:12], "problems": len(problems),
                          "samples": a.samples, "max_new_tokens": a.max_new_tokens}
-    done = json.loads((out / f"{split}.json").read_text()) if (out / f"{split}.json").exists() else {}
+    done = stored(out / f"{split}.json")
     if done | measured == done:
         return done
     start, model, steps = time.time(), toy.resolve(a.model, "model"), []
@@ -173,14 +174,22 @@ def run(name: str, rate: float, seed: int, split: str, a) -> dict:
         "repetition": diagnostics.repetition_rate(texts), "seconds": time.time() - start,
         "curves": {key: [round(step[key], 5) for step in steps] for key in CURVES if steps and key in steps[0]}}
     result |= {f"mean_{key}": float(np.mean(curve)) for key, curve in result["curves"].items()}
-    (out / f"{split}.json").write_text(json.dumps(result))
+    write_text(out / f"{split}.json", json.dumps(result))
     return result
+
+
+def stored(path: Path) -> dict:
+    """What an earlier run left there; nothing if it was not made, or is damaged and must be made again."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, *DAMAGED):
+        return {}
 
 
 def train(command: list[str], origin: dict, out: Path) -> None:
     """Run train.py, unless what it made from the same origin is there."""
     made, log_path = out / "run" / "origin.json", out / "log.txt"
-    if made.exists() and json.loads(made.read_text()) == origin:
+    if stored(made) == origin:
         return
     shutil.rmtree(out / "run", ignore_errors=True)
     sys.argv, code = [*command, "--out", str(out / "run")], 0
@@ -192,7 +201,7 @@ def train(command: list[str], origin: dict, out: Path) -> None:
     if code:
         last = log_path.read_text().strip().splitlines()[-1:]
         raise InputError(f"{log_path}: the run ended with code {code}: {' '.join(last)}")
-    made.write_text(json.dumps(origin))
+    write_text(made, json.dumps(origin))
 
 
 def run_all(jobs: list[tuple], a, title: str) -> list[dict]:
@@ -321,6 +330,7 @@ def parse_arguments(argv: list[str]) -> Settings:
     parser.add_argument("--only", nargs="+", choices=list(variants()), metavar="NAME",
                         help="methods and variants to run (default: all): " + "; ".join(variants()))
     a = Settings(**vars(parser.parse_args(argv)))
+    a.only, a.seeds = list(dict.fromkeys(a.only)), list(dict.fromkeys(a.seeds))
     check_ranges(a)
     if a.completions % GROUP:
         raise InputError(f"--completions must be a multiple of {GROUP}, the size of a group, got {a.completions}")
@@ -330,8 +340,11 @@ def parse_arguments(argv: list[str]) -> Settings:
 
 def compare(a) -> None:
     """Choose the rates, make all runs, print and write the results."""
-    make_splits(a)
     names = a.only or list(variants())
+    earlier = stored(a.out).get("rows", {"": "another file"}) if a.out.exists() else {}
+    if lost := earlier.keys() - {BASE, *names}:
+        raise InputError(f"{a.out}: holds {len(lost)} rows that these runs do not have: choose another --out")
+    make_splits(a)
     compared = [name for name in names if name in methods()]
     derived = [name for name in names if name not in methods()]
     rates, chosen = choose_rates(compared + ([PARENT] if derived and PARENT not in compared else []), a)
@@ -343,10 +356,8 @@ def compare(a) -> None:
     by_name = {name: {r["seed"]: r for r in results if r["name"] == name} for name in [BASE, *names]}
     rows, found = summarise(by_name), answers(by_name)
     say(f"{table(rows)}\n\n{questions_table(found)}\n")
-    if a.out.exists() and (lost := set(json.loads(a.out.read_text())["rows"]) - set(rows)):
-        raise InputError(f"{a.out}: holds {len(lost)} rows that these runs do not have: choose another --out")
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps({
+    write_text(a.out, json.dumps({
         "command": PROGRAM, "settings": asdict(a),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "run_seconds": sum(r["seconds"] for r in chosen + results), "methods": methods(), "rows": rows,

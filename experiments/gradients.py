@@ -38,6 +38,7 @@ from experiments.diagnostics import ReadingSettings, sample_student, teacher_pro
 from family.contexts import CONTEXTS
 from support.checkpoint import write_json
 from support.data import add_adapter, load_adapter, load_model, load_problems
+from support.errors import InputError
 from support.flags import flag, parse
 from support.run import name_lack_of_memory, one_line_errors, say
 from support.sampling import Rollout, check_window
@@ -183,6 +184,9 @@ def table(result: dict) -> str:
 def recommendation(rows: dict[str, dict]) -> str:
     """The best gate and clip of those above grpo's alignment by two standard errors, and what speaks for it."""
     tried = {name: row["- grpo"] for name, row in rows.items() if name not in BASELINES}
+    if rows["grpo"]["alignment"][0] <= 2 * rows["grpo"]["alignment"][1]:
+        return ("no recommendation: the plain gradients of these batches agree no better than noise: take more and "
+                "larger batches, and problems that are neither too hard nor too easy")
     best = next((name for name, (more, error) in tried.items() if more > 2 * error), None)
     if best is None:
         widest = max(error for _, error in tried.values())
@@ -190,13 +194,16 @@ def recommendation(rows: dict[str, dict]) -> str:
                 "what this teacher says of tokens helps little here, or --batches and --batch are too small to tell")
     (more, error), (ungated, its_error) = tried[best], rows[best]["- gamma 0"]
     return (f"try {best}: alignment {more:+.3f} +- {error:.3f} above grpo, {ungated:+.3f} +- {its_error:.3f} above no "
-            "gate. On the toy it foretold accuracy, and the column shorter foretold length, of the first 20 updates")
+            f"gate, the best of {len(tried)}, so some of that is luck. On the toy it foretold accuracy, and the column "
+            "shorter foretold length, of the first 20 updates")
 
 
 def main() -> None:
     with one_line_errors(PROGRAM, "stopped"):
         s = parse(Settings, sys.argv[1:], __doc__)
-        with open(s.out or os.devnull, "a"), name_lack_of_memory(lambda: "here: lower --pass-tokens or --slots"):
+        if s.out and (Path(s.out).is_dir() or not os.access(Path(s.out).parent, os.W_OK)):
+            raise InputError(f"{s.out}: cannot be written: correct --out")
+        with name_lack_of_memory(lambda: "here: lower --pass-tokens or --slots"):
             result = measure(s)
         if s.out:
             write_json(Path(s.out), result)

@@ -6,8 +6,9 @@ frontier.png: every row at its mean length and accuracy on the test problems, wi
 both; up and to the left is better.
 curves.png: accuracy and length of a few rows' rollouts by update, mean over seeds, smoothed over five updates.
 alignment.png: the rows that both experiments know, with all seeds, by what gradients_start.json says of them and by the
-mean over the updates. The rank correlations (Spearman) are printed, with 95 % intervals by a bootstrap over these rows
-and seeds; "all" is the mean of gradients_start.json, gradients_middle.json and gradients_end.json.
+mean over each half of the updates, with standard errors. The rank correlations (Spearman) are printed, with 95 %
+intervals by a bootstrap over these rows and seeds; "all" is the mean of gradients_start.json, gradients_middle.json and
+gradients_end.json.
 """
 
 import json
@@ -22,7 +23,7 @@ from support.run import one_line_errors, say
 PROGRAM = "python -m experiments.plot"
 RESULTS = Path("results")
 CURVES = ("grpo", "direction-aware", "egrsd", "cl-egrsd", "gamma 3.0 W 0", "gamma 3.0 W 3", "gamma 1.0 W 0, eps 0.8")
-TIMES, PREDICTORS = ("start", "middle", "end"), ("alignment", "shorter", "momentum", "bias")
+TIMES, PREDICTORS = ("start", "middle", "end"), ("alignment", "sign", "shorter", "momentum", "bias")
 AREAS = ("accuracy", "reward", "length")
 
 
@@ -58,44 +59,64 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(x, y)[0, 1]) if len({*x}) > 1 < len({*y}) else 0.0
 
 
+def correlation(x: np.ndarray, y: np.ndarray, resamples: int) -> str:
+    """x [rows], y [rows, seeds] -> Spearman's of x and the mean over seeds, with its 95 % interval."""
+    rng, (rows, seeds) = np.random.default_rng(0), y.shape
+    draws = [(rng.integers(rows, size=rows), rng.integers(seeds, size=seeds)) for _ in range(resamples)]
+    low, high = np.quantile([spearman(x[i], y[i][:, j].mean(1)) for i, j in draws], [0.025, 0.975])
+    return f"{spearman(x, y.mean(1)):+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def foretold(results: dict, gradients: dict[str, dict], resamples: int = 2000) -> tuple[dict, str]:
-    """What gradients say and training gave, [configurations] and [configurations, seeds], and their rank correlations
-    as markdown."""
+    """What gradients say and training gave, [rows] and [rows, seeds, updates], and their rank correlations as markdown:
+    of the start with parts of the runs, and of all times with whole runs."""
     names = [name for name in gradients["start"]["rows"]
              if results["rows"].get(name, {}).get("seeds") == results["settings"]["seeds"]]
     values = {"names": names} | {
-        area: np.array([results["rows"][name][f"mean_{area}"]["values"] for name in names]) for area in AREAS}
+        area: np.array([[curve[area] for curve in results["curves"][name]] for name in names]) for area in AREAS}
     values |= {(time, key): np.array([file["rows"][name][key][0] for name in names], dtype=float)
                for time, file in gradients.items() for key in PREDICTORS}
     values |= {("all", key): np.mean([values[time, key] for time in gradients], axis=0) for key in PREDICTORS}
-    seeds, lines = values["reward"].shape[1], ["| gradients | column | accuracy | reward | length |", "|---" * 5 + "|"]
-    rng = np.random.default_rng(0)
-    draws = [(rng.integers(len(names), size=len(names)), rng.integers(seeds, size=seeds)) for _ in range(resamples)]
-    for time, key in ((time, key) for time in (*gradients, "all") for key in PREDICTORS):
-        x, cells = values[time, key], []
-        for y in (values[area] for area in AREAS):
-            low, high = np.quantile([spearman(x[i], y[i][:, j].mean(1)) for i, j in draws], [0.025, 0.975])
-            cells.append(f"{spearman(x, y.mean(1)):+.2f} [{low:+.2f}, {high:+.2f}]")
-        lines.append(f"| {time} | {key} | {' | '.join(cells)} |")
+
+    def line(*head: str, x: np.ndarray, kept: list[int], updates: slice) -> str:
+        cells = [correlation(x[kept], values[area][kept][:, :, updates].mean(2), resamples) for area in AREAS]
+        return f"| {' | '.join([*head, *cells])} |"
+    every, last = [*range(len(names))], values["reward"].shape[2]
+    clipped = [k for k in every if names[k] not in ("grpo", "magnitude off") and not names[k].endswith("eps 0")]
+    lines = ["| rows | updates | column | accuracy | reward | length |", "|---" * 6 + "|"]
+    lines += [line(rows, f"{part.start + 1} to {part.stop}", key, x=values["start", key], kept=kept, updates=part)
+              for rows, kept in (("all", every), ("with magnitude", clipped))
+              for part in (slice(0, last // 2), slice(last // 2, last), slice(0, last)) for key in PREDICTORS[:3]]
+    lines += ["", "| gradients | column | accuracy | reward | length |", "|---" * 5 + "|"]
+    lines += [line(time, key, x=values[time, key], kept=every, updates=slice(None))
+              for time in (*gradients, "all") for key in PREDICTORS]
     return values, "\n".join(lines)
 
 
-def draw_foretold(axes, values: dict, key: str, area: str) -> None:
-    x, y = values["start", key], values[area]
+def draw_foretold(axes, values: dict, key: str, area: str, updates: slice) -> None:
+    x, y = values["start", key], values[area][:, :, updates].mean(2)
     axes.errorbar(x, y.mean(1), yerr=y.std(1, ddof=1) / y.shape[1] ** 0.5, fmt="o", markersize=4, linewidth=1)
     for name, *place in zip(values["names"], x, y.mean(1), strict=True):
-        axes.annotate(name, place, fontsize=5, xytext=(3, 3), textcoords="offset points")
-    axes.set(xlabel=f"{key}, at the start", ylabel=f"mean {area} over the updates, standard error")
+        offset, side = (-3, "right") if place[0] > (x.min() + x.max()) / 2 else (3, "left")
+        axes.annotate(name, place, (offset, 3), fontsize=5, textcoords="offset points", horizontalalignment=side)
+    axes.set(xlabel=f"{key}, at the start", ylabel=f"mean {area}, updates {updates.start + 1} to {updates.stop}")
+
+
+def load(path: Path, maker: str) -> dict:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, *DAMAGED) as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)}): make it with experiments.{maker}") from None
 
 
 def draw(a) -> None:
     try:
         import matplotlib.pyplot as plt
-        results = json.loads(a.results.read_text())
     except ImportError:
         raise InputError("matplotlib is missing: pip install matplotlib (nothing else here needs it)") from None
-    except OSError as error:
-        raise InputError(f"{a.results}: cannot be read ({reason(error)}): run experiments.compare first") from None
+    results = load(a.results, "compare")
+    gradients = {time: load(a.results.with_name(f"gradients_{time}.json"), "gradients") for time in TIMES}
+    values, table = foretold(results, gradients)
     plt.rcParams |= {"axes.grid": True, "grid.alpha": 0.25, "savefig.dpi": 150, "savefig.bbox": "tight"}
     figure, axes = plt.subplots(figsize=(8.5, 5.5))
     draw_methods(axes, results)
@@ -105,11 +126,11 @@ def draw(a) -> None:
     draw_curves(right, results, "length", "mean length of the rollouts, tokens", 1)
     right.legend(fontsize=8, frameon=False)
     figure.savefig(a.out / "curves.png")
-    files = {time: a.results.with_name(f"gradients_{time}.json") for time in TIMES}
-    values, table = foretold(results, {time: json.loads(file.read_text()) for time, file in files.items()})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    draw_foretold(left, values, "alignment", "accuracy")
-    draw_foretold(right, values, "shorter", "length")
+    figure, grid = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    steps = results["settings"]["steps"]
+    for row, updates in zip(grid, (slice(0, steps // 2), slice(steps // 2, steps)), strict=True):
+        draw_foretold(row[0], values, "alignment", "accuracy", updates)
+        draw_foretold(row[1], values, "shorter", "length", updates)
     figure.savefig(a.out / "alignment.png")
     say(f"{table}\n\n" + "\n".join(str(a.out / f"{name}.png") for name in ("frontier", "curves", "alignment")))
 
@@ -124,7 +145,8 @@ def main() -> None:
         try:
             draw(a)
         except DAMAGED as error:
-            raise InputError(f"{a.results}: no results of experiments.compare ({reason(error)})") from None
+            raise InputError(f"{a.results}: its rows do not go together with those of the gradients beside it "
+                             f"({reason(error)}): make all of them with the code as it is") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A page that shows completions token by token: what the teacher is unsure of, what the gate does, who gets the credit.
 
     python -m experiments.diagnostics --model toy --adapter runs/train/checkpoints/step-000064/adapter --data toy \\
-                                      --max-new-tokens 128 --out runs/look
-    python -m experiments.token_view runs/look/tokens.jsonl --out results/token_view.html
+                                      --max-new-tokens 128 --out runs/look-trained
+    python -m experiments.token_view runs/look-trained/tokens.jsonl --out results/token_view.html
 
 One HTML file without anything from elsewhere; it opens from disk in any browser, readable in light and dark. Colours
 show teacher entropy, gate or token advantage, one at a time; pivots are underlined with dots, forks with a double line,

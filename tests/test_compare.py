@@ -125,6 +125,19 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys, name, complaint
     assert message.count("\n") == 1
 
 
+@pytest.mark.parametrize("text", ["x", "[]", '{"rows": {"sft": {}}}'])
+def test_results_of_other_rows_are_not_written_over(tmp_path, text):
+    (tmp_path / "out.json").write_text(text)
+    with pytest.raises(InputError, match="holds 1 rows that these runs do not have"):
+        compare.compare(arguments(tmp_path, "--only", "grpo", "grpo", "--seeds", 3, 3))
+    assert (tmp_path / "out.json").read_text() == text and not (tmp_path / "work").exists()
+
+
+def test_nothing_is_run_twice(tmp_path):
+    a = arguments(tmp_path, "--only", "grpo", "grpo", "--seeds", 3, 4, 3)
+    assert a.only == ["grpo"] and a.seeds == [3, 4]
+
+
 def result(name, seed, accuracy):
     return {"name": name, "seed": seed, "rate": 1e-3, "command": "c", "accuracy": accuracy, "length": 30.0, "eff": 2.0,
             "markers_per_response": 1.0, "markers_per_1000_tokens": 2.0, "repetition": 0.0, "curves": {},
@@ -176,6 +189,9 @@ def test_a_run_is_made_once_and_says_how(tiny_toy, tmp_path, monkeypatch):
     assert sum(json.loads(line)["correct"] for line in samples) / 50 == first["accuracy"]
     trained = (a.work / "grpo" / "lr0.001-seed0" / "run" / "metrics.jsonl").stat().st_mtime_ns
     assert compare.run("grpo", 1e-3, 0, "validation", a) == first
+    (a.work / "grpo" / "lr0.001-seed0" / "validation.json").write_text('{"na')  # what a kill may have left earlier
+    again = compare.run("grpo", 1e-3, 0, "validation", a)
+    assert again | {"seconds": 0} == first | {"seconds": 0}
     compare.run("grpo", 1e-3, 0, "test", a)  # the same model on other problems
     assert (a.work / "grpo" / "lr0.001-seed0" / "run" / "metrics.jsonl").stat().st_mtime_ns == trained
     a.steps = 2  # other settings, another run
@@ -201,4 +217,20 @@ def test_a_recorded_comparison_is_that_of_the_documentation():
     gradients = {time: json.loads((path.parent / f"gradients_{time}.json").read_text()) for time in plot.TIMES}
     for line in plot.foretold(recorded, gradients, resamples=2)[1].splitlines():  # whose intervals are others
         cells = [re.escape(cell.split("[")[0]) for cell in line.split(" | ")]
-        assert re.search(r"[^|]*\| ".join(cells), documentation)
+        assert not line or re.search(r"[^|]*\| ".join(cells), documentation)
+    for line in gradients_table(recorded["rows"], {time: file["rows"] for time, file in gradients.items()}):
+        assert line in documentation
+
+
+COLUMNS = [("start", "alignment", ""), ("start", "- gamma 0", "+"), ("middle", "alignment", ""),
+           ("end", "alignment", ""), ("start", "sign", ""), ("start", "shorter", "+"), ("middle", "shorter", "+"),
+           ("end", "shorter", "+"), ("start", "bias", "")]
+
+
+def gradients_table(trained, gradients):
+    """Of the rows that were trained too, and two more baselines."""
+    for name in gradients["start"]:
+        if name in trained or name.startswith("r"):
+            cells = ["{0:{2}.3f} ± {1:.3f}".format(*gradients[time][name][key], sign) for time, key, sign in COLUMNS]
+            reward = f"{trained[name]['mean_reward']['mean']:.3f}" if name in trained else ""
+            yield f"| {' | '.join([name, *cells, reward])} |"

@@ -207,10 +207,13 @@ def test_command(tiny_toy, tiny_run, tmp_path, monkeypatch, capsys):
 
 
 def test_recommendation_names_the_best_gate_or_none():
-    rows = {"r": {}, "eps 0.9": {"- grpo": [0.12, 0.07]}, "eps 0.5": {"- grpo": [0.1, 0.02], "- gamma 0": [0.03, 0.01]}}
+    rows = {"r": {}, "eps 0.9": {"- grpo": [0.12, 0.07]}, "eps 0.5": {"- grpo": [0.1, 0.02], "- gamma 0": [0.03, 0.01]},
+            "grpo": {"- grpo": [0.0, 0.0], "alignment": [0.3, 0.1]}}
     assert gradients.recommendation(rows).startswith("try eps 0.5: alignment +0.100 +- 0.020 above grpo, +0.030")
     rows["eps 0.5"]["- grpo"] = [0.1, 0.06]
     assert "is above grpo by two standard errors, which are up to 0.140 here" in gradients.recommendation(rows)
+    rows["grpo"]["alignment"] = [0.3, 0.2]  # as where all rewards are equal
+    assert gradients.recommendation(rows).startswith("no recommendation: the plain gradients")
 
 
 def test_sketches_do_as_exact_gradients_on_the_toy_s_model(tiny_toy):
@@ -225,7 +228,8 @@ def test_sketches_do_as_exact_gradients_on_the_toy_s_model(tiny_toy):
 @pytest.mark.parametrize("flags,complaint", [
     (["--batches", 2], "--batches must be in [3, inf), got 2"), (["--eps", 0.2, 1], "--eps must be in [0, 1), got 1.0"),
     (["--window", -1], "--window must be in [0, inf), got -1"), (["--gamma", "nan"], "--gamma must be in [0, inf)"),
-    (["--gamma", "x"], "argument --gamma"), (["--out", "."], "cannot be read or written"),
+    (["--gamma", "x"], "argument --gamma"), (["--out", "."], ".: cannot be written"),
+    (["--out", "no/g.json"], "no/g.json: cannot be written"),
     (["--adapter", "nowhere"], "nowhere: cannot load the adapter"), (["--data", "nowhere.jsonl"], "no such data file"),
     (["--max-new-tokens", 10**6], "lower --max-new-tokens")])
 def test_mistakes_end_in_one_line(tiny_toy, flags, complaint, capsys, monkeypatch):

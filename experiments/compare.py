@@ -65,7 +65,8 @@ QUESTIONS = {  # all but `recommended` were asked before the runs were made; the
                                                            for gamma in ("1.0", "3.0") for window in (3, 5))),
     "wider clip": (("no gate, eps 0.4", "direction-aware"), ("no gate, eps 0.8", "direction-aware"),
                    ("gamma 1.0 W 0, eps 0.8", "gamma 1.0 W 0")),
-    "recommended": (("gamma 1.0 W 0, eps 0.8", PARENT), ("gamma 3.0 W 0, eps 0.8", PARENT)),
+    "recommended": (("gamma 1.0 W 0, eps 0.8", PARENT), ("gamma 3.0 W 0, eps 0.8", PARENT),
+                    ("gamma 3.0 W 3, eps 0.8", PARENT), ("gamma 3.0 W 3, eps 0.8", "gamma 1.0 W 0, eps 0.8")),
     "length reward": ((PARENT, "length reward off"),),
     "whole method": (("egrsd", "grpo"), (PARENT, "grpo"))}
 
@@ -75,7 +76,7 @@ class Settings:
     """The command line."""
 
     only: list = flag([], "methods and variants to run")
-    seeds: list = flag(list(range(10)), "seeds of the reported runs", SEEDS)
+    seeds: list = flag(list(range(20)), "seeds of the reported runs", SEEDS)
     other_seeds: int = flag(5, "how many of them for rows that no question is about", "[1, inf)")
     rates: list = flag([3e-4, 1e-3, 3e-3], "learning rates tried", "[0, 1e30]")
     choose_seed: int = flag(100, "seed of the runs that choose the rate", SEEDS)
@@ -109,8 +110,8 @@ def variants() -> dict[str, list[str]]:
     del named["gamma 0.3 W 0"], named["gamma 0.3 W 3"]  # egrsd and cl-egrsd
     for eps in ("0.4", "0.8"):
         named[f"no gate, eps {eps}"] = ["--gamma", "0", "--eps", eps]
-    for gamma, eps in (("1", "0"), ("1", "0.8"), ("3", "0.8")):
-        named[f"gamma {gamma}.0 W 0, eps {eps}"] = ["--gamma", gamma, "--window", "0", "--eps", eps]
+    for gamma, window, eps in (("1", "0", "0"), ("1", "0", "0.8"), ("3", "0", "0.8"), ("3", "3", "0.8")):
+        named[f"gamma {gamma}.0 W {window}, eps {eps}"] = ["--gamma", gamma, "--window", window, "--eps", eps]
     for method in ("direction-aware", "egrsd", "cl-egrsd"):
         named[f"{method}, answer only"] = ["--method", method, "--teacher-context", "answer"]
     return named

@@ -101,10 +101,10 @@ def test_jobs(tmp_path, monkeypatch):
     compare.main()
     few = range(5)
     assert sorted(job for job in seen if job[3] == "test") == sorted(
-        [(compare.BASE, 0.0, seed, "test") for seed in range(10)] + [("opsd", 3e-3, seed, "test") for seed in few] +
-        [("magnitude off", 1e-3, seed, "test") for seed in range(10)])
+        [(compare.BASE, 0.0, seed, "test") for seed in range(20)] + [("opsd", 3e-3, seed, "test") for seed in few] +
+        [("magnitude off", 1e-3, seed, "test") for seed in range(20)])
     written = json.loads((tmp_path / "only.json").read_text())  # not over the recorded comparison
-    assert written["command"] == "python -m experiments.compare" and written["settings"]["seeds"] == [*range(10)]
+    assert written["command"] == "python -m experiments.compare" and written["settings"]["seeds"] == [*range(20)]
     assert list(written["rows"]) == [compare.BASE, "opsd", "magnitude off"] and "magnitude off" in written["curves"]
     assert written["rows"]["opsd"]["seeds"] == [*few] and written["questions"] == []
 

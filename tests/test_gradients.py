@@ -66,7 +66,7 @@ def test_names_are_those_of_compare():
     for name in set(grid) & set(compare.variants()) - {"grpo"}:
         s = settings.parse(["--preset", "toy", *compare.variants()[name]], "", family)[0]
         assert grid[name] == (s.gamma, s.window if s.gamma else 0, s.eps), name
-    assert len(set(grid) & set(compare.variants())) == 17  # all of its gates and clips, grpo and magnitude off
+    assert len(set(grid) & set(compare.variants())) == 18  # all of its gates and clips, grpo and magnitude off
 
 
 # ---- figures
@@ -207,10 +207,18 @@ def test_command(tiny_toy, tiny_run, tmp_path, monkeypatch, capsys):
 
 
 def test_recommendation_names_the_best_gate_or_none():
-    rows = {"r": {}, "eps 0.9": {"- grpo": [0.12, 0.07]}, "eps 0.5": {"- grpo": [0.1, 0.02], "- gamma 0": [0.03, 0.01]},
-            "grpo": {"- grpo": [0.0, 0.0], "alignment": [0.3, 0.1]}}
-    assert gradients.recommendation(rows).startswith("try eps 0.5: alignment +0.100 +- 0.020 above grpo, +0.030")
-    rows["eps 0.5"]["- grpo"] = [0.1, 0.06]
+    def row(alignment, error, more, its_error, sign):
+        return {"alignment": [alignment, error], "- grpo": [more, its_error], "- gamma 0": [0.03, 0.01],
+                "sign": [sign, 0.01]}
+    rows = {"r": row(0.6, 0.1, 0.3, 0.01, 0.9), "eps 0.9": row(0.5, 0.1, 0.12, 0.07, 0.4),
+            "eps 0.7": row(0.45, 0.1, 0.11, 0.02, 0.2), "eps 0.5": row(0.4, 0.1, 0.1, 0.02, 0.3),
+            "grpo": row(0.3, 0.1, 0.0, 0.0, 0.1)}
+    found = gradients.recommendation(rows)
+    assert found.startswith("try eps 0.5, whose sign is the highest of 4") and "+0.100 +- 0.020 above grpo's" in found
+    without = {name: {key: x for key, x in row.items() if key != "sign"} for name, row in rows.items()}
+    assert gradients.recommendation(without).startswith("try eps 0.7, whose alignment is the highest")
+    for name in ("eps 0.5", "eps 0.7"):
+        rows[name]["- grpo"] = [0.1, 0.06]
     assert "is above grpo by two standard errors, which are up to 0.140 here" in gradients.recommendation(rows)
     rows["grpo"]["alignment"] = [0.3, 0.2]  # as where all rewards are equal
     assert gradients.recommendation(rows).startswith("no recommendation: the plain gradients")

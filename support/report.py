@@ -26,7 +26,7 @@ HIGH, LOW, WINDOW = 0.5, 0.2, 3  # nats from which a token is no lock; nats belo
 MOST_TOKENS, MOST_POINTS = 300, 400  # shown of a completion, drawn of a curve
 BY_TOKEN = '"by_token": {'  # marks the rows of samples.jsonl that have values by token
 CURVES = {"reward": "", "accuracy": "share", "length": "tokens", "entropy": "of the teacher, nats", "gate": "omega",
-          "clipped": "share of tokens, w at a bound", "loss": "", "grad_norm": ""}  # of metrics.jsonl; what it is
+          "clipped": "share with w at a bound", "loss": "", "grad_norm": ""}  # of metrics.jsonl; what it is
 FIGURES = {"accuracy": ("accuracy", ".3f"), "length": ("mean length", ".1f"), "truncated": ("truncated", ".3f"),
            "efficiency": ("% per 1,000 tokens", ".0f"), "no_answer": ("no answer", ".3f")}
 

@@ -196,9 +196,10 @@ def recommendation(rows: dict[str, dict]) -> str:
                 "what this teacher says of tokens helps little here, or --batches and --batch are too small to tell")
     best = max(above, key=lambda name: rows[name][column][0])
     (more, error), (ungated, its_error) = tried[best], rows[best]["- gamma 0"]
-    return (f"try {best}, whose {column} is the highest of {len(tried)}, in part by luck; its alignment is {more:+.3f} "
-            f"+- {error:.3f} above grpo's, {ungated:+.3f} +- {its_error:.3f} above that without a gate. On the toy "
-            "sign foretold accuracy over 40 updates; alignment accuracy, and shorter length, over the first 20")
+    return (f"try {best}: of the {len(above)} gates and clips, of {len(tried)}, whose alignment is above grpo's by two "
+            f"standard errors it has the highest {column}, partly by luck. Its alignment is {more:+.3f} +- {error:.3f} "
+            f"above grpo's, {ungated:+.3f} +- {its_error:.3f} above that without a gate. On the toy sign went with "
+            "accuracy over 40 updates, alignment with accuracy, and shorter with length, over the first 20")
 
 
 def main() -> None:

@@ -214,9 +214,9 @@ def test_recommendation_names_the_best_gate_or_none():
             "eps 0.7": row(0.45, 0.1, 0.11, 0.02, 0.2), "eps 0.5": row(0.4, 0.1, 0.1, 0.02, 0.3),
             "grpo": row(0.3, 0.1, 0.0, 0.0, 0.1)}
     found = gradients.recommendation(rows)
-    assert found.startswith("try eps 0.5, whose sign is the highest of 4") and "+0.100 +- 0.020 above grpo's" in found
+    assert found.startswith("try eps 0.5: of the 2 gates and clips, of 4,") and "+0.100 +- 0.020 above grpo's" in found
     without = {name: {key: x for key, x in row.items() if key != "sign"} for name, row in rows.items()}
-    assert gradients.recommendation(without).startswith("try eps 0.7, whose alignment is the highest")
+    assert gradients.recommendation(without).startswith("try eps 0.7: of the 2 gates and clips, of 4,")
     for name in ("eps 0.5", "eps 0.7"):
         rows[name]["- grpo"] = [0.1, 0.06]
     assert "is above grpo by two standard errors, which are up to 0.140 here" in gradients.recommendation(rows)

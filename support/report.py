@@ -113,7 +113,7 @@ def parsed(text: str, place: str | Path):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: no valid JSON ({reason(error)}): put it right, or the file away") from None
+        raise InputError(f"{place}: no valid JSON ({reason(error)}): correct it, or remove it") from None
 
 
 def read_log(path: Path, mark: str = "") -> Iterator[dict]:

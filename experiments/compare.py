@@ -342,9 +342,9 @@ def parse_arguments(argv: list[str]) -> Settings:
 def compare(a) -> None:
     """Choose the rates, make all runs, print and write the results."""
     names = a.only or list(variants())
-    earlier = stored(a.out).get("rows", {"": "another file"}) if a.out.exists() else {}
-    if lost := earlier.keys() - {BASE, *names}:
-        raise InputError(f"{a.out}: holds {len(lost)} rows that these runs do not have: choose another --out")
+    earlier = stored(a.out).get("rows", {})
+    if a.out.exists() and (not earlier or earlier.keys() - {BASE, *names}):
+        raise InputError(f"{a.out}: no results, or with rows that these runs do not have: choose another --out")
     make_splits(a)
     compared = [name for name in names if name in methods()]
     derived = [name for name in names if name not in methods()]

@@ -128,7 +128,7 @@ def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys, name, complaint
 @pytest.mark.parametrize("text", ["x", "[]", '{"rows": {"sft": {}}}'])
 def test_results_of_other_rows_are_not_written_over(tmp_path, text):
     (tmp_path / "out.json").write_text(text)
-    with pytest.raises(InputError, match="holds 1 rows that these runs do not have"):
+    with pytest.raises(InputError, match="with rows that these runs do not have"):
         compare.compare(arguments(tmp_path, "--only", "grpo", "grpo", "--seeds", 3, 3))
     assert (tmp_path / "out.json").read_text() == text and not (tmp_path / "work").exists()
 

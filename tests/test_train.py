@@ -84,6 +84,16 @@ def test_a_run_leaves_what_it_promises(tiny_run, tiny_toy):
     assert optimizer_steps == {4.0}
 
 
+def test_the_bar_ends_with_the_last_step(tiny_toy, tmp_path, capsys):
+    """It showed the figures of the step before, beside 100 %."""
+    train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=3))
+    form = "reward {reward:.2f}, accuracy {accuracy:.2f}, length {length:.0f}, "
+    *_, earlier, last = (form.format(**json.loads(line))
+                         for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    bar = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "3/3" in line][-1]
+    assert last in bar and earlier != last
+
+
 def test_exported_model_is_an_ordinary_checkpoint(tiny_run, tiny_toy):
     exported = AutoModelForCausalLM.from_pretrained(tiny_run / "model")
     tokenizer = AutoTokenizer.from_pretrained(tiny_run / "model")

@@ -8,7 +8,8 @@ so that a fresh student equals the base model. With the adapter on it is the stu
 base model again, which is EGRSD's frozen teacher (arXiv 2605.13255): two models for the memory of one.
 
 A and B are kept in float32 whatever the dtype of W: at a learning rate of 5e-6 most updates of a bfloat16 weight would
-round to nothing. Under autocast the products still run in bfloat16.
+round to nothing. Under autocast the products still run in bfloat16. While completions are sampled, thousands of tokens
+with the same weights, copies of A and B that are rounded once take their place.
 
 Adapters on disk are in PEFT's format; PEFT 0.21.2 was tried (tests/test_lora.py), vLLM, which reads it too, was not.
 There is no dropout, no bias and no per-layer rank: a file that needs them is refused.
@@ -34,6 +35,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
+        self.copies, self.is_sampling = None, False  # of A and (alpha / rank) B, in the dtype of the products
         self.out_features = base.out_features
         self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features, dtype=torch.float32))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank, dtype=torch.float32))
@@ -43,8 +45,21 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
+        if self.is_sampling:  # two products and nothing else
+            low = nn.functional.linear(x, self.copies[0])
+            return y.flatten(0, -2).addmm_(low.flatten(0, -2), self.copies[1].T).view(y.shape)
         low = nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A)  # [..., rank]
         return y + (self.alpha / self.rank * nn.functional.linear(low, self.lora_B)).to(y.dtype)
+
+    def sampling(self, on: bool) -> None:
+        """rollout.sample calls this when it begins and ends. The copies are kept in place, for CUDA graphs."""
+        self.is_sampling, device = on, self.base.weight.device.type
+        if on and self.enabled:
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.base.weight.dtype
+            if self.copies is None or self.copies[0].dtype != dtype or self.copies[0].device != self.lora_A.device:
+                self.copies = [torch.empty_like(weight, dtype=dtype) for weight in (self.lora_A, self.lora_B)]
+            self.copies[0].copy_(self.lora_A)
+            self.copies[1].copy_(self.alpha / self.rank * self.lora_B)
 
 
 def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, targets: tuple[str, ...] = TARGETS) -> list[str]:

@@ -7,10 +7,11 @@ The naive way is three lines: run the model on prompt + completion so far, draw 
               position t of its row. Memory is slots x columns, however many prompts there are
     prefill   the next prompts go through the model together, each once. Their keys and values are kept, in memory of
               their own, until all their samples have started: every sample starts from a copy of its prompt's columns
-    decode    one token per row and step, each row at its own position, which is also the column it writes
-    poll      every POLL_EVERY steps the host asks which rows drew a stop token; between two polls it never waits for
-              the device. Finished rows leave and waiting rows take their slots; when no row is left to wait, the last
-              rows move into the free slots, and the batch gets smaller
+    decode    one token per row and step, each row at its own position, which is also the column it writes. A row that
+              has ended stands still, whatever is drawn for it
+    poll      every POLL_EVERY steps the host asks which rows have ended; between two polls it never waits for the
+              device. Finished rows leave and waiting rows take their slots; when no row is left to wait, the last rows
+              move into the free slots, and the batch gets smaller
 
 Every row has a random stream of its own, so that its tokens do not depend on the rows decoded beside it: the same
 generator gives the same completions for any `slots`, and for one process or many (`generator_for_rows`), up to the
@@ -19,6 +20,7 @@ rounding of matrix products, which depends on the size of the batch.
 Copy this file: it needs torch, transformers and numpy. It knows token ids only: no chat template, no reward.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +33,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-POLL_EVERY = 2  # decode steps between two polls for finished rows; a poll synchronises the host with the device
+POLL_EVERY = 2  # decode steps between two polls; a row that has ended waits for the next one
+POLL_EVERY_ON_CUDA = 8  # there a poll costs more: the device has nothing to do until the host has asked and answered
 PREFILL_TOKENS = 2**14  # most prompt tokens, with padding, that go through the model together; bounds its activations
 COLUMNS = 32  # attention reads a multiple of this many columns, so that `decode` sees few different shapes
 
@@ -52,26 +55,35 @@ class Completion:
 
 def sample(model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Iterable[int],
            temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, samples_per_prompt: int = 1,
-           slots: int | None = None, generator: torch.Generator | None = None,
-           progress: Callable[[int, int], None] | None = None) -> list[Completion]:
+           slots: int | None = None, generator: torch.Generator | None = None, seeds: Sequence[int] | None = None,
+           progress: Callable[[int, int], None] | None = None,
+           on_completion: Callable[[int, Completion], None] | None = None,
+           make_decoder: Callable[..., "Decoder"] | None = None) -> list[Completion]:
     """Draw `samples_per_prompt` completions of each prompt (token ids, any lengths).
 
     Result i * samples_per_prompt + j belongs to prompt i. Temperature 0 is greedy; top_p = 1 and top_k = 0 are off;
     nothing is taken from the model's generation_config. At most `slots` rows are decoded together, which bounds the
-    memory; None: all of them. `progress(tokens, finished)` gets the tokens and the finished rows since its last call;
-    an exception from it ends the sampling. Without `generator` torch's global random state seeds the rows. The model
-    runs in eval mode without gradients; the mode of every module is restored, whatever happens. ValueError if an
-    argument is out of range, if a prompt is empty or, with its completion, longer than the model's window, or if the
+    memory; None: all of them. `seeds`, one for each result, seed the rows; without them they are drawn from
+    `generator`, and without that from torch's global random state. `progress(tokens, finished)` gets the tokens and the
+    finished rows since its last call, `on_completion(index, completion)` every result as soon as it is there; an
+    exception from either ends the sampling. `make_decoder`: a function with the arguments of `Decoder` that returns
+    one, which may be that of an earlier call (support/graphs.py).
+
+    The model runs in eval mode without gradients; the mode of every module is restored, whatever happens. ValueError if
+    an argument is out of range, if a prompt is empty or, with its completion, longer than the model's window, or if the
     model has layers other than full and sliding attention, or an attention implementation other than sdpa and eager.
+    FloatingPointError if a log-prob is not finite, as it is behind logits that are not.
     """
     _check(model, prompts, max_new_tokens, temperature, top_p, top_k, samples_per_prompt, slots)
     total = len(prompts) * samples_per_prompt
-    seeds = torch.randint(2**63 - 1, (total,), generator=generator).tolist()
-    draw = partial(draw_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-    slots = min(slots or total, total)
-    batch = _Batch(model, prompts, samples_per_prompt, seeds, slots, max_new_tokens, stop_ids, draw)
+    seeds = row_seeds(generator, total) if seeds is None else seeds
+    slots = max(1, min(slots or total, total))
     completions, done, shown = {}, 0, 0
-    with torch.inference_mode(), _eval_mode(model):
+    with torch.inference_mode(), _sampling_mode(model):
+        decoder = (make_decoder or Decoder)(
+            model, slots, max(map(len, prompts), default=0) + max_new_tokens, max_new_tokens, stop_ids,
+            temperature=temperature, top_p=top_p, top_k=top_k)
+        batch = _Batch(decoder, prompts, samples_per_prompt, seeds, slots)
         while len(completions) < total:
             batch.start_rows()
             batch.close_gaps()
@@ -79,6 +91,8 @@ def sample(model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop
             finished = batch.take_finished()
             completions |= finished
             done += sum(len(c.token_ids) for c in finished.values())
+            for index, completion in finished.items() if on_completion else ():
+                on_completion(index, completion)
             if progress:
                 before, shown = shown, done + sum(row.age for row in batch.running.values())
                 progress(shown - before, len(finished))
@@ -92,27 +106,18 @@ class _Row:
     index: int  # its place among the results
     prompt: int  # its prompt's place in _Batch.prefilled
     prompt_length: int
-    age: int = 1  # tokens drawn, with those after a stop token until the next poll; equals the device's `age`
+    age: int = 1  # tokens drawn, as of the last poll
 
 
 class _Batch:
-    """The rows of one call: those that wait, those that are being decoded, and what the device holds for each slot."""
+    """The rows of one call, as the host sees them: those that wait, and those that are being decoded."""
 
-    def __init__(self, model, prompts, samples_per_prompt, seeds, slots, max_new_tokens, stop_ids, draw):
-        self.model, self.draw, self.seeds, self.max_new_tokens = model, draw, seeds, max_new_tokens
+    def __init__(self, decoder: "Decoder", prompts, samples_per_prompt: int, seeds: Sequence[int], slots: int):
+        self.decoder, self.seeds, self.slots = decoder, seeds, slots
         self.prompts, self.samples_per_prompt, self.next_prompt = prompts, samples_per_prompt, 0
         self.prefilled: Prefilled | None = None
         self.ready: list[_Row] = []  # waiting rows whose prompts are in self.prefilled
         self.running: dict[int, _Row] = {}  # slot -> row
-        self.slots, self.cache = slots, None
-        zeros = partial(torch.zeros, device=model.device)
-        self.stop_ids = set(stop_ids)
-        vocabulary = range(model.config.get_text_config().vocab_size)
-        self.stops = torch.tensor([token in self.stop_ids for token in vocabulary], device=model.device)  # bool [V]
-        self.token, self.position, self.age = zeros(3, slots, dtype=torch.long)  # of the last token drawn; tokens drawn
-        self.stopped = zeros(slots, dtype=torch.bool)
-        self.token_ids, self.logprobs = zeros(slots, max_new_tokens, dtype=torch.long), zeros(slots, max_new_tokens)
-        self.uniforms = zeros(slots, max_new_tokens, dtype=torch.double)
 
     def start_rows(self) -> None:
         """Waiting rows take the free slots and draw their first tokens."""
@@ -121,7 +126,9 @@ class _Batch:
             if not self.ready:
                 self.prefill_next(len(free))
             rows, self.ready = self.ready[:len(free)], self.ready[len(free):]
-            self.start(free[:len(rows)], rows)
+            self.decoder.start(free[:len(rows)], self.prefilled, [row.prompt for row in rows],
+                               [self.seeds[row.index] for row in rows])
+            self.running |= zip(free, rows, strict=False)
             free = free[len(rows):]
         if not self.ready:
             self.prefilled = None
@@ -134,66 +141,115 @@ class _Batch:
         sizes = [n * width for n, width in enumerate(accumulate(map(len, prompts), max), 1)]  # of the first n, padded
         prompts = prompts[:max(1, sum(size <= PREFILL_TOKENS for size in sizes))]
         self.prefilled = None  # the old ones are freed before the new ones take memory
-        self.prefilled, self.next_prompt = prefill(self.model, prompts), start + len(prompts)
+        self.prefilled, self.next_prompt = prefill(self.decoder.model, prompts), start + len(prompts)
         self.ready += [_Row((start + i) * k + j, i, len(prompt)) for i, prompt in enumerate(prompts) for j in range(k)]
-
-    def start(self, free: list[int], rows: list[_Row]) -> None:
-        """Begin these rows, whose prompts are prefilled, in these slots."""
-        tensor = partial(torch.tensor, device=self.model.device)
-        slots, prompts = tensor(free), tensor([row.prompt for row in rows])
-        if self.cache is None:
-            most_columns = max(map(len, self.prompts)) + self.max_new_tokens
-            self.cache = SlotCache(self.slots, self.prefilled.cache, most_columns)
-        self.cache.load(slots, self.prefilled, prompts)
-        streams = [torch.Generator().manual_seed(self.seeds[row.index]) for row in rows]
-        uniforms = [torch.rand(self.max_new_tokens, dtype=torch.double, generator=stream) for stream in streams]
-        self.uniforms[slots] = torch.stack(uniforms).to(slots.device)
-        self.position[slots] = tensor([row.prompt_length - 1 for row in rows])
-        self.age[slots], self.stopped[slots] = 0, False
-        self.append(slots, self.prefilled.logits[prompts])
-        self.running |= zip(free, rows, strict=True)
-
-    def append(self, slots: Tensor, logits: Tensor) -> None:
-        """Draw the next token of the rows in these n slots from their logits [n, V]."""
-        age = self.age[slots]
-        token, logprob = self.draw(logits, self.uniforms[slots, age])
-        self.token_ids[slots, age], self.logprobs[slots, age], self.token[slots] = token, logprob, token
-        self.stopped[slots] |= self.stops[token]
-        self.age[slots] += 1
-        self.position[slots] += 1
 
     def close_gaps(self) -> None:
         """Move the last rows into the free slots between the others, so that the slots in use are the first ones."""
         count = len(self.running)
         gaps, last = [s for s in range(count) if s not in self.running], [s for s in self.running if s >= count]
         if gaps:
-            cached = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
-            for state in (self.token, self.position, self.age, self.stopped, self.token_ids, self.logprobs,
-                          self.uniforms, *cached):
-                state[gaps] = state[last]
-            self.running |= {gap: self.running.pop(slot) for gap, slot in zip(gaps, last, strict=True)}
+            rows = [self.running.pop(slot) for slot in last]
+            self.decoder.move(last, gaps, max(row.prompt_length + row.age for row in rows))
+            self.running |= zip(gaps, rows, strict=True)
 
     def decode_until_poll(self) -> None:
-        """Draw POLL_EVERY tokens for every row; fewer if a row reaches max_new_tokens before."""
-        rows = self.running.values()
-        slots = torch.arange(len(rows), device=self.model.device)
-        for _ in range(min(POLL_EVERY, self.max_new_tokens - max(row.age for row in rows))):
-            width = -(-max(row.prompt_length + row.age for row in rows) // COLUMNS) * COLUMNS  # rounded up
-            self.cache.reserve(width)
-            self.append(slots, decode(self.model, self.cache, self.token[:len(rows)], self.position[:len(rows)], width))
-            for row in rows:
-                row.age += 1
+        """Draw some tokens for every row; fewer if a row reaches max_new_tokens before."""
+        rows, every = self.running.values(), POLL_EVERY_ON_CUDA if self.decoder.on_cuda else POLL_EVERY
+        longest = max(row.prompt_length + row.age for row in rows)
+        for more in range(min(every, self.decoder.max_new_tokens - max(row.age for row in rows))):
+            self.decoder.run(len(rows), longest + more)
 
     def take_finished(self) -> dict[int, Completion]:
         """Poll: the completions of the rows that have ended, by index; their slots become free."""
-        stopped = self.stopped.tolist()  # here the host waits for the device
-        done = [slot for slot, row in self.running.items() if stopped[slot] or row.age == self.max_new_tokens]
+        alive, age = self.decoder.poll(len(self.running))  # here the host waits for the device
+        for slot, row in self.running.items():
+            row.age = age[slot]
+        done = [slot for slot in self.running if not alive[slot]]
+        drawn = self.decoder.drawn(done, max(age[slot] for slot in done)) if done else {}  # and here
         completions = {}
-        for slot, ids, logprobs in zip(done, self.token_ids[done].tolist(), self.logprobs[done].tolist(), strict=True):
+        for slot in done:
             row = self.running.pop(slot)
-            length = next((i + 1 for i in range(row.age) if ids[i] in self.stop_ids), row.age)
-            completions[row.index] = Completion(ids[:length], logprobs[:length], stopped[slot])
+            ids, logprobs = (values[:row.age].tolist() for values in drawn[slot])
+            if not math.isfinite(logprobs[-1]):
+                raise FloatingPointError(f"token {row.age} of completion {row.index} has the log-prob {logprobs[-1]}")
+            completions[row.index] = Completion(ids, logprobs, ids[-1] in self.decoder.stop_ids)
         return completions
+
+
+class Decoder:
+    """What the device holds for each slot, and the step that draws the next tokens of the rows in the first slots.
+
+    All memory but the cache's is made here, at its full size. The host decides which rows run and in which slots; what
+    depends on the tokens drawn stays on the device. A slot without a row is harmless: its token is drawn, and dropped.
+    """
+
+    def __init__(self, model, slots: int, columns: int, max_new_tokens: int, stop_ids: Iterable[int], **how):
+        """columns: of the longest row, prompt and completion; how: the settings of `draw_tokens`."""
+        self.model, self.slots, self.columns, self.max_new_tokens = model, slots, columns, max_new_tokens
+        self.draw, self.stop_ids, self.on_cuda = partial(draw_tokens, **how), set(stop_ids), model.device.type == "cuda"
+        self.cache: SlotCache | None = None  # comes with the first prompts, and is like theirs
+        vocabulary = range(model.config.get_text_config().vocab_size)
+        zeros = partial(torch.zeros, slots, device=model.device)
+        self.stops = torch.tensor([token in self.stop_ids for token in vocabulary], device=model.device)  # bool [V]
+        self.every_slot = torch.arange(slots, device=model.device)
+        self.token, self.position, self.age = (zeros(dtype=torch.long) for _ in range(3))  # of the last token; drawn
+        self.alive = zeros(dtype=torch.bool)  # neither ended nor at max_new_tokens, and its log-probs are finite
+        shape = max_new_tokens + 1  # the last column is for what is drawn after the end
+        self.token_ids, self.logprobs = zeros(shape, dtype=torch.long), zeros(shape)
+        self.uniforms = zeros(shape, dtype=torch.double)
+
+    def start(self, free: list[int], prefilled: "Prefilled", prompts: list[int], seeds: list[int]) -> None:
+        """Begin rows in these free slots: with prompts[n] of `prefilled` and random numbers from seeds[n]."""
+        if self.cache is None:
+            self.cache = SlotCache(self.slots, prefilled.cache, self.columns)
+        slots, prompts = torch.tensor([free, prompts], device=self.model.device)
+        self.cache.load(slots, prefilled, prompts)
+        streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniforms = [torch.rand(self.max_new_tokens, dtype=torch.double, generator=stream) for stream in streams]
+        self.uniforms[slots, :-1] = torch.stack(uniforms).to(slots.device)
+        self.position[slots] = prefilled.last[prompts]
+        self.age[slots], self.alive[slots] = 0, True
+        self.append(slots, prefilled.logits[prompts])
+
+    def run(self, rows: int, columns: int) -> None:
+        """A step of the first `rows` slots, whose longest row has so many columns."""
+        width = -(-columns // COLUMNS) * COLUMNS  # rounded up
+        self.cache.reserve(width)
+        self.step(rows, width)
+
+    def step(self, rows: int, width: int) -> None:
+        """One more token for the first `rows` slots. Shapes come from the two numbers alone, nothing waits for the
+        device, and all it reads and writes stays in place while the cache does: it can be captured in a CUDA graph."""
+        logits = decode(self.model, self.cache, self.token[:rows], self.position[:rows], width)
+        self.append(self.every_slot[:rows], logits)
+
+    def append(self, slots: Tensor, logits: Tensor) -> None:
+        """Draw the next token of the rows in these n slots from their logits [n, V]."""
+        age, alive = self.age[slots], self.alive[slots]
+        token, logprob = self.draw(logits, self.uniforms[slots, age])
+        self.token_ids[slots, age], self.logprobs[slots, age], self.token[slots] = token, logprob, token
+        self.age[slots], self.position[slots] = age + alive, self.position[slots] + alive
+        self.alive[slots] = alive & ~self.stops[token] & (age + 1 < self.max_new_tokens) & (logprob > -torch.inf)
+
+    def move(self, old: list[int], new: list[int], columns: int) -> None:
+        """Copy the rows in the slots `old`, of at most so many columns, to the slots `new`."""
+        old, new = torch.tensor([old, new], device=self.model.device)
+        cached = [t[:, :, :columns] for layer in self.cache.layers for t in (layer.keys, layer.values)]
+        for state in (self.token, self.position, self.age, self.alive, self.token_ids, self.logprobs, self.uniforms,
+                      *cached):
+            state[new] = state[old]
+
+    def poll(self, rows: int) -> tuple[list[int], list[int]]:
+        """(still alive?, tokens drawn) of the first `rows` slots."""
+        return torch.stack((self.alive.long(), self.age))[:, :rows].tolist()
+
+    def drawn(self, slots: list[int], tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """The first so many token ids and log-probs of each of these slots: copied at once, with all slots between."""
+        first, last = min(slots), max(slots) + 1
+        both = [t[first:last, :tokens].double() for t in (self.token_ids, self.logprobs)]
+        token_ids, logprobs = torch.stack(both).cpu()
+        return {slot: (token_ids[slot - first].long(), logprobs[slot - first]) for slot in slots}
 
 
 class SlotCache(Cache):
@@ -217,14 +273,10 @@ class SlotCache(Cache):
 
     def load(self, slots: Tensor, prefilled: "Prefilled", prompts: Tensor) -> None:
         """Copy prompts[n] of `prefilled` into slots[n]."""
-        width = prefilled.cache.get_seq_length()
+        width = prefilled.cache.get_seq_length()  # padding included: `decode` masks it until the row overwrites it
         self.reserve(width)
-        # Left padding gets negative columns, which count from the slot's end: there `decode` masks it, until the row
-        # overwrites it. The indices [n, 1] and [n, width] select [n, width, heads, dim].
-        column = torch.arange(width, device=slots.device) - prefilled.padding[prompts].unsqueeze(1)  # [n, width]
         for ours, theirs in zip(self.layers, prefilled.cache.layers, strict=True):
-            ours.keys[slots.unsqueeze(1), :, column] = theirs.keys[prompts].transpose(1, 2)
-            ours.values[slots.unsqueeze(1), :, column] = theirs.values[prompts].transpose(1, 2)
+            ours.keys[slots, :, :width], ours.values[slots, :, :width] = theirs.keys[prompts], theirs.values[prompts]
 
 
 class SlotLayer(DynamicLayer):
@@ -251,26 +303,24 @@ class Prefilled:
 
     cache: Cache
     logits: Tensor  # [N, V], of the next token
-    padding: Tensor  # [N], in columns, on the left
+    last: Tensor  # [N], the column of each prompt's last token
 
 
 def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
-    """Run N prompts in one batch. Padding, by any id, goes on the left: the last column then has the logits wanted."""
+    """Run N prompts in one batch. Padding, by any id, goes on the right, where causal attention lets no token see it:
+    so there is no mask, which keeps fast attention kernels possible, and no row of attention without a token to see."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=model.device)
-    position = torch.arange(width, device=model.device) - padding.unsqueeze(1)  # [N, width], negative on padding
+    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=model.device)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
     cache = DynamicCache()
-    output = model(input_ids=ids, attention_mask=(position >= 0).long(), position_ids=position.clamp(min=0),
-                   past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return Prefilled(cache, output.logits[:, -1], padding)
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last.unsqueeze(1))
+    return Prefilled(cache, output.logits[:, -1], last)
 
 
 def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int) -> Tensor:
     """One token for each of the first R slots: token [R], position [R] < width -> logits [R, V] of the next.
 
-    Shapes come from R and `width` alone, the host never waits for the device, and the memory read and written stays in
-    place until `reserve` widens the cache: this is the function to capture in a CUDA graph per (R, width).
+    Whatever stands in the other columns, a row sees those up to its position.
     """
     distance = position.unsqueeze(1) - torch.arange(width, device=position.device)  # [R, width], negative: the future
     masks = {}
@@ -314,7 +364,8 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p
     (0, 0.625)
     """
     if temperature < 1e-6:  # also where a division would give inf - inf
-        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+        highest, token = logits.float().max(-1)
+        return token, highest - highest  # 0, or nan
     logits = logits.float() / temperature
     ids = None
     if top_k > 0 or top_p < 1:  # sorted: likeliest first; top_p needs the order, and only inside top_k if both are set
@@ -368,8 +419,13 @@ def generator_for_rows(seed: Sequence[int], first_row: int) -> torch.Generator:
     first_row = a, and all ranks together sample what one process would.
     """
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
-    torch.randint(2**63 - 1, (first_row,), generator=generator)  # the rows of the ranks before this one
+    row_seeds(generator, first_row)  # those of the rows of the ranks before this one
     return generator
+
+
+def row_seeds(generator: torch.Generator | None, rows: int) -> list[int]:
+    """The seeds of the next `rows` rows. Rows with the same seed and prompt become the same completion."""
+    return torch.randint(2**63 - 1, (rows,), generator=generator).tolist()
 
 
 def window(model) -> float:
@@ -386,13 +442,19 @@ def window(model) -> float:
 
 
 @contextmanager
-def _eval_mode(model):
-    """eval() inside: dropout off, and gradient checkpointing, which would switch the KV cache off, asleep."""
+def _sampling_mode(model):
+    """eval() inside: dropout off, and gradient checkpointing, which would switch the KV cache off, asleep. Modules that
+    have a method `sampling(on)`, such as lora.LoRALinear, are told: until it ends no weight changes."""
     training = [module for module in model.modules() if module.training]
+    told = [module.sampling for module in model.modules() if hasattr(module, "sampling")]
     model.eval()
     try:
+        for tell in told:
+            tell(True)
         yield
     finally:
+        for tell in told:
+            tell(False)
         for module in training:
             module.training = True
 

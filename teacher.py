@@ -89,7 +89,11 @@ def read(model, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
     column = torch.arange(width, device=device)
     starts = torch.tensor([[len(prompt)] for prompt in prompts], device=device)  # [B, 1]
     ends = torch.tensor([[len(row)] for row in rows], device=device)
-    states = model.base_model(input_ids=ids, attention_mask=(column < ends).long(), use_cache=False).last_hidden_state
+    # No token sees the padding behind it: a mask changes nothing, and keeps CUDA from flash attention. That one needs
+    # half precision; in float32 a mask keeps transformers from the plain kernel, which is slow and large.
+    is_half = model.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
+    states = model.base_model(input_ids=ids, attention_mask=None if is_half else (column < ends).long(),
+                              use_cache=False).last_hidden_state
     # The state at column c predicts the token at c + 1. Prompt ab, completion CD, padding 0: row a b C D 0, the states
     # at b and C predict the targets C and D.
     predicts = (column >= starts - 1) & (column < ends - 1)

@@ -40,9 +40,10 @@ import lora
 import reward
 import teacher
 import toy
-from support import checkpoint, run, settings
+from support import checkpoint, graphs, run, settings
 from support.data import InputError, Problem, add_adapter, load_model, load_problems
 from support.distributed import Ranks
+from support.errors import LocalError
 from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
 from support.settings import Settings
 
@@ -89,6 +90,7 @@ class Trainer:
         """Load and check everything; nothing is written yet."""
         self.s, self.ranks, self.out, self.step, self.rows_per_problem = s, ranks, Path(s.out), 0, s.rollouts_per_prompt
         self.stop, self.log, self.results = run.StopRequest(ranks), run.StepLog(self), {}
+        self.make_decoder = graphs.choose(s.cuda_graphs, ranks.device)
         data, eval_data = ranks.once_per_node(
             lambda: (toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")))
         self.problems, self.left_out = ranks.together(load_problems, data, self.needs_solution, s.skip_ungradable)
@@ -208,9 +210,12 @@ class Trainer:
     def check_gradient(self, norm: float) -> None:
         """InputError if the gradient, the same on all ranks, is not finite."""
         if not np.isfinite(norm):
-            last = checkpoint.latest(self.out / "checkpoints") or "none yet"
-            raise InputError(f"step {self.step + 1}: the gradient's norm {norm} is not finite, so the step was not "
-                             f"applied: lower --lr; the last good checkpoint is {last}")
+            raise InputError(self.not_finite(f"the gradient's norm {norm}"))
+
+    def not_finite(self, what: str) -> str:
+        last = checkpoint.latest(self.out / "checkpoints") or "none yet"
+        return (f"step {self.step + 1}: {what} is not finite, so the step was not applied: lower --lr; the last good "
+                f"checkpoint is {last}")
 
     # ---- what else a neighbour may override
 
@@ -270,9 +275,12 @@ class Trainer:
         """Rollouts of this rank's problems, the first of which is row `first_row` of all ranks' rows. Stop, if raised,
         is raised on every rank."""
         rollouts = []
-        with suppress(run.Interrupted), self.autocast():
-            rollouts = sample(self.model, self.tokenizer, problems, sampling, seed=(self.s.seed, seed),
-                              first_row=first_row, show=show)
+        try:
+            with suppress(run.Interrupted), self.autocast():
+                rollouts = sample(self.model, self.tokenizer, problems, sampling, seed=(self.s.seed, seed),
+                                  first_row=first_row, show=show, make_decoder=self.make_decoder)
+        except FloatingPointError as error:
+            raise LocalError(self.not_finite(f"a log-prob ({error})")) from None
         self.stop.obey()
         return rollouts
 

@@ -48,6 +48,9 @@ class Ranks:
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
+                # Attention by flash, memory-efficient or plain math. cuDNN's makes a plan for every new shape, and here
+                # every micro-batch is one; gradients that are nan under masks were reported of it, too.
+                torch.backends.cuda.enable_cudnn_sdp(False)
             if self.distributed:  # hours: ranks wait for each other's longest completion
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
         except (RuntimeError, ValueError) as error:  # no such GPU, a port in use, an address that is none

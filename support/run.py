@@ -133,6 +133,9 @@ def one_line_errors(program: str, interrupted: str):
         print(f"{program}: {error.filename or 'a file'}: cannot be read or written ({reason(error)}): free space or "
               "correct the path; what was complete before is untouched", file=sys.stderr)
         raise SystemExit(1) from None
+    except FloatingPointError as error:
+        print(f"{program}: {error}, as the model's logits are not finite: check its weights", file=sys.stderr)
+        raise SystemExit(1) from None
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise

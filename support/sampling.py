@@ -2,8 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 import reward
 import rollout
@@ -11,6 +15,8 @@ import teacher
 from support.data import Problem
 from support.errors import InputError
 from support.flags import flag
+
+MEMORY_SHARE = 0.8  # of the free memory for keys and values; the rest is for prefill and logits
 
 
 @dataclass
@@ -26,6 +32,12 @@ class Rollout(rollout.Completion):
     advantage: float = 0.0
     is_reference: bool = False  # the data's solution, not a sample: family/ may train on it
     has_context: bool = True  # the teacher had something to be shown: family/ may have nothing
+
+    def grade(self) -> "Rollout":
+        """Fill in answer and correct, from the text. A truncated completion is wrong whatever it says."""
+        self.answer = reward.extract_answer(self.text)
+        self.correct = self.finished and self.answer is not None and reward.is_equal(self.answer, self.problem.answer)
+        return self
 
     def as_json(self) -> dict:  # what a samples.jsonl says of it
         return {"line": self.problem.line, "problem": self.problem.problem, "gold": self.problem.answer,
@@ -52,26 +64,57 @@ def student_prompt(tokenizer, problem: Problem, thinking: bool) -> list[int]:
 
 
 def sample(model, tokenizer, problems: Sequence[Problem], sampling: Sampling, *, seed: tuple[int, ...],
-           first_row: int = 0, show: Callable[[int, int], None] | None = None) -> list[Rollout]:
+           first_row: int = 0, show: Callable[[int, int], None] | None = None, make_decoder: Callable | None = None,
+           leave_out: Container[int] = (), on_rollout: Callable[[int, Rollout], None] | None = None) -> list[Rollout]:
     """`sampling.samples` rollouts of each problem, in the order of the problems, not graded yet. The first one is row
-    `first_row` of all ranks' rows: the result does not depend on how many ranks there are."""
+    `first_row` of all ranks' rows: the result does not depend on how many ranks there are, nor on the rows to be left
+    out, numbers of the result. `on_rollout(number, rollout)` gets each one as soon as it is there."""
+    k = sampling.samples
     prompts = [student_prompt(tokenizer, problem, sampling.thinking) for problem in problems]
+    rows = [i for i in range(k * len(problems)) if i not in leave_out]
+    seeds = rollout.row_seeds(rollout.generator_for_rows(seed, first_row), k * len(problems))
+    whole = len(rows) == len(seeds)  # of a part, every row brings its prompt, which is prefilled more often
+
+    def rollout_of(i: int, c: rollout.Completion) -> Rollout:
+        return Rollout(c.token_ids, c.logprobs, c.finished, problems[i // k], prompts[i // k])
     completions = rollout.sample(
-        model, prompts, max_new_tokens=sampling.max_new_tokens, stop_ids=rollout.stop_ids(model, tokenizer),
-        temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-        samples_per_prompt=sampling.samples, slots=sampling.slots,
-        generator=rollout.generator_for_rows(seed, first_row), progress=show)
-    return [Rollout(c.token_ids, c.logprobs, c.finished, problems[i // sampling.samples],
-                    prompts[i // sampling.samples]) for i, c in enumerate(completions)]
+        model, prompts if whole else [prompts[i // k] for i in rows], max_new_tokens=sampling.max_new_tokens,
+        stop_ids=rollout.stop_ids(model, tokenizer), temperature=sampling.temperature, top_p=sampling.top_p,
+        top_k=sampling.top_k, samples_per_prompt=k if whole else 1, slots=sampling.slots,
+        seeds=[seeds[i] for i in rows], progress=show, make_decoder=make_decoder,
+        on_completion=on_rollout and (lambda number, c: on_rollout(rows[number], rollout_of(rows[number], c))))
+    return [rollout_of(i, c) for i, c in zip(rows, completions, strict=True)]
 
 
 def grade_rollouts(tokenizer, rollouts: list[Rollout]) -> list[Rollout]:
-    """Fill in text, answer and correct; a truncated completion is wrong whatever it says. Returns the same rollouts."""
+    """Fill in text, answer and correct. Returns the same rollouts."""
     for row in rollouts:
         row.text = tokenizer.decode(row.token_ids, skip_special_tokens=True)
-        row.answer = reward.extract_answer(row.text)
-        row.correct = row.finished and row.answer is not None and reward.is_equal(row.answer, row.problem.answer)
+        row.grade()
     return rollouts
+
+
+def slots_that_fit(model, columns: int, slots: int) -> tuple[int, str]:
+    """(rows to decode together, at most `slots`, why): their keys and values, of `columns` tokens each, take no more
+    than MEMORY_SHARE of the free memory. What one token takes is seen on a prompt of one token."""
+    with torch.inference_mode():
+        layers = rollout.prefill(model, [[0]]).cache.layers
+    row = columns * sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+    free = free_memory(model.device)
+    fitting = slots if free is None else max(1, min(slots, int(MEMORY_SHARE * free / row)))
+    known = "unknown" if free is None else f"{free / 2**30:.1f} GiB"
+    return fitting, (f"keys and values of {slots} rows of {columns:,} tokens take up to {slots * row / 2**30:.1f} GiB, "
+                     f"free memory is {known}: {fitting} rows are decoded together")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """In bytes, None where nobody says."""
+    with suppress(AssertionError, AttributeError, OSError, RuntimeError, StopIteration):
+        if device.type == "cuda":
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return torch.cuda.mem_get_info(device)[0] + unused
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 def check_window(model, path: str, problems: Sequence[Problem], new_tokens: int,

@@ -12,7 +12,7 @@ from support.distributed import environment_number
 from support.errors import DAMAGED, InputError
 from support.flags import SEEDS, Parser, add_flags, check_ranges, flag, flag_name
 
-MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every"}
+MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every", "cuda_graphs"}
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Settings:
     lora_rank: int = flag(64, "rank of the adapter", "[1, inf)")
     lora_alpha: float = flag(128.0, "alpha of the adapter, whose scale is alpha / rank", "(0, 1e30]")
     bf16: bool = flag(None, "bfloat16 base weights and autocast (default: on with CUDA, off without)")
+    cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass to save memory")
     checkpoint_every: int = flag(25, "steps between checkpoints", "[1, inf)")
     eval_before: bool = flag(True, "evaluate before training too")

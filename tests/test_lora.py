@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from conftest import random_ids, tiny_qwen3
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
+import rollout
 
 IDS = torch.tensor(random_ids([12]))
 
@@ -102,3 +104,72 @@ def test_what_does_not_fit_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(ValueError, match="use_dora"):
         lora.load_adapter(tiny_qwen3(), tmp_path)
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operations that are no views."""
+
+    VIEWS = ("view", "_unsafe_view", "permute", "t", "transpose", "unsqueeze", "detach", "alias")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if function.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            with self:  # in inference mode these arrive whole
+                return function.decompose(*args, **(kwargs or {}))
+        self.names += [name] if name not in self.VIEWS else []
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("base, autocast", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, True),
+                                            (torch.float32, True)])
+def test_while_sampling_an_adapter_is_two_products(base, autocast):
+    model, _ = adapted()
+    layer = model.to(base).model.layers[0].mlp.up_proj
+    for parameter in (layer.lora_A, layer.lora_B):
+        parameter.data = parameter.data.float()
+    x = torch.randn(3, 1, 32, dtype=torch.bfloat16 if autocast else base)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bool(autocast)):
+        plain = layer(x)
+        layer.sampling(True)
+        with Launches() as launches:
+            fast = layer(x)
+        addresses = [copy.data_ptr() for copy in layer.copies]
+        layer.sampling(False)
+        assert torch.equal(layer(x), plain)
+        layer.lora_B.mul_(3)
+        layer.sampling(True)  # the new weights, in the same place
+        assert [copy.data_ptr() for copy in layer.copies] == addresses
+        torch.testing.assert_close(layer(x) - layer.base(x), 3 * (fast - layer.base(x)), rtol=0.02, atol=0.02)
+        layer.sampling(False)
+    assert fast.dtype == plain.dtype
+    torch.testing.assert_close(fast, plain, **(dict(rtol=1e-5, atol=1e-5) if plain.dtype == torch.float32 else
+                                               dict(rtol=0.02, atol=0.01)))
+    casts = [] if base == torch.bfloat16 or not autocast else ["_to_copy"]  # of float32 base weights, at every call
+    assert launches.names == [*casts, "mm", "mm", "addmm_"]
+
+
+@pytest.mark.parametrize("change", [lambda model: None, lambda model: model.train()])
+def test_sampling_sees_the_weights_of_its_beginning(change):
+    """Whatever has happened to the adapter since the call before."""
+    model, _ = adapted()
+    prompts, settings = random_ids([5, 9]), dict(max_new_tokens=12, stop_ids=[], temperature=0)
+
+    def tokens():
+        return [c.token_ids for c in rollout.sample(model, prompts, **settings)]
+
+    first, other = tokens(), [torch.randn_like(p) * 0.3 for p in lora.lora_parameters(model)]
+    change(model)
+    with lora.replaced(model, other):
+        second = tokens()
+        for tensor in other[1::2]:  # the B
+            tensor.mul_(-1)
+        assert tokens() != second != first
+    with lora.disabled(model):
+        base = tokens()
+    assert tokens() == first != base
+    lora.merge(model)
+    assert tokens() == first

@@ -212,6 +212,86 @@ def test_nothing_waits_for_the_device_between_polls(model, monkeypatch, settings
     assert len(waits.operations) == 5
 
 
+def test_a_look_waits_twice_and_closing_gaps_copies_one_list(model, monkeypatch):
+    """A look is one copy of what has ended, and one of all that was drawn, if anything has; slots move by one list."""
+    host, made = [], []
+    for name in ("cpu", "tolist"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, *args, original=original, name=name: (
+            host.append((name, t.device.type)), original(t, *args))[1])
+    take_finished, tensor = rollout._Batch.take_finished, torch.tensor
+
+    def looked(batch):
+        host.clear()
+        finished = take_finished(batch)
+        reads = len(host) - 2 * len(finished)  # two lists of each are made of what has been copied
+        assert reads == (2 if finished else 1)
+        return finished
+    monkeypatch.setattr(rollout._Batch, "take_finished", looked)
+    move = rollout.Decoder.move
+
+    def moved(*args):
+        monkeypatch.setattr(torch, "tensor", lambda *a, **k: (made.append(1), tensor(*a, **k))[1])
+        move(*args)
+        monkeypatch.setattr(torch, "tensor", tensor)
+        made.append(0)
+    monkeypatch.setattr(rollout.Decoder, "move", moved)
+    rollout.sample(model, PROMPTS * 3, max_new_tokens=30, stop_ids=range(1, 9), slots=12)
+    assert 0 in made and made.count(1) == made.count(0)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_that_gives_nan_for_dead_rows_changes_nothing(monkeypatch, implementation):
+    """Some kernels return nan for a query that may see no key: so no query may be of that kind."""
+    model, settings = tiny_qwen3(attn_implementation=implementation), dict(max_new_tokens=20, stop_ids=[1, 5], slots=3)
+    plain = rollout.sample(model, PROMPTS, generator=torch.Generator().manual_seed(0), **settings)
+    sdpa, softmax, masks = torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.softmax, []
+
+    def dead(mask):
+        masks.append(mask)
+        return torch.zeros(()) if mask is None else (
+            ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min).all(-1, keepdim=True)
+
+    def strict_sdpa(q, k, v, attn_mask=None, **rest):
+        return sdpa(q, k, v, attn_mask, **rest).masked_fill(dead(attn_mask).bool(), torch.nan)
+
+    def strict_softmax(scores, *args, **kwargs):
+        return softmax(scores, *args, **kwargs).masked_fill(
+            (scores <= torch.finfo(scores.dtype).min / 2).all(-1, keepdim=True), torch.nan)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", strict_sdpa)
+    monkeypatch.setattr(torch.nn.functional, "softmax", strict_softmax)
+    assert rollout.sample(model, PROMPTS, generator=torch.Generator().manual_seed(0), **settings) == plain
+    assert implementation == "eager" or None in masks and any(mask is not None for mask in masks)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logprobs_that_are_not_finite_stop_the_sampling(model, temperature, bad):
+    """At whichever token it happens; here at the third of one row."""
+    steps = 0
+
+    def spoil(module, args, output):
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            output[1] = bad
+    model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(FloatingPointError, match="token 3 of completion 1 has the log-prob nan"):
+        rollout.sample(model, PROMPTS[:3], max_new_tokens=30, stop_ids=[], temperature=temperature)
+    assert steps < 8
+
+
+def test_every_completion_is_reported_once_and_seeds_are_per_row(model):
+    seen, settings = {}, dict(max_new_tokens=15, stop_ids=[1, 5, 9], slots=4)
+    seeds = rollout.row_seeds(rollout.generator_for_rows((3,), 0), 12)
+    whole = rollout.sample(model, PROMPTS, samples_per_prompt=2, generator=rollout.generator_for_rows((3,), 0),
+                           on_completion=lambda i, c: seen.setdefault(i, []).append(c), **settings)
+    assert [seen[i] for i in range(12)] == [[c] for c in whole] and list(seen) != sorted(seen)
+    some = [7, 2, 11]
+    part = rollout.sample(model, [PROMPTS[i // 2] for i in some], seeds=[seeds[i] for i in some], **settings)
+    assert [c.token_ids for c in part] == [whole[i].token_ids for i in some]
+
+
 def test_decode_can_be_captured(model):
     """What a CUDA graph needs: more rows and columns than are in use do not change the logits of the rows in use, and
     the storage does not move."""

@@ -4,6 +4,7 @@
     python eval.py --model Qwen/Qwen3-4B --model Qwen/Qwen3-4B --adapter runs/q/checkpoints/step-000100/adapter \\
                    --data aime24.jsonl --data math500.jsonl
     torchrun --standalone --nproc-per-node=8 eval.py ...        the problems are shared by the processes
+    python eval.py --from vllm.jsonl --data math500.jsonl       completions that another engine wrote are graded
 
 `evaluate` and `summarise` are also what train.py runs before and after training.
 The defaults are the evaluation of arXiv 2605.13255: K = 4, temperature 1.0, top-p 0.95, 32,768 tokens, thinking on.
@@ -15,7 +16,9 @@ The defaults are the evaluation of arXiv 2605.13255: K = 4, temperature 1.0, top
     truncated   share of completions cut off at --max-new-tokens; they count as wrong, as they do in training
     no answer   share of completions without a box to grade
 
-Every sample goes into samples.jsonl with its text and gold answer, so that anybody can grade again.
+Every sample goes into samples.jsonl with its text and gold answer as soon as it is there, so that anybody can grade
+again, and that --resume can go on. With --from each line needs `completion`, or `text`, and says whose it is by `line`,
+a line of the data file, or by the same `problem`; `finished` (default: true) and `tokens`, a number, may be there.
 """
 
 import json
@@ -23,7 +26,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import comb
 from pathlib import Path
@@ -34,12 +37,22 @@ from tqdm import tqdm
 
 import reward
 import toy
-from support.checkpoint import append_jsonl, write_json
-from support.data import InputError, Problem, load_adapter, load_model, load_problems
+from support.data import InputError, Problem, digest, load_adapter, load_model, load_problems, model_digest
 from support.distributed import Ranks
 from support.flags import SEEDS, flag, parse
+from support.graphs import choose
 from support.run import hold, name_lack_of_memory, one_line_errors, say
-from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
+from support.samples import SampleLog, read_completions
+from support.sampling import (
+    Rollout,
+    Sampling,
+    check_window,
+    grade_rollouts,
+    progress,
+    sample,
+    slots_that_fit,
+    student_prompt,
+)
 
 BOOTSTRAP_RESAMPLES = 10_000
 
@@ -52,7 +65,10 @@ class Settings(Sampling):
     adapter: list = flag([], "LoRA adapter directory; k of them go to the last k models")
     data: list = flag([], "JSONL file with problem and answer, or toy; repeat it for several")
     out: str = flag(None, "directory for samples.jsonl and results.json (default: runs/eval-<time>)")
+    from_: list = flag([], "JSONL file of completions to grade instead of sampling; repeat it to compare several")
     seed: int = flag(0, "seed of the sampling", SEEDS)
+    resume: bool = flag(False, "go on in --out: keep the samples that are there, and make the rest")
+    cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
     skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
 
 
@@ -97,7 +113,8 @@ def summarise(rows: list[dict], samples: int) -> dict:
     for row in rows:
         problems[row["line"]].append(row)
     correct = [sum(row["correct"] for row in group) for group in problems.values()]
-    accuracy, length = np.mean(correct) / samples, np.mean([row["tokens"] for row in rows])
+    accuracy, tokens = np.mean(correct) / samples, [row["tokens"] for row in rows]
+    length = None if None in tokens else np.mean(tokens)
     low, high = bootstrap_interval([c / samples for c in correct])
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < samples] + [samples]
     result = {"problems": len(problems), "avg": accuracy, "low": low, "high": high,
@@ -105,7 +122,8 @@ def summarise(rows: list[dict], samples: int) -> dict:
               "maj": np.mean([majority_accuracy([row["answer"] if row["finished"] else None for row in group],
                                                 group[0]["gold"]) for group in problems.values()]),
               "length": length, "truncated": np.mean([not row["finished"] for row in rows]),
-              "no_answer": np.mean([row["answer"] is None for row in rows]), "eff": 100 * accuracy / (length / 1000)}
+              "no_answer": np.mean([row["answer"] is None for row in rows]),
+              "eff": length and 100 * accuracy / (length / 1000)}
     return json.loads(json.dumps(result, default=float))
 
 
@@ -125,32 +143,34 @@ def table(results: list[dict], samples: int) -> str:
              f"pass@{samples:<3} maj@{samples:<3}   length  truncated  no answer    Eff"]
     for r in sorted(results, key=lambda r: (r["data"] == "macro average", r["place"])):
         interval = f"[{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]" if "low" in r else ""
+        length, eff = (f"{r['length']:.0f}", f"{r['eff']:.2f}") if r["length"] else ("-", "-")
         lines.append(f"{r['data']:{data_width}}  {r['checkpoint']:{width}}  {r['problems']:8d}  {100 * r['avg']:7.2f} "
-                     f"{interval:14}  {100 * r['pass'][str(samples)]:8.2f} {100 * r['maj']:7.2f}  {r['length']:7.0f}  "
-                     f"{r['truncated']:9.3f}  {r['no_answer']:9.3f}  {r['eff']:5.2f}")
+                     f"{interval:14}  {100 * r['pass'][str(samples)]:8.2f} {100 * r['maj']:7.2f}  {length:>7}  "
+                     f"{r['truncated']:9.3f}  {r['no_answer']:9.3f}  {eff:>5}")
     return "\n".join(lines)
 
 
-def evaluate(problems: list[Problem], samples: int, solve: Callable[[list[Problem], int, tqdm], list[Rollout]],
-             ranks: Ranks, title: str, chunk: int | None = None, label: dict | None = None,
-             part: Path | None = None) -> list[dict]:
+def evaluate(problems: list[Problem], samples: int, solve: Callable, ranks: Ranks, title: str,
+             label: dict | None = None, log: SampleLog | None = None) -> list[dict]:
     """The rows of samples.jsonl for all problems, in their order, on every rank; each rank samples its share.
 
-    solve(problems, first_row, bar) gives `samples` graded rollouts of each of some problems, whose first one is row
-    `first_row` of all. It gets `chunk` problems at a time (None: all of the share), whose rows, each with `label`, are
-    appended to `part` at once.
+    solve(problems, first_row, graded, keep, bar) makes `samples` graded rollouts of each of some problems, whose first
+    one is row `first_row` of all, and calls keep(number, rollout) for each; it leaves out the numbers in `graded`. With
+    a `log` these are the rows of an earlier start, and new ones, with `label`, go there at once.
     """
     share = ranks.share(len(problems))
-    own, rows = [problems[i] for i in share], []
-    chunk = chunk or max(1, len(own))
-    with tqdm(total=len(own) * samples, desc=title, disable=ranks.rank > 0, unit=" completions") as bar:
-        for begin in range(0, max(1, len(own)), chunk):  # a rank without problems takes part once
-            rollouts = solve(own[begin:begin + chunk], (share.start + begin) * samples, bar)
-            new = [(label or {}) | {"sample": i % samples} | row.as_json() for i, row in enumerate(rollouts)]
-            if part:
-                append_jsonl(part, new)
-            rows += new
-    return ranks.gather_lists(rows)
+    own = [problems[i] for i in share]
+    places = [(problem.line, sample) for problem in own for sample in range(samples)]
+    earlier = log.graded[label["checkpoint"], label["data"]] if log else {}
+    rows = {i: earlier[place] for i, place in enumerate(places) if place in earlier}
+
+    def keep(number: int, rollout: Rollout) -> None:
+        rows[number] = (label or {}) | {"sample": number % samples} | rollout.as_json()
+        if log:
+            log.append(rows[number])
+    with tqdm(total=len(places), initial=len(rows), desc=title, disable=ranks.rank > 0, unit=" completions") as bar:
+        solve(own, share.start * samples, set(rows), keep, bar)
+    return ranks.gather_lists([rows[i] for i in range(len(places))])
 
 
 def load(name: str, adapter: str | None, device: torch.device):  # (model, tokenizer), the adapter merged in
@@ -163,20 +183,23 @@ def load(name: str, adapter: str | None, device: torch.device):  # (model, token
 
 def run(s: Settings, ranks: Ranks, out: Path) -> None:
     """Every checkpoint on every data file, into `out`. Nothing is written before all input was checked."""
-    part = out / (f"samples.rank{ranks.rank}.jsonl" if ranks.distributed else "samples.jsonl")
+    choose(s.cuda_graphs, ranks.device)  # refuses where there is no GPU
+    every_row, results = [], []
     files = [(name, ranks.once_per_node(lambda name=name: toy.resolve(name, "test.jsonl"))) for name in s.data]
     files = [(name, path, ranks.together(load_problems, path, False, s.skip_ungradable)[0]) for name, path in files]
-    every_row, results = [], []
+    log = SampleLog(out, asdict(s), ranks)
     adapters = [None] * (len(s.model) - len(s.adapter)) + s.adapter
     for number, (name, adapter) in enumerate(zip(s.model, adapters, strict=True)):
         model, tokenizer = ranks.once_per_node(lambda name=name, adapter=adapter: load(name, adapter, ranks.device))
         for _, path, problems in files:
             check_window(model, path, problems, s.max_new_tokens,
                          lambda problem, tokenizer=tokenizer: [student_prompt(tokenizer, problem, s.thinking)])
+        used = [*(path for _, path, _ in files), *([Path(adapter) / "adapter_model.safetensors"] if adapter else [])]
+        log.begin({name: model_digest(toy.resolve(name, "model"))} | {str(path): digest(Path(path)) for path in used})
         checkpoint = name + (f" + {adapter}" if adapter else "")
         for place, (data, path, problems) in enumerate(files):
             rows = evaluate(problems, s.samples, partial(solve, model, tokenizer, s), ranks, f"{checkpoint} on {data}",
-                            max(1, s.slots // s.samples), {"checkpoint": checkpoint, "data": str(path)}, part)
+                            {"checkpoint": checkpoint, "data": str(path)}, log)
             every_row += rows
             results.append(summarise(rows, s.samples) | {"checkpoint": checkpoint, "data": data,
                                                          "place": (place, number)})
@@ -184,39 +207,60 @@ def run(s: Settings, ranks: Ranks, out: Path) -> None:
             results.append(macro_average(results[-len(files):]) | {
                 "checkpoint": checkpoint, "data": "macro average", "place": (len(files), number)})
         del model
+    log.close(every_row, results)
     if ranks.rank == 0:
-        write_json(out / "results.json", {"settings": asdict(s), "results": results})
-        if ranks.distributed:
-            append_jsonl(out / "samples.jsonl", every_row)
-        say(f"\n{table(results, s.samples)}\n\nsamples  {out / 'samples.jsonl'}\nresults  {out / 'results.json'}")
-    ranks.barrier()
-    if ranks.distributed:
-        part.unlink()
+        say(f"\n{table(results, s.samples)}\n\n{log.files}")
 
 
-def solve(model, tokenizer, s: Settings, problems: list[Problem], first_row: int, bar: tqdm) -> list[Rollout]:
-    """Graded rollouts of some problems, with the settings of the command line."""
-    return grade_rollouts(tokenizer, sample(model, tokenizer, problems, s, seed=(s.seed,), first_row=first_row,
-                                   show=progress(bar)))
+def solve(model, tokenizer, s: Settings, problems: list[Problem], first_row: int, graded: set[int],
+          keep: Callable[[int, Rollout], None], bar: tqdm) -> None:
+    """Sample and grade, with the settings of the command line."""
+    longest = max((len(student_prompt(tokenizer, problem, s.thinking)) for problem in problems), default=0)
+    slots, why = slots_that_fit(model, longest + s.max_new_tokens, s.slots)
+    if not bar.disable:
+        bar.write(why, file=sys.stderr)
+    sample(model, tokenizer, problems, replace(s, slots=slots), seed=(s.seed,), first_row=first_row, show=progress(bar),
+           make_decoder=choose(s.cuda_graphs, model.device), leave_out=graded,
+           on_rollout=lambda number, row: keep(number, grade_rollouts(tokenizer, [row])[0]))
+
+
+def grade_files(s: Settings, ranks: Ranks, out: Path) -> None:
+    """The same figures for completions that another engine wrote."""
+    path, results = toy.resolve(s.data[0], "test.jsonl"), []
+    problems, _ = load_problems(path, False, s.skip_ungradable)
+    rows_of = {name: read_completions(name, str(path), problems) for name in s.from_}
+    samples = {len(rows) // len(problems) for rows in rows_of.values()}
+    if len(samples) > 1:
+        raise InputError("--from: the files have different numbers of completions per problem: grade them one by one")
+    for number, (name, rows) in enumerate(rows_of.items()):
+        results.append(summarise(rows, *samples) | {"checkpoint": name, "data": s.data[0], "place": (0, number)})
+    log = SampleLog(out, asdict(s), ranks)
+    log.close([row for rows in rows_of.values() for row in rows], results)
+    say(f"\n{table(results, *samples)}\n\n{log.files}")
 
 
 def parse_arguments(argv: list[str]) -> Settings:
     """InputError if there are more adapters than models, or none of what is needed."""
     s = parse(Settings, argv, __doc__)
-    if not (s.model and s.data):
+    if s.from_ and (len(s.data) != 1 or s.model or s.adapter or s.resume):
+        raise InputError("--from needs one --data, and neither --model, --adapter nor --resume; see --help")
+    if not s.from_ and not (s.model and s.data):
         raise InputError("--model and --data are needed; see --help")
+    if s.resume and not s.out:
+        raise InputError("--resume needs --out, the directory of the evaluation to go on with")
     if len(s.adapter) > len(s.model):
         raise InputError(f"{len(s.adapter)} times --adapter, {len(s.model)} times --model: name a model for each one")
     return s
 
 
 def main() -> None:
-    with one_line_errors("eval.py", "stopped; samples that were finished are in the output directory"), \
-            name_lack_of_memory(lambda: "while sampling: lower --slots or --max-new-tokens"):
-        s, ranks = parse_arguments(sys.argv[1:]), Ranks()
+    with one_line_errors("eval.py", "stopped: samples that were finished are in the output directory, go on with "
+                         "--resume"), name_lack_of_memory(lambda: "while sampling: lower --slots or --max-new-tokens"):
+        s = parse_arguments(sys.argv[1:])
+        ranks = Ranks.alone() if s.from_ else Ranks()
         out = Path(s.out or time.strftime("runs/eval-%Y%m%d-%H%M%S", time.localtime(ranks.max(time.time()))))
-        with hold(out, ranks):
-            run(s, ranks, out)
+        with hold(out, ranks, None if s.resume else "go on with --resume, or choose another --out"):
+            (grade_files if s.from_ else run)(s, ranks, out)
 
 
 if __name__ == "__main__":

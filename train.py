@@ -294,9 +294,11 @@ class Trainer:
         sampling = Sampling(s.eval_samples, s.eval_max_new_tokens or s.max_new_tokens, s.eval_temperature, s.eval_top_p,
                             0, s.slots or EVALUATION_SLOTS, s.thinking)
 
-        def solve(problems, first_row, bar):
+        def solve(problems, first_row, graded, keep, bar):
             show = progress(bar, check=self.stop.interrupt)
-            return grade_rollouts(self.tokenizer, self.sample(problems, sampling, EVALUATION, first_row, show))
+            rollouts = self.sample(problems, sampling, EVALUATION, first_row, show)
+            for number, row in enumerate(grade_rollouts(self.tokenizer, rollouts)):
+                keep(number, row)
         rows = evaluation.evaluate(self.held_out, s.eval_samples, solve, self.ranks, name)
         found = evaluation.summarise(rows, s.eval_samples)
         self.results[name] = {"accuracy": found["avg"], "length": found["length"], "efficiency": found["eff"],

@@ -165,7 +165,7 @@ def run(name: str, rate: float, seed: int, split: str, a) -> dict:
     s = evaluation.Settings(a.samples, a.max_new_tokens, top_p=1.0, slots=SLOTS, thinking=False, seed=seed)
     with (out / "log.txt").open("a") as log, redirect_stderr(log):  # no bars of workers on the screen
         solve = partial(evaluation.solve, *load_model(str(model), torch.float32, torch.device("cpu")), s)
-        rows = evaluation.evaluate(problems, a.samples, solve, Ranks(), split, chunk=max(1, SLOTS // a.samples))
+        rows = evaluation.evaluate(problems, a.samples, solve, Ranks(), split)
     (out / f"{split}-samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary, texts = evaluation.summarise(rows, a.samples), [row["completion"] for row in rows]
     result = measured | {

@@ -105,21 +105,31 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def read_jsonl(path: Path, take: Callable[[dict], None], may_be_cut: bool = True) -> int:
+    """take(row) for every line, the last of which may have been cut off by a kill; returns how many lines there are.
+    InputError for a line that is damaged or that `take` cannot use."""
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            take(json.loads(line))
+        except DAMAGED as error:
+            if number < len(lines) or not may_be_cut:
+                raise InputError(f"{path}: line {number}: no line of such a file ({reason(error)}): correct it, or "
+                                 "remove the line") from None
+    return len(lines)
+
+
 def drop_later_steps(path: Path, step: int) -> None:
     """Forget the rows of steps after the checkpoint that a resumed run starts from: they are made again. Warns of
     earlier steps that are missing; InputError for a damaged line."""
-    lines, kept, steps = path.read_bytes().splitlines() if path.exists() else [], [], set()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if row["step"] <= step:
-                kept.append(row)
-                steps.add(row["step"])
-        except DAMAGED as error:
-            if number < len(lines):  # the last line may have been cut off by a kill
-                raise InputError(f"{path}: line {number}: no line of this log ({reason(error)}): correct it, or remove "
-                                 "the line") from None
-    if lines and not step:
+    kept, steps = [], set()
+
+    def take(row: dict) -> None:
+        if row["step"] <= step:
+            kept.append(row)
+            steps.add(row["step"])
+    is_there = path.exists() and read_jsonl(path, take) > 0
+    if is_there and not step:
         print(f"{path}: warning: there is no checkpoint, the run starts again and drops these lines", file=sys.stderr)
     if missing := set(range(1, step + 1)) - steps:
         print(f"{path}: warning: {len(missing)} of the {step} steps done have no line, first step {min(missing)}",

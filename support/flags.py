@@ -30,7 +30,7 @@ def nonempty_path(value: str) -> Path:
 
 def flag_name(key: str) -> str:
     """The flag of a field."""
-    return "--" + key.replace("_", "-")
+    return "--" + key.rstrip("_").replace("_", "-")  # from_, for a word of Python
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +56,7 @@ def add_flags(parser, settings: Iterable[Field], choices: dict[str, tuple] | Non
             keywords = {"type": type(many[0]), "nargs": "+"} if many else {"type": nonempty, "action": "append"}
         default = " ".join(map(str, many)) if f.type is list else f.default
         shown = f" (default: {default})" if default not in (None, "") else ""
-        parser.add_argument(flag_name(f.name), help=f.metadata["help"] + shown, **keywords)
+        parser.add_argument(flag_name(f.name), help=f.metadata["help"] + shown, dest=f.name, **keywords)
 
 
 def parse(kind: type, argv: list[str], description: str):

@@ -14,6 +14,7 @@ from conftest import in_background
 import eval as evaluation
 import reward
 import rollout
+from support import samples, sampling
 
 
 def test_pass_at_k_equals_counting_all_subsets():
@@ -103,6 +104,141 @@ def test_mistakes_are_one_line(tiny_toy, tmp_path, monkeypatch, capsys, change, 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit.value.code == 1 and error.startswith("eval.py: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
+    evaluation.main()
+
+
+def fails(monkeypatch, capsys, *argv):
+    with pytest.raises(SystemExit) as exit:
+        call(monkeypatch, *argv)
+    assert exit.value.code not in (0, None)
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def small(tiny_toy, tmp_path):
+    """Flags of an evaluation of 12 problems, twice each, six rows at a time."""
+    data = tmp_path / "twelve.jsonl"
+    data.write_text("".join((tiny_toy / "test.jsonl").read_text().splitlines(keepends=True)[:12]))
+    return ["--model", tiny_toy / "model", "--data", data, "--samples", 2, "--max-new-tokens", 12, "--slots", 6,
+            "--no-thinking"]
+
+
+@pytest.fixture
+def whole(small, tmp_path, monkeypatch):
+    """What they leave."""
+    call(monkeypatch, *small, "--out", tmp_path / "whole")
+    return (tmp_path / "whole" / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stopped_evaluation_goes_on(small, whole, tmp_path, monkeypatch, capsys, ranks):
+    """Samples are on disk as soon as they are graded; --resume keeps them and makes the others."""
+    out, append, sample, made = tmp_path / "out", samples.append_jsonl, rollout.sample, []
+
+    def stop_at_nine(path, rows):
+        append(path, rows)
+        made.extend(rows)
+        if len(made) == 9:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(samples, "append_jsonl", stop_at_nine)
+    assert "--resume" in fails(monkeypatch, capsys, *small, "--out", out)
+    lines = (out / "samples.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 9 and set(lines) <= set(whole.splitlines(keepends=True))
+    assert lines != sorted(lines, key=whole.index)  # as they came, from all slots, not chunk by chunk
+    if ranks == 2:  # as torchrun leaves them, one file cut off in a line
+        (out / "samples.jsonl").unlink()
+        (out / "samples.rank0.jsonl").write_text("".join(lines[:4]))
+        (out / "samples.rank1.jsonl").write_text("".join(lines[4:8]) + lines[8][:30])
+    again = []
+    monkeypatch.setattr(rollout, "sample", lambda *args, **kwargs: (again.extend(kwargs["seeds"]),
+                                                                    sample(*args, **kwargs))[1])
+    call(monkeypatch, *small, "--out", out, "--slots", 3, "--resume")
+    assert len(again) == 24 - (9 if ranks == 1 else 8)
+    assert (out / "samples.jsonl").read_text() == whole
+    assert sorted(path.name for path in out.iterdir()) == ["results.json", "samples.jsonl"]
+    table = capsys.readouterr().out
+    call(monkeypatch, *small, "--out", out, "--resume")  # nothing is left to do: the table comes again
+    assert capsys.readouterr().out == table and len(again) == 24 - (9 if ranks == 1 else 8)
+
+
+def test_what_cannot_be_resumed_is_refused(small, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "whole"
+    assert "--resume needs --out" in fails(monkeypatch, capsys, *small, "--resume")
+    assert "output directory in use" in fails(monkeypatch, capsys, *small, "--out", out)
+    assert "no evaluation" in fails(monkeypatch, capsys, *small, "--out", tmp_path / "new", "--resume")
+    assert not (tmp_path / "new").exists()
+    error = fails(monkeypatch, capsys, *small, "--out", out, "--resume", "--samples", 3, "--seed", 1)
+    assert "--samples was 2" in error and "--seed was 0" in error
+    with (tmp_path / "twelve.jsonl").open("a") as data:
+        data.write("\n")
+    assert "twelve.jsonl: not what it was" in fails(monkeypatch, capsys, *small, "--out", out, "--resume")
+    (out / "samples.jsonl").write_text("{}\n" + whole)
+    assert "samples.jsonl: line 1: no line" in fails(monkeypatch, capsys, *small, "--out", out, "--resume")
+    assert (out / "samples.jsonl").read_text() == "{}\n" + whole
+
+
+@pytest.mark.parametrize("by", ["line", "problem"])
+def test_completions_from_elsewhere(small, whole, tmp_path, monkeypatch, capsys, by):
+    """Graded as our own are: the same table, without lengths if there are none."""
+    rows, other = [json.loads(line) for line in whole.splitlines()], tmp_path / "other.jsonl"
+    call(monkeypatch, *small, "--out", tmp_path / "whole", "--resume")
+    table = capsys.readouterr().out.splitlines()[2].split()
+
+    def grade(fields, text):
+        other.write_text("".join(json.dumps({name: row[name] for name in fields} | {text: row["completion"]}) + "\n"
+                                 for row in rows[::-1]))
+        call(monkeypatch, "--from", other, "--data", tmp_path / "twelve.jsonl", "--out", tmp_path / text)
+        return capsys.readouterr().out.splitlines()[2].split()
+
+    assert grade([by, "tokens", "finished"], "completion")[2:] == table[2:]
+    without = grade([by, "finished"], "text")
+    assert without[-4] == without[-1] == "-" and without[2:9] == table[2:9]
+    kept = [json.loads(line) for line in (tmp_path / "completion" / "samples.jsonl").read_text().splitlines()]
+    same = ("line", "gold", "completion", "answer", "correct", "finished", "tokens")
+    assert sorted(str([row[name] for name in same]) for row in kept) == sorted(
+        str([row[name] for name in same]) for row in rows)
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"line": 1}, "completion must be text"), ({"text": "a"}, "its line or its problem is not in"),
+    ({"line": 99, "text": "a"}, "its line or its problem is not in"), ("text", "no line of such a file"),
+    ({"line": 1, "text": "a", "finished": "yes"}, "finished true or false"),
+    ({"line": 1, "text": "a"}, "0 completions of the problem in line 2"), (None, "0 completions of the problem")])
+def test_completions_that_cannot_be_graded_are_named(small, tmp_path, monkeypatch, capsys, row, message):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(row) + "\n" if row else "")
+    error = fails(monkeypatch, capsys, "--from", other, "--data", tmp_path / "twelve.jsonl", "--out", tmp_path / "out")
+    assert error.startswith(f"eval.py: {other}: ") and message in error and not (tmp_path / "out").exists()
+    assert "neither --model" in fails(monkeypatch, capsys, *small, "--from", other)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_slots_that_fit_into_the_free_memory(small, whole, tmp_path, monkeypatch, capsys, device):
+    """Keys and values in float32 at full length, by hand, against what the command says before the first token."""
+    config = json.loads((Path(small[1]) / "config.json").read_text())
+    token = 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    seen, sample = [], rollout.sample
+    monkeypatch.setattr(rollout, "sample", lambda *args, **kwargs: (seen.append((args[1], kwargs["slots"])),
+                                                                    sample(*args, **kwargs))[1])
+    monkeypatch.setattr(sampling, "free_memory", lambda device: free)
+    free = 10**12
+    call(monkeypatch, *small, "--out", tmp_path / "all")
+    columns = max(map(len, seen[0][0])) + 12
+    free = int(4 * columns * token / sampling.MEMORY_SHARE) + 100
+    call(monkeypatch, *small, "--out", tmp_path / "four")
+    assert [slots for _, slots in seen] == [6, 4]
+    said = capsys.readouterr().err
+    assert f"6 rows of {columns} tokens" in said and "4 rows are decoded together" in said
+    assert (tmp_path / "four" / "samples.jsonl").read_text() == whole
+    monkeypatch.undo()
+    if device == "cpu":
+        assert 2**20 < sampling.free_memory(torch.device("cpu")) < 2**50
+    else:
+        assert torch.cuda.is_available() or sampling.free_memory(torch.device("cuda")) is None
 
 
 def test_no_free_memory_names_the_flag_to_lower(tiny_toy, tmp_path, monkeypatch, capsys):

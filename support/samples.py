@@ -1,0 +1,106 @@
+"""What an evaluation leaves on disk: samples.jsonl, written as samples come, and results.json, written around them; and
+completions that another engine left there."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from support.checkpoint import append_jsonl, read_jsonl, write_json, write_text
+from support.data import Problem
+from support.distributed import Ranks
+from support.errors import DAMAGED, InputError, reason
+from support.flags import flag_name
+from support.sampling import Rollout
+
+MAY_CHANGE_ON_RESUME = {"out", "resume", "slots", "cuda_graphs"}
+
+
+class SampleLog:
+    """The rows of an evaluation. Under torchrun every rank appends to a file of its own, until `close` joins them."""
+
+    def __init__(self, out: Path, settings: dict, ranks: Ranks):
+        """Nothing is written yet, but with settings["resume"] the files of an earlier start are joined."""
+        self.out, self.settings, self.ranks, self.fingerprint = out, settings, ranks, {}
+        self.samples, self.results = out / "samples.jsonl", out / "results.json"
+        self.files = f"samples  {self.samples}\nresults  {self.results}"
+        self.own = out / f"samples.rank{ranks.rank}.jsonl" if ranks.distributed else self.samples
+        self.graded = defaultdict(dict)  # rows of an earlier start, by checkpoint and data, then by line and sample
+        if settings["resume"]:
+            self._read_settings()
+            ranks.together(lambda: self._write([]) if ranks.rank == 0 else None)
+            read_jsonl(self.samples, self._take)
+
+    def begin(self, fingerprint: dict[str, str]) -> None:
+        """To be called before what these files are for is sampled; InputError if an earlier start had other ones."""
+        for name, found in fingerprint.items():
+            if self.fingerprint.setdefault(name, found) != found:
+                raise InputError(f"{name}: not what it was when the evaluation began: put that back, or choose another "
+                                 "--out")
+        self._write_results([])
+
+    def append(self, row: dict) -> None:
+        append_jsonl(self.own, [row])
+
+    def close(self, rows: list[dict], results: list[dict]) -> None:
+        """`rows`: all of all ranks, in their final order."""
+        if self.ranks.rank == 0:
+            self._write(rows)
+        self._write_results(results)
+        self.ranks.barrier()
+
+    def _read_settings(self) -> None:
+        try:
+            earlier = json.loads(self.results.read_text())
+            before, self.fingerprint = dict(earlier["settings"]), dict(earlier["fingerprint"])
+        except (OSError, *DAMAGED) as error:
+            raise InputError(f"{self.results}: no evaluation that can be resumed here ({reason(error)}): check --out, "
+                             "or leave --resume out") from None
+        changed = [f"{flag_name(key)} was {before.get(key)}" for key, value in self.settings.items()
+                   if key not in MAY_CHANGE_ON_RESUME and before.get(key) != value]
+        if changed:
+            raise InputError(f"{self.out}: --resume with changed settings ({', '.join(changed)}): repeat the flags of "
+                             "the first start, or choose another --out")
+
+    def _take(self, row: dict) -> None:
+        self.graded[row["checkpoint"], row["data"]][row["line"], row["sample"]] = row
+
+    def _write(self, rows: list[dict]) -> None:
+        """samples.jsonl anew, from `rows` or, without them, from what all processes have written so far."""
+        parts = sorted(self.out.glob("samples.rank*.jsonl"))
+        for path in [self.samples, *parts] if not rows else []:
+            if path.exists():
+                read_jsonl(path, rows.append)
+        write_text(self.samples, "".join(json.dumps(row) + "\n" for row in rows))
+        for path in parts:
+            path.unlink()
+
+    def _write_results(self, results: list[dict]) -> None:
+        if self.ranks.rank == 0:
+            write_json(self.results, {"settings": self.settings, "fingerprint": self.fingerprint, "results": results})
+
+
+def read_completions(path: str, data: str, problems: list[Problem]) -> list[dict]:
+    """The rows of samples.jsonl for the completions in a file, as many for each of the problems, which are from `data`.
+
+    A line has `completion` or `text`; `line`, a line of `data`, or the same `problem`; perhaps `finished` and `tokens`.
+    """
+    problem_of = {problem.line: problem for problem in problems} | {p.problem.strip(): p for p in problems}
+    rows_of = defaultdict(list)
+
+    def take(row: dict) -> None:
+        text, finished, tokens = row.get("completion", row.get("text")), row.get("finished", True), row.get("tokens")
+        problem = problem_of.get(row["line"] if "line" in row else str(row.get("problem")).strip())
+        if problem is None:
+            raise ValueError(f"its line or its problem is not in {data}")
+        if not isinstance(text, str) or type(finished) is not bool or type(tokens) not in (int, type(None)):
+            raise ValueError("completion must be text, finished true or false, tokens a whole number")
+        place = {"checkpoint": path, "data": data, "sample": len(rows_of[problem.line])}
+        graded = Rollout([], [], finished, problem, [], text).grade()
+        rows_of[problem.line].append(place | graded.as_json() | {"tokens": tokens})
+    read_jsonl(Path(path), take, may_be_cut=False)
+    most = max(map(len, rows_of.values()), default=1)
+    for line, count in ((problem.line, len(rows_of[problem.line])) for problem in problems):
+        if count < most:
+            raise InputError(f"{path}: {count} completions of the problem in line {line} of {data}, {most} of another: "
+                             "all problems need the same number")
+    return [row for problem in problems for row in rows_of[problem.line]]

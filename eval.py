@@ -215,8 +215,7 @@ def run(s: Settings, ranks: Ranks, out: Path) -> None:
 def solve(model, tokenizer, s: Settings, problems: list[Problem], first_row: int, graded: set[int],
           keep: Callable[[int, Rollout], None], bar: tqdm) -> None:
     """Sample and grade, with the settings of the command line."""
-    longest = max((len(student_prompt(tokenizer, problem, s.thinking)) for problem in problems), default=0)
-    slots, why = slots_that_fit(model, longest + s.max_new_tokens, s.slots)
+    slots, why = slots_that_fit(model, tokenizer, problems, s)
     if not bar.disable:
         bar.write(why, file=sys.stderr)
     sample(model, tokenizer, problems, replace(s, slots=slots), seed=(s.seed,), first_row=first_row, show=progress(bar),

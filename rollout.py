@@ -77,13 +77,15 @@ def sample(model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop
     _check(model, prompts, max_new_tokens, temperature, top_p, top_k, samples_per_prompt, slots)
     total = len(prompts) * samples_per_prompt
     seeds = row_seeds(generator, total) if seeds is None else seeds
+    if len(seeds) != total:
+        raise ValueError(f"seeds must be {total}, one for each result, got {len(seeds)}")
     slots = max(1, min(slots or total, total))
     completions, done, shown = {}, 0, 0
     with torch.inference_mode(), _sampling_mode(model):
         decoder = (make_decoder or Decoder)(
             model, slots, max(map(len, prompts), default=0) + max_new_tokens, max_new_tokens, stop_ids,
             temperature=temperature, top_p=top_p, top_k=top_k)
-        batch = _Batch(decoder, prompts, samples_per_prompt, seeds, slots)
+        batch = _Batch(decoder, prompts, samples_per_prompt, seeds)
         while len(completions) < total:
             batch.start_rows()
             batch.close_gaps()
@@ -112,8 +114,8 @@ class _Row:
 class _Batch:
     """The rows of one call, as the host sees them: those that wait, and those that are being decoded."""
 
-    def __init__(self, decoder: "Decoder", prompts, samples_per_prompt: int, seeds: Sequence[int], slots: int):
-        self.decoder, self.seeds, self.slots = decoder, seeds, slots
+    def __init__(self, decoder: "Decoder", prompts, samples_per_prompt: int, seeds: Sequence[int]):
+        self.decoder, self.seeds, self.slots = decoder, seeds, decoder.slots
         self.prompts, self.samples_per_prompt, self.next_prompt = prompts, samples_per_prompt, 0
         self.prefilled: Prefilled | None = None
         self.ready: list[_Row] = []  # waiting rows whose prompts are in self.prefilled

@@ -44,11 +44,20 @@ from support import checkpoint, graphs, run, settings
 from support.data import InputError, Problem, add_adapter, load_model, load_problems
 from support.distributed import Ranks
 from support.errors import LocalError
-from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
+from support.sampling import (
+    Rollout,
+    Sampling,
+    check_window,
+    grade_rollouts,
+    progress,
+    sample,
+    slots_that_fit,
+    student_prompt,
+)
 from support.settings import Settings
 
 EVALUATION = 2**32 - 1  # stands for the step number in the seeds of evaluation
-EVALUATION_SLOTS = 128  # rows decoded together in evaluation, unless --slots says otherwise
+EVALUATION_SLOTS = 128  # rows decoded together in evaluation, unless --slots or the free memory says otherwise
 
 
 class Student(nn.Module):
@@ -293,6 +302,7 @@ class Trainer:
         s, self.log.phase = self.s, "evaluation"
         sampling = Sampling(s.eval_samples, s.eval_max_new_tokens or s.max_new_tokens, s.eval_temperature, s.eval_top_p,
                             0, s.slots or EVALUATION_SLOTS, s.thinking)
+        sampling.slots, _ = slots_that_fit(self.model, self.tokenizer, self.held_out, sampling)
 
         def solve(problems, first_row, graded, keep, bar):
             show = progress(bar, check=self.stop.interrupt)

@@ -16,7 +16,7 @@ from support.data import Problem
 from support.errors import InputError
 from support.flags import flag
 
-MEMORY_SHARE = 0.8  # of the free memory for keys and values; the rest is for prefill and logits
+MEMORY_SHARE = 0.9  # of the free memory for keys and values; the rest is for prefill and logits
 
 
 @dataclass
@@ -94,13 +94,15 @@ def grade_rollouts(tokenizer, rollouts: list[Rollout]) -> list[Rollout]:
     return rollouts
 
 
-def slots_that_fit(model, columns: int, slots: int) -> tuple[int, str]:
-    """(rows to decode together, at most `slots`, why): their keys and values, of `columns` tokens each, take no more
-    than MEMORY_SHARE of the free memory. What one token takes is seen on a prompt of one token."""
-    with torch.inference_mode():
-        layers = rollout.prefill(model, [[0]]).cache.layers
-    row = columns * sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
-    free = free_memory(model.device)
+def slots_that_fit(model, tokenizer, problems: Sequence[Problem], sampling: Sampling) -> tuple[int, str]:
+    """(rows to decode together, at most `sampling.slots`, why): their keys and values, at full length, take no more
+    than MEMORY_SHARE of the free memory."""
+    longest = max((len(student_prompt(tokenizer, problem, sampling.thinking)) for problem in problems), default=0)
+    columns, slots = longest + sampling.max_new_tokens, sampling.slots
+    config, free = model.config.get_text_config(), free_memory(model.device)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = columns * 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
     fitting = slots if free is None else max(1, min(slots, int(MEMORY_SHARE * free / row)))
     known = "unknown" if free is None else f"{free / 2**30:.1f} GiB"
     return fitting, (f"keys and values of {slots} rows of {columns:,} tokens take up to {slots * row / 2**30:.1f} GiB, "

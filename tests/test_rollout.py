@@ -428,6 +428,8 @@ def test_stop_ids_are_the_union(model):
 def test_bad_arguments_are_named(model, name, change):
     with pytest.raises(ValueError, match=name):
         rollout.sample(model, PROMPTS, **(dict(max_new_tokens=4, stop_ids=[1]) | {name: change}))
+    with pytest.raises(ValueError, match="seeds must be 6"):
+        rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1], seeds=[0, 1])
 
 
 def test_empty_prompts_and_no_prompts(model):

@@ -41,18 +41,10 @@ from support.data import InputError, Problem, digest, load_adapter, load_model, 
 from support.distributed import Ranks
 from support.flags import SEEDS, flag, parse
 from support.graphs import choose
+from support.memory import slots_that_fit
 from support.run import hold, name_lack_of_memory, one_line_errors, say
 from support.samples import SampleLog, read_completions
-from support.sampling import (
-    Rollout,
-    Sampling,
-    check_window,
-    grade_rollouts,
-    progress,
-    sample,
-    slots_that_fit,
-    student_prompt,
-)
+from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
 
 BOOTSTRAP_RESAMPLES = 10_000
 

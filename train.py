@@ -44,16 +44,8 @@ from support import checkpoint, graphs, run, settings
 from support.data import InputError, Problem, add_adapter, load_model, load_problems
 from support.distributed import Ranks
 from support.errors import LocalError
-from support.sampling import (
-    Rollout,
-    Sampling,
-    check_window,
-    grade_rollouts,
-    progress,
-    sample,
-    slots_that_fit,
-    student_prompt,
-)
+from support.memory import slots_that_fit
+from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
 from support.settings import Settings
 
 EVALUATION = 2**32 - 1  # stands for the step number in the seeds of evaluation

@@ -14,7 +14,7 @@ from conftest import in_background
 import eval as evaluation
 import reward
 import rollout
-from support import samples, sampling
+from support import memory, samples
 
 
 def test_pass_at_k_equals_counting_all_subsets():
@@ -224,11 +224,11 @@ def test_slots_that_fit_into_the_free_memory(small, whole, tmp_path, monkeypatch
     seen, sample = [], rollout.sample
     monkeypatch.setattr(rollout, "sample", lambda *args, **kwargs: (seen.append((args[1], kwargs["slots"])),
                                                                     sample(*args, **kwargs))[1])
-    monkeypatch.setattr(sampling, "free_memory", lambda device: free)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
     free = 10**12
     call(monkeypatch, *small, "--out", tmp_path / "all")
     columns = max(map(len, seen[0][0])) + 12
-    free = int(4 * columns * token / sampling.MEMORY_SHARE) + 100
+    free = int(4 * columns * token / memory.MEMORY_SHARE) + 100
     call(monkeypatch, *small, "--out", tmp_path / "four")
     assert [slots for _, slots in seen] == [6, 4]
     said = capsys.readouterr().err
@@ -236,9 +236,9 @@ def test_slots_that_fit_into_the_free_memory(small, whole, tmp_path, monkeypatch
     assert (tmp_path / "four" / "samples.jsonl").read_text() == whole
     monkeypatch.undo()
     if device == "cpu":
-        assert 2**20 < sampling.free_memory(torch.device("cpu")) < 2**50
+        assert 2**20 < memory.free_memory(torch.device("cpu")) < 2**50
     else:
-        assert torch.cuda.is_available() or sampling.free_memory(torch.device("cuda")) is None
+        assert torch.cuda.is_available() or memory.free_memory(torch.device("cuda")) is None
 
 
 def test_no_free_memory_names_the_flag_to_lower(tiny_toy, tmp_path, monkeypatch, capsys):

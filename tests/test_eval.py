@@ -241,6 +241,13 @@ def test_slots_that_fit_into_the_free_memory(small, whole, tmp_path, monkeypatch
         assert torch.cuda.is_available() or memory.free_memory(torch.device("cuda")) is None
 
 
+def test_logits_that_are_not_finite_are_one_line(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rollout, "draw_tokens", lambda logits, uniform, **how: (logits.argmax(-1),
+                                                                               uniform.float() * torch.nan))
+    error = fails(monkeypatch, capsys, *small, "--out", tmp_path / "out")
+    assert error.startswith("eval.py: token 1 of completion 0") and "not finite" in error
+
+
 def test_no_free_memory_names_the_flag_to_lower(tiny_toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rollout, "sample", lambda *args, **kwargs: torch.empty(2**60))
     argv = ["eval.py", "--model", tiny_toy / "model", "--data", tiny_toy / "test.jsonl", "--max-new-tokens", 4,

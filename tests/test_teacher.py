@@ -33,6 +33,30 @@ def test_ragged_batch_equals_one_by_one(model, temperature):
         assert reading.logp[i, len(completion):].abs().sum() == reading.entropy[i, len(completion):].abs().sum() == 0
 
 
+@pytest.mark.parametrize("dtype, autocast, masked", [
+    (torch.float32, False, True), (torch.bfloat16, False, False), (torch.float32, True, False),
+    (torch.bfloat16, True, False)])
+def test_half_precision_is_read_without_a_mask(dtype, autocast, masked):
+    """So that flash attention may serve: a mask makes no difference, and none reaches a layer with full attention."""
+    model, seen, attend = tiny_qwen3().to(dtype), [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **keywords):
+        seen.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **keywords)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+        reading = teacher.read(model, PROMPTS, COMPLETIONS, entropy=True)
+        assert len(seen) == 2 and all((mask is not None) == masked for mask in seen)
+        forward = model.model.forward
+        ends = torch.tensor([len(p) + len(c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
+        patch.setattr(model.model, "forward", lambda input_ids, attention_mask, **keywords: forward(
+            input_ids=input_ids, attention_mask=torch.arange(input_ids.shape[1]) < ends[:, None], **keywords))
+        other = teacher.read(model, PROMPTS, COMPLETIONS, entropy=True)
+    tolerance = 1e-6 if masked else 0.1
+    torch.testing.assert_close(reading.logp, other.logp, atol=tolerance, rtol=0)
+    torch.testing.assert_close(reading.entropy, other.entropy, atol=tolerance, rtol=0)
+
+
 def test_padding_changes_nothing(model):
     alone = teacher.read(model, PROMPTS[:1], COMPLETIONS[:1], entropy=True)
     beside_a_long_row = teacher.read(model, [PROMPTS[0], random_ids([90])[0]], [COMPLETIONS[0], random_ids([60])[0]],

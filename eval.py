@@ -186,7 +186,7 @@ def run(s: Settings, ranks: Ranks, out: Path) -> None:
         for _, path, problems in files:
             check_window(model, path, problems, s.max_new_tokens,
                          lambda problem, tokenizer=tokenizer: [student_prompt(tokenizer, problem, s.thinking)])
-        used = [*(path for _, path, _ in files), *([Path(adapter) / "adapter_model.safetensors"] if adapter else [])]
+        used = [path for _, path, _ in files] + (sorted(Path(adapter).glob("adapter_*")) if adapter else [])
         log.begin({name: model_digest(toy.resolve(name, "model"))} | {str(path): digest(Path(path)) for path in used})
         checkpoint = name + (f" + {adapter}" if adapter else "")
         for place, (data, path, problems) in enumerate(files):
@@ -219,7 +219,7 @@ def grade_files(s: Settings, ranks: Ranks, out: Path) -> None:
     """The same figures for completions that another engine wrote."""
     path, results = toy.resolve(s.data[0], "test.jsonl"), []
     problems, _ = load_problems(path, False, s.skip_ungradable)
-    rows_of = {name: read_completions(name, str(path), problems) for name in s.from_}
+    rows_of = {name: read_completions(name, str(path), problems, s.skip_ungradable) for name in s.from_}
     samples = {len(rows) // len(problems) for rows in rows_of.values()}
     if len(samples) > 1:
         raise InputError("--from: the files have different numbers of completions per problem: grade them one by one")
@@ -245,8 +245,8 @@ def parse_arguments(argv: list[str]) -> Settings:
 
 
 def main() -> None:
-    with one_line_errors("eval.py", "stopped: samples that were finished are in the output directory, go on with "
-                         "--resume"), name_lack_of_memory(lambda: "while sampling: lower --slots or --max-new-tokens"):
+    with one_line_errors("eval.py", "stopped: go on with --resume, if there are samples in the output directory"), \
+            name_lack_of_memory(lambda: "while sampling: lower --slots or --max-new-tokens"):
         s = parse_arguments(sys.argv[1:])
         ranks = Ranks.alone() if s.from_ else Ranks()
         out = Path(s.out or time.strftime("runs/eval-%Y%m%d-%H%M%S", time.localtime(ranks.max(time.time()))))

@@ -66,8 +66,8 @@ def sample(model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop
     memory; None: all of them. `seeds`, one for each result, seed the rows; without them they are drawn from
     `generator`, and without that from torch's global random state. `progress(tokens, finished)` gets the tokens and the
     finished rows since its last call, `on_completion(index, completion)` every result as soon as it is there; an
-    exception from either ends the sampling. `make_decoder`: a function with the arguments of `Decoder` that returns
-    one, which may be that of an earlier call (support/graphs.py).
+    exception from either ends the sampling. `make_decoder` has the arguments of `Decoder` and returns one, which may be
+    that of an earlier call (support/graphs.py).
 
     The model runs in eval mode without gradients; the mode of every module is restored, whatever happens. ValueError if
     an argument is out of range, if a prompt is empty or, with its completion, longer than the model's window, or if the
@@ -191,9 +191,8 @@ class Decoder:
         self.model, self.slots, self.columns, self.max_new_tokens = model, slots, columns, max_new_tokens
         self.draw, self.stop_ids, self.on_cuda = partial(draw_tokens, **how), set(stop_ids), model.device.type == "cuda"
         self.cache: SlotCache | None = None  # comes with the first prompts, and is like theirs
-        vocabulary = range(model.config.get_text_config().vocab_size)
-        zeros = partial(torch.zeros, slots, device=model.device)
-        self.stops = torch.tensor([token in self.stop_ids for token in vocabulary], device=model.device)  # bool [V]
+        vocabulary, zeros = model.config.get_text_config().vocab_size, partial(torch.zeros, slots, device=model.device)
+        self.stops = torch.tensor([t in self.stop_ids for t in range(vocabulary)], device=model.device)  # bool [V]
         self.every_slot = torch.arange(slots, device=model.device)
         self.token, self.position, self.age = (zeros(dtype=torch.long) for _ in range(3))  # of the last token; drawn
         self.alive = zeros(dtype=torch.bool)  # neither ended nor at max_new_tokens, and its log-probs are finite
@@ -207,8 +206,8 @@ class Decoder:
             self.cache = SlotCache(self.slots, prefilled.cache, self.columns)
         slots, prompts = torch.tensor([free, prompts], device=self.model.device)
         self.cache.load(slots, prefilled, prompts)
-        streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniforms = [torch.rand(self.max_new_tokens, dtype=torch.double, generator=stream) for stream in streams]
+        uniforms = [torch.rand(self.max_new_tokens, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+                    for seed in seeds]
         self.uniforms[slots, :-1] = torch.stack(uniforms).to(slots.device)
         self.position[slots] = prefilled.last[prompts]
         self.age[slots], self.alive[slots] = 0, True
@@ -223,7 +222,8 @@ class Decoder:
     def step(self, rows: int, width: int) -> None:
         """One more token for the first `rows` slots. Shapes come from the two numbers alone, nothing waits for the
         device, and all it reads and writes stays in place while the cache does: it can be captured in a CUDA graph."""
-        logits = decode(self.model, self.cache, self.token[:rows], self.position[:rows], width)
+        position = self.position[:rows].clamp(max=width - 1)  # an idle row's may lie where it would see no column
+        logits = decode(self.model, self.cache, self.token[:rows], position, width)
         self.append(self.every_slot[:rows], logits)
 
     def append(self, slots: Tensor, logits: Tensor) -> None:
@@ -237,10 +237,14 @@ class Decoder:
     def move(self, old: list[int], new: list[int], columns: int) -> None:
         """Copy the rows in the slots `old`, of at most so many columns, to the slots `new`."""
         old, new = torch.tensor([old, new], device=self.model.device)
-        cached = [t[:, :, :columns] for layer in self.cache.layers for t in (layer.keys, layer.values)]
-        for state in (self.token, self.position, self.age, self.alive, self.token_ids, self.logprobs, self.uniforms,
-                      *cached):
+        for state in self.memory():
+            state = state[:, :, :columns] if state.dim() == 4 else state  # 4: keys and values
             state[new] = state[old]
+
+    def memory(self) -> list[Tensor]:
+        """Everything that a step reads or writes, but for the model: [slots, ...] each."""
+        cached = [t for layer in self.cache.layers for t in (layer.keys, layer.values)] if self.cache else []
+        return [self.token, self.position, self.age, self.alive, self.token_ids, self.logprobs, self.uniforms, *cached]
 
     def poll(self, rows: int) -> tuple[list[int], list[int]]:
         """(still alive?, tokens drawn) of the first `rows` slots."""
@@ -249,9 +253,8 @@ class Decoder:
     def drawn(self, slots: list[int], tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
         """The first so many token ids and log-probs of each of these slots: copied at once, with all slots between."""
         first, last = min(slots), max(slots) + 1
-        both = [t[first:last, :tokens].double() for t in (self.token_ids, self.logprobs)]
-        token_ids, logprobs = torch.stack(both).cpu()
-        return {slot: (token_ids[slot - first].long(), logprobs[slot - first]) for slot in slots}
+        ids, logprobs = torch.stack([t[first:last, :tokens].double() for t in (self.token_ids, self.logprobs)]).cpu()
+        return {slot: (ids[slot - first].long(), logprobs[slot - first]) for slot in slots}
 
 
 class SlotCache(Cache):
@@ -320,10 +323,8 @@ def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
 
 
 def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int) -> Tensor:
-    """One token for each of the first R slots: token [R], position [R] < width -> logits [R, V] of the next.
-
-    Whatever stands in the other columns, a row sees those up to its position.
-    """
+    """One token for each of the first R slots: token [R], position [R] < width -> logits [R, V] of the next. A row sees
+    the columns up to its position, whatever stands in the others."""
     distance = position.unsqueeze(1) - torch.arange(width, device=position.device)  # [R, width], negative: the future
     masks = {}
     for kind, window in attention_windows(model).items():

@@ -111,7 +111,8 @@ def read_jsonl(path: Path, take: Callable[[dict], None], may_be_cut: bool = True
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            take(json.loads(line))
+            if line.strip():
+                take(json.loads(line))
         except DAMAGED as error:
             if number < len(lines) or not may_be_cut:
                 raise InputError(f"{path}: line {number}: no line of such a file ({reason(error)}): correct it, or "

@@ -45,7 +45,7 @@ def load_problems(path: str | Path, need_solution: bool = True,
     with their line numbers, or are left out and counted if `skip_ungradable`.
     """
     problems, ungradable = [], []
-    for number, line in enumerate(_read(Path(path)).splitlines(), 1):
+    for number, line in enumerate(read_utf8(Path(path)).splitlines(), 1):
         if not line.strip():
             continue
         problem = _parse(path, number, line, need_solution)
@@ -59,14 +59,14 @@ def load_problems(path: str | Path, need_solution: bool = True,
     return problems, len(ungradable)
 
 
-def _read(path: Path) -> bytes:
+def read_utf8(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is a directory, a pipe or a device")  # which cannot be read twice, nor recognised
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise InputError(f"{path}: no such data file, or it cannot be read ({reason(error)}): check the path (--data, "
-                         "--eval-data)") from None
+                         "--eval-data, --from)") from None
     encoding = "gzip" if content.startswith(b"\x1f\x8b") else json.detect_encoding(content[:4])
     if not encoding.startswith("utf-8"):
         remedy = "unpack it with gunzip" if encoding == "gzip" else f"convert it with iconv -f {encoding} -t utf-8"

@@ -76,7 +76,8 @@ class RecordedDecoder(rollout.Decoder):
 
 
 class Graphs:
-    """A `make_decoder` for rollout.sample, to be kept: gives the same decoder while its recordings hold."""
+    """A `make_decoder` for rollout.sample, to be kept: gives the same decoder while its recordings hold. It serves one
+    call at a time."""
 
     kind = RecordedDecoder
 
@@ -86,19 +87,22 @@ class Graphs:
     def __call__(self, model, slots: int, columns: int, max_new_tokens: int, stop_ids: Iterable[int],
                  **how) -> rollout.Decoder:
         stop_ids, device = sorted(stop_ids), model.device.type
-        adapters = [layer.enabled for layer in model.modules() if isinstance(layer, lora.LoRALinear)]
-        wanted = (model, slots, max_new_tokens, stop_ids, how, adapters, torch.is_autocast_enabled(device),
-                  torch.get_autocast_dtype(device))
+        adapters = [layer for layer in model.modules() if isinstance(layer, lora.LoRALinear)]
+        weights = [*model.parameters(), *model.buffers(), *(copy for layer in adapters for copy in layer.copies or [])]
+        wanted = (model, slots, max_new_tokens, stop_ids, how, [layer.enabled for layer in adapters],
+                  [(tensor.data_ptr(), tensor.dtype) for tensor in weights], model.config._attn_implementation,
+                  torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         if wanted != self.recorded_for or columns > self.decoder.columns:
             self.decoder = self.recorded_for = None  # the old memory is free before the new one is taken
             self.decoder = self.kind(model, slots, bucket(columns, rollout.COLUMNS), max_new_tokens, stop_ids, **how)
             self.recorded_for = wanted
-        self.decoder.alive.zero_()
+        for tensor in self.decoder.memory():  # nothing of an earlier call is left, not even nan
+            tensor.zero_()
         return self.decoder
 
 
 def choose(wanted: bool, device: torch.device) -> Graphs | None:
     """What --cuda-graphs means on this device."""
     if wanted and device.type != "cuda":
-        raise InputError("--cuda-graphs: torch sees no CUDA GPU here: leave it out")
+        raise InputError("--cuda-graphs: torch sees no CUDA GPU here: leave it out, or say --no-cuda-graphs")
     return Graphs() if wanted else None

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from support.data import Problem
+from support.distributed import environment_number
 from support.sampling import Sampling, student_prompt
 
 MEMORY_SHARE = 0.9  # of the free memory for keys and values; the rest is for prefill and logits
@@ -28,10 +29,11 @@ def slots_that_fit(model, tokenizer, problems: Sequence[Problem], sampling: Samp
 
 
 def free_memory(device: torch.device) -> int | None:
-    """In bytes, None where nobody says."""
+    """In bytes, for this process; None where nobody says."""
     with suppress(AssertionError, AttributeError, OSError, RuntimeError, StopIteration):
         if device.type == "cuda":
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             return torch.cuda.mem_get_info(device)[0] + unused
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * available // environment_number("LOCAL_WORLD_SIZE", 1)  # the processes share it

@@ -26,7 +26,7 @@ from support.sampling import Rollout
 
 SAMPLES_PER_STEP = 4  # rollouts of rank 0 that go into samples.jsonl at each step
 PATIENCE = 5  # steps without learning, before a warning
-LEFT_BY_A_KILL = {"lock", "config.json.tmp"}  # at the start of a run: such a directory is still free
+LEFT_BY_A_KILL = {"lock", "config.json.tmp", "results.json.tmp"}  # at the start: such a directory is still free
 
 
 class Interrupted(Exception):

@@ -6,12 +6,14 @@ from collections import defaultdict
 from pathlib import Path
 
 from support.checkpoint import append_jsonl, read_jsonl, write_json, write_text
-from support.data import Problem
+from support.data import Problem, read_utf8
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError, reason
 from support.flags import flag_name
 from support.sampling import Rollout
 
+ROW = {"checkpoint": [str], "data": [str], "line": [int], "sample": [int], "gold": [str], "answer": [str, type(None)],
+       "correct": [bool], "finished": [bool], "tokens": [int]}  # types of what figures are made of
 MAY_CHANGE_ON_RESUME = {"out", "resume", "slots", "cuda_graphs"}
 
 
@@ -20,7 +22,7 @@ class SampleLog:
 
     def __init__(self, out: Path, settings: dict, ranks: Ranks):
         """Nothing is written yet, but with settings["resume"] the files of an earlier start are joined."""
-        self.out, self.settings, self.ranks, self.fingerprint = out, settings, ranks, {}
+        self.out, self.settings, self.ranks, self.fingerprint, self.found = out, settings, ranks, {}, []
         self.samples, self.results = out / "samples.jsonl", out / "results.json"
         self.files = f"samples  {self.samples}\nresults  {self.results}"
         self.own = out / f"samples.rank{ranks.rank}.jsonl" if ranks.distributed else self.samples
@@ -36,7 +38,7 @@ class SampleLog:
             if self.fingerprint.setdefault(name, found) != found:
                 raise InputError(f"{name}: not what it was when the evaluation began: put that back, or choose another "
                                  "--out")
-        self._write_results([])
+        self._write_results(self.found)
 
     def append(self, row: dict) -> None:
         append_jsonl(self.own, [row])
@@ -52,6 +54,7 @@ class SampleLog:
         try:
             earlier = json.loads(self.results.read_text())
             before, self.fingerprint = dict(earlier["settings"]), dict(earlier["fingerprint"])
+            self.found = list(earlier["results"])
         except (OSError, *DAMAGED) as error:
             raise InputError(f"{self.results}: no evaluation that can be resumed here ({reason(error)}): check --out, "
                              "or leave --resume out") from None
@@ -62,6 +65,8 @@ class SampleLog:
                              "the first start, or choose another --out")
 
     def _take(self, row: dict) -> None:
+        if wrong := [name for name, kinds in ROW.items() if type(row[name]) not in kinds]:
+            raise ValueError(f"{wrong[0]} is {row[wrong[0]]!r}")
         self.graded[row["checkpoint"], row["data"]][row["line"], row["sample"]] = row
 
     def _write(self, rows: list[dict]) -> None:
@@ -79,26 +84,37 @@ class SampleLog:
             write_json(self.results, {"settings": self.settings, "fingerprint": self.fingerprint, "results": results})
 
 
-def read_completions(path: str, data: str, problems: list[Problem]) -> list[dict]:
+def read_completions(path: str, data: str, problems: list[Problem], pass_over: bool) -> list[dict]:
     """The rows of samples.jsonl for the completions in a file, as many for each of the problems, which are from `data`.
 
     A line has `completion` or `text`; `line`, a line of `data`, or the same `problem`; perhaps `finished` and `tokens`.
+    Those of other problems are an error, or passed over.
     """
+    read_utf8(Path(path))  # names what is wrong with the file as a whole
     problem_of = {problem.line: problem for problem in problems} | {p.problem.strip(): p for p in problems}
-    rows_of = defaultdict(list)
+    rows_of, sources = defaultdict(list), set()
 
     def take(row: dict) -> None:
         text, finished, tokens = row.get("completion", row.get("text")), row.get("finished", True), row.get("tokens")
-        problem = problem_of.get(row["line"] if "line" in row else str(row.get("problem")).strip())
-        if problem is None:
+        asked = str(row.get("problem")).strip()
+        problem = problem_of.get(row.get("line", asked))
+        if problem is None and pass_over:
+            return
+        if problem is None or "line" in row and "problem" in row and problem.problem.strip() != asked:
             raise ValueError(f"its line or its problem is not in {data}")
-        if not isinstance(text, str) or type(finished) is not bool or type(tokens) not in (int, type(None)):
-            raise ValueError("completion must be text, finished true or false, tokens a whole number")
+        if not isinstance(text, str) or type(finished) is not bool or (
+                tokens is not None and not (type(tokens) is int and 0 < tokens < 2**53)):
+            raise ValueError("completion must be text, finished true or false, tokens a whole number above 0")
+        sources.add((row.get("checkpoint"), row.get("data")))
+        if len(sources) > 1:
+            raise ValueError("another checkpoint or data file than before: put them into files of their own")
         place = {"checkpoint": path, "data": data, "sample": len(rows_of[problem.line])}
         graded = Rollout([], [], finished, problem, [], text).grade()
         rows_of[problem.line].append(place | graded.as_json() | {"tokens": tokens})
     read_jsonl(Path(path), take, may_be_cut=False)
-    most = max(map(len, rows_of.values()), default=1)
+    if not rows_of:
+        raise InputError(f"{path}: no completion in this file: it needs one JSON object per line")
+    most = max(map(len, rows_of.values()))
     for line, count in ((problem.line, len(rows_of[problem.line])) for problem in problems):
         if count < most:
             raise InputError(f"{path}: {count} completions of the problem in line {line} of {data}, {most} of another: "

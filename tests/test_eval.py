@@ -4,6 +4,7 @@ import doctest
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -176,9 +177,27 @@ def test_what_cannot_be_resumed_is_refused(small, whole, tmp_path, monkeypatch, 
     with (tmp_path / "twelve.jsonl").open("a") as data:
         data.write("\n")
     assert "twelve.jsonl: not what it was" in fails(monkeypatch, capsys, *small, "--out", out, "--resume")
-    (out / "samples.jsonl").write_text("{}\n" + whole)
-    assert "samples.jsonl: line 1: no line" in fails(monkeypatch, capsys, *small, "--out", out, "--resume")
-    assert (out / "samples.jsonl").read_text() == "{}\n" + whole
+    assert json.loads((out / "results.json").read_text())["results"]  # what was found stays
+    for damage in ("{}\n", whole.splitlines()[0].replace('"correct": ', '"correct": "yes", "was": ') + "\n"):
+        (out / "samples.jsonl").write_text(damage + whole)
+        assert "samples.jsonl: line 1: no line" in fails(monkeypatch, capsys, *small, "--out", out, "--resume")
+        assert (out / "samples.jsonl").read_text() == damage + whole
+
+
+def test_another_adapter_of_the_same_name_is_refused(small, tiny_run, tmp_path, monkeypatch, capsys):
+    """Its scale stands in adapter_config.json, not with its weights."""
+    adapter, flags = tmp_path / "adapter", ["--adapter", tmp_path / "adapter", "--out", tmp_path / "out"]
+    shutil.copytree(tiny_run / "checkpoints/step-000004/adapter", adapter)
+    call(monkeypatch, *small, *flags)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 40 * config["lora_alpha"]}))
+    assert "adapter_config.json: not what it was" in fails(monkeypatch, capsys, *small, *flags, "--resume")
+
+
+def test_what_a_kill_leaves_at_the_start_is_free(small, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json.tmp").write_text("{")
+    call(monkeypatch, *small, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("by", ["line", "problem"])
@@ -207,13 +226,41 @@ def test_completions_from_elsewhere(small, whole, tmp_path, monkeypatch, capsys,
     ({"line": 1}, "completion must be text"), ({"text": "a"}, "its line or its problem is not in"),
     ({"line": 99, "text": "a"}, "its line or its problem is not in"), ("text", "no line of such a file"),
     ({"line": 1, "text": "a", "finished": "yes"}, "finished true or false"),
-    ({"line": 1, "text": "a"}, "0 completions of the problem in line 2"), (None, "0 completions of the problem")])
+    ({"line": 1, "text": "a", "tokens": 0}, "a whole number above 0"),
+    ({"line": 1, "text": "a", "tokens": 10**400}, "a whole number above 0"),
+    ({"line": 1, "problem": "1+1?", "text": "a"}, "its line or its problem is not in"),
+    ({"line": 1, "text": "a"}, "0 completions of the problem in line 2"), (None, "no completion in this file")])
 def test_completions_that_cannot_be_graded_are_named(small, tmp_path, monkeypatch, capsys, row, message):
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(row) + "\n" if row else "")
     error = fails(monkeypatch, capsys, "--from", other, "--data", tmp_path / "twelve.jsonl", "--out", tmp_path / "out")
     assert error.startswith(f"eval.py: {other}: ") and message in error and not (tmp_path / "out").exists()
     assert "neither --model" in fails(monkeypatch, capsys, *small, "--from", other)
+
+
+def test_completions_of_two_checkpoints_are_not_one(small, whole, tmp_path, monkeypatch, capsys):
+    two = tmp_path / "two.jsonl"
+    two.write_text(whole + whole.replace('"checkpoint": "', '"checkpoint": "other '))
+    flags = ["--data", tmp_path / "twelve.jsonl", "--out", tmp_path / "out"]
+    assert "line 25" in (error := fails(monkeypatch, capsys, "--from", two, *flags)) and "another checkpoint" in error
+    assert "UTF-8" in fails(monkeypatch, capsys, "--from", utf16(two, whole), *flags)
+
+
+def utf16(path, text):
+    path.write_text(text, encoding="utf-16")
+    return path
+
+
+def test_completions_of_ungradable_rows_are_passed_over(small, whole, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "twelve.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(row | ({"answer": ""} if i == 3 else {})) + "\n" for i, row in enumerate(rows)))
+    other = tmp_path / "other.jsonl"
+    other.write_text(whole.replace("\n", "\n\n", 1))  # blank lines do not count
+    flags = ["--from", other, "--data", data, "--out", tmp_path / "out"]
+    assert "--skip-ungradable" in fails(monkeypatch, capsys, *flags)
+    call(monkeypatch, *flags, "--skip-ungradable")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]["problems"] == 11
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

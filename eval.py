@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import reward
 import toy
-from support.data import InputError, Problem, digest, load_adapter, load_model, load_problems, model_digest
+from support.data import InputError, Problem, check_files, digest, load_adapter, load_model, load_problems, model_digest
 from support.distributed import Ranks
 from support.flags import SEEDS, flag, parse
 from support.graphs import choose
@@ -179,6 +179,7 @@ def run(s: Settings, ranks: Ranks, out: Path) -> None:
     every_row, results = [], []
     files = [(name, ranks.once_per_node(lambda name=name: toy.resolve(name, "test.jsonl"))) for name in s.data]
     files = [(name, path, ranks.together(load_problems, path, False, s.skip_ungradable)[0]) for name, path in files]
+    used = {str(path): digest(Path(path)) for _, path, _ in files} | check_files(s.model, s.adapter)
     log = SampleLog(out, asdict(s), ranks)
     adapters = [None] * (len(s.model) - len(s.adapter)) + s.adapter
     for number, (name, adapter) in enumerate(zip(s.model, adapters, strict=True)):
@@ -186,8 +187,7 @@ def run(s: Settings, ranks: Ranks, out: Path) -> None:
         for _, path, problems in files:
             check_window(model, path, problems, s.max_new_tokens,
                          lambda problem, tokenizer=tokenizer: [student_prompt(tokenizer, problem, s.thinking)])
-        used = [path for _, path, _ in files] + (sorted(Path(adapter).glob("adapter_*")) if adapter else [])
-        log.begin({name: model_digest(toy.resolve(name, "model"))} | {str(path): digest(Path(path)) for path in used})
+        log.begin(used | {name: model_digest(toy.resolve(name, "model"))})
         checkpoint = name + (f" + {adapter}" if adapter else "")
         for place, (data, path, problems) in enumerate(files):
             rows = evaluate(problems, s.samples, partial(solve, model, tokenizer, s), ranks, f"{checkpoint} on {data}",
@@ -225,7 +225,8 @@ def grade_files(s: Settings, ranks: Ranks, out: Path) -> None:
         raise InputError("--from: the files have different numbers of completions per problem: grade them one by one")
     for number, (name, rows) in enumerate(rows_of.items()):
         results.append(summarise(rows, *samples) | {"checkpoint": name, "data": s.data[0], "place": (0, number)})
-    log = SampleLog(out, asdict(s), ranks)
+    settings = {name: getattr(s, name) for name in ("from_", "data", "skip_ungradable", "out")}
+    log = SampleLog(out, settings | {"samples": max(samples)}, ranks)
     log.close([row for rows in rows_of.values() for row in rows], results)
     say(f"\n{table(results, *samples)}\n\n{log.files}")
 
@@ -250,7 +251,8 @@ def main() -> None:
         s = parse_arguments(sys.argv[1:])
         ranks = Ranks.alone() if s.from_ else Ranks()
         out = Path(s.out or time.strftime("runs/eval-%Y%m%d-%H%M%S", time.localtime(ranks.max(time.time()))))
-        with hold(out, ranks, None if s.resume else "go on with --resume, or choose another --out"):
+        remedy = "choose another --out" if s.from_ else "go on with --resume, or choose another --out"
+        with hold(out, ranks, None if s.resume else remedy):
             (grade_files if s.from_ else run)(s, ranks, out)
 
 

@@ -158,7 +158,7 @@ class _Batch:
     def decode_until_poll(self) -> None:
         """Draw some tokens for every row; fewer if a row reaches max_new_tokens before."""
         rows, every = self.running.values(), POLL_EVERY_ON_CUDA if self.decoder.on_cuda else POLL_EVERY
-        longest = max(row.prompt_length + row.age for row in rows)
+        longest = max(row.prompt_length + row.age for row in rows)  # the step writes the last token's column, too
         for more in range(min(every, self.decoder.max_new_tokens - max(row.age for row in rows))):
             self.decoder.run(len(rows), longest + more)
 
@@ -196,9 +196,9 @@ class Decoder:
         self.every_slot = torch.arange(slots, device=model.device)
         self.token, self.position, self.age = (zeros(dtype=torch.long) for _ in range(3))  # of the last token; drawn
         self.alive = zeros(dtype=torch.bool)  # neither ended nor at max_new_tokens, and its log-probs are finite
-        shape = max_new_tokens + 1  # the last column is for what is drawn after the end
-        self.token_ids, self.logprobs = zeros(shape, dtype=torch.long), zeros(shape)
-        self.uniforms = zeros(shape, dtype=torch.double)
+        places = max_new_tokens + 1  # a row that has ended writes what is still drawn behind its last token
+        self.token_ids, self.logprobs = zeros(places, dtype=torch.long), zeros(places)
+        self.uniforms = zeros(places, dtype=torch.double)
 
     def start(self, free: list[int], prefilled: "Prefilled", prompts: list[int], seeds: list[int]) -> None:
         """Begin rows in these free slots: with prompts[n] of `prefilled` and random numbers from seeds[n]."""
@@ -222,7 +222,7 @@ class Decoder:
     def step(self, rows: int, width: int) -> None:
         """One more token for the first `rows` slots. Shapes come from the two numbers alone, nothing waits for the
         device, and all it reads and writes stays in place while the cache does: it can be captured in a CUDA graph."""
-        position = self.position[:rows].clamp(max=width - 1)  # an idle row's may lie where it would see no column
+        position = self.position[:rows].clamp(max=width - 1)  # an idle row farther on might see no column
         logits = decode(self.model, self.cache, self.token[:rows], position, width)
         self.append(self.every_slot[:rows], logits)
 
@@ -317,9 +317,8 @@ def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
     width = max(map(len, prompts))
     ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=model.device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
-    cache = DynamicCache()
-    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last.unsqueeze(1))
-    return Prefilled(cache, output.logits[:, -1], last)
+    output = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=last.unsqueeze(1))
+    return Prefilled(output.past_key_values, output.logits[:, -1], last)
 
 
 def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int) -> Tensor:

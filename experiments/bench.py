@@ -1,6 +1,6 @@
 """Sampling, scoring and a training step, measured beside what one would otherwise use and beside the limit.
 
-    python -m experiments.bench                    all rows on the CPU, about ten minutes on two cores
+    python -m experiments.bench                    all rows on the CPU, a quarter of an hour on two cores
     python -m experiments.bench --device cuda      the same rows at the shape of Qwen3-4B, in bfloat16
 
     1  mixed lengths    128 prompts of 48 tokens, 32 slots, at most 512 new tokens

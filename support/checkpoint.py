@@ -115,8 +115,8 @@ def read_jsonl(path: Path, take: Callable[[dict], None], may_be_cut: bool = True
                 take(json.loads(line))
         except DAMAGED as error:
             if number < len(lines) or not may_be_cut:
-                raise InputError(f"{path}: line {number}: no line of such a file ({reason(error)}): correct it, or "
-                                 "remove the line") from None
+                raise InputError(f"{path}: line {number}: cannot be used ({reason(error)}): correct it, or remove the "
+                                 "line") from None
     return len(lines)
 
 

@@ -24,6 +24,8 @@ import teacher
 from support.distributed import choose_threads, environment_number
 from support.errors import InputError, reason
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER = f"check --adapter, a directory with {' and '.join(ADAPTER_FILES)}"
 IDENTITY = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "*.jinja")  # files that make a model what it is
 
 
@@ -125,6 +127,12 @@ def model_digest(name: str) -> str:
     return found.hexdigest()
 
 
+def check_place(name: str) -> None:
+    """InputError for the name of a model that can only be a directory, and is none."""
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise InputError(f"{name}: no such model directory: check the path (--model)")
+
+
 def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool = True):
     """(model, tokenizer) from a checkpoint directory or a hub id; no code that comes with them is run.
 
@@ -132,8 +140,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
     run it, `teacher.read` cannot score with it (unless it need not: `scored`), or its tokenizer has no chat template
     that works. Also chooses the number of threads that suits it.
     """
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise InputError(f"{name}: no such model directory: check the path (--model)")
+    check_place(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -186,6 +193,19 @@ def add_adapter(model, rank: int, alpha: float) -> None:
         raise InputError(f"{error}: change --lora-rank, or choose another --model") from None
 
 
+def check_files(models: list[str], adapters: list[str]) -> dict[str, str]:
+    """InputError if a model's directory or an adapter is not there. Returns digests of the adapters' files."""
+    for name in models:
+        check_place(name)
+    found = {}
+    for path in adapters:
+        try:
+            found |= {f"{path}/{name}": digest(Path(path) / name) for name in ADAPTER_FILES}
+        except OSError as error:
+            raise InputError(f"{path}: cannot load the adapter ({reason(error)}): {ADAPTER}") from None
+    return found
+
+
 def load_adapter(model, path: str | Path, merge: bool = False) -> None:
     """lora.load_adapter, and lora.merge; InputError for whatever is wrong with the files."""
     try:
@@ -193,5 +213,4 @@ def load_adapter(model, path: str | Path, merge: bool = False) -> None:
         if merge:
             lora.merge(model)
     except Exception as error:  # a missing, foreign or damaged adapter: libraries raise a dozen types
-        raise InputError(f"{path}: cannot load the adapter ({reason(error)}): check --adapter, a "
-                         "directory with adapter_config.json and adapter_model.safetensors") from None
+        raise InputError(f"{path}: cannot load the adapter ({reason(error)}): {ADAPTER}") from None

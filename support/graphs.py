@@ -46,15 +46,14 @@ class RecordedDecoder(rollout.Decoder):
 
     def run(self, rows: int, columns: int) -> None:
         self.cache.reserve(self.columns)
-        shape = min(bucket(rows, 1), self.slots), bucket(columns, rollout.COLUMNS)
-        is_new = shape not in self.recordings
-        replay = self.recordings.pop(shape, None)
-        if is_new:
+        shape = min(bucket(rows, 1), self.slots), min(bucket(columns, rollout.COLUMNS), self.columns)
+        replay = None  # of a new shape, which runs as it is and is recorded at its second use
+        if shape not in self.recordings:
             self.warm_up(*shape)
         else:
-            replay = replay or self.record(*shape)
+            replay = self.recordings.pop(shape) or self.record(*shape)
             replay()
-        self.recordings[shape] = replay
+        self.recordings[shape] = replay  # at the end: the latest
         if len(self.recordings) > MOST_GRAPHS:
             self.recordings.pop(next(iter(self.recordings)))
 
@@ -93,8 +92,10 @@ class Graphs:
                   [(tensor.data_ptr(), tensor.dtype) for tensor in weights], model.config._attn_implementation,
                   torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         if wanted != self.recorded_for or columns > self.decoder.columns:
+            exact = -(-columns // rollout.COLUMNS) * rollout.COLUMNS  # if prompts get longer, then with some to spare
+            columns = bucket(columns, rollout.COLUMNS) if wanted == self.recorded_for else exact
             self.decoder = self.recorded_for = None  # the old memory is free before the new one is taken
-            self.decoder = self.kind(model, slots, bucket(columns, rollout.COLUMNS), max_new_tokens, stop_ids, **how)
+            self.decoder = self.kind(model, slots, columns, max_new_tokens, stop_ids, **how)
             self.recorded_for = wanted
         for tensor in self.decoder.memory():  # nothing of an earlier call is left, not even nan
             tensor.zero_()

@@ -164,13 +164,17 @@ class Watch:
 
     def __init__(self, parameters: list[Tensor]):
         self.parameters, self.seen, self.said = parameters, Counter(), set()
-        self.before = [p.detach().clone() for p in parameters]
+        self.before = self.sums()
+
+    def sums(self) -> Tensor:
+        """One number for each parameter: a copy of all would take memory on the GPU."""
+        return torch.stack([p.detach().sum(dtype=torch.double) for p in self.parameters])
 
     def warnings(self, metrics: dict) -> list[str]:
         """metrics: those of a step, after which the parameters are what they are now."""
         truncated, no_answer, spread = (metrics.get(name) for name in ("truncated", "no_answer", "reward_range"))
-        unmoved = all(map(torch.equal, self.before, self.parameters))
-        self.before = [p.detach().clone() for p in self.parameters]
+        before, self.before = self.before, self.sums()
+        unmoved = torch.equal(before, self.before)
         signs = [(truncated == 1, "no completion finished: look at --max-new-tokens, and at samples.jsonl"),
                  (no_answer == 1, "no completion had a boxed answer: look at first_prompts in config.json"),
                  (spread == 0, "all rewards of a step were equal: are the problems too hard or too easy?"),

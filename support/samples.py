@@ -21,13 +21,13 @@ class SampleLog:
     """The rows of an evaluation. Under torchrun every rank appends to a file of its own, until `close` joins them."""
 
     def __init__(self, out: Path, settings: dict, ranks: Ranks):
-        """Nothing is written yet, but with settings["resume"] the files of an earlier start are joined."""
+        """Nothing is written yet, but with `resume` among the settings the files of an earlier start are joined."""
         self.out, self.settings, self.ranks, self.fingerprint, self.found = out, settings, ranks, {}, []
         self.samples, self.results = out / "samples.jsonl", out / "results.json"
         self.files = f"samples  {self.samples}\nresults  {self.results}"
         self.own = out / f"samples.rank{ranks.rank}.jsonl" if ranks.distributed else self.samples
         self.graded = defaultdict(dict)  # rows of an earlier start, by checkpoint and data, then by line and sample
-        if settings["resume"]:
+        if settings.get("resume"):
             self._read_settings()
             ranks.together(lambda: self._write([]) if ranks.rank == 0 else None)
             read_jsonl(self.samples, self._take)
@@ -101,7 +101,7 @@ def read_completions(path: str, data: str, problems: list[Problem], pass_over: b
         if problem is None and pass_over:
             return
         if problem is None or "line" in row and "problem" in row and problem.problem.strip() != asked:
-            raise ValueError(f"its line or its problem is not in {data}")
+            raise ValueError(f"{data} has no such line, counted from 1, or no such problem, or they disagree")
         if not isinstance(text, str) or type(finished) is not bool or (
                 tokens is not None and not (type(tokens) is int and 0 < tokens < 2**53)):
             raise ValueError("completion must be text, finished true or false, tokens a whole number above 0")

@@ -92,6 +92,7 @@ def test_two_processes_write_the_samples_of_one(two_processes, monkeypatch):
     (["--samples", "0"], "--samples"),
     (["--adapter", "a", "--adapter", "b"], "--adapter"),
     (["--adapter", "a"], "a: cannot load"),
+    (["--model", "toy", "--model", "./nothing"], "./nothing: no such model"),
     (["--max-new-tokens", "5000"], "line 1: field 'problem'"),
     (["--top-p", "2"], "--top-p"),
     (["--sampels", "2"], "--sampels")])
@@ -180,7 +181,7 @@ def test_what_cannot_be_resumed_is_refused(small, whole, tmp_path, monkeypatch, 
     assert json.loads((out / "results.json").read_text())["results"]  # what was found stays
     for damage in ("{}\n", whole.splitlines()[0].replace('"correct": ', '"correct": "yes", "was": ') + "\n"):
         (out / "samples.jsonl").write_text(damage + whole)
-        assert "samples.jsonl: line 1: no line" in fails(monkeypatch, capsys, *small, "--out", out, "--resume")
+        assert "samples.jsonl: line 1: cannot be used" in fails(monkeypatch, capsys, *small, "--out", out, "--resume")
         assert (out / "samples.jsonl").read_text() == damage + whole
 
 
@@ -223,12 +224,12 @@ def test_completions_from_elsewhere(small, whole, tmp_path, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"line": 1}, "completion must be text"), ({"text": "a"}, "its line or its problem is not in"),
-    ({"line": 99, "text": "a"}, "its line or its problem is not in"), ("text", "no line of such a file"),
+    ({"line": 1}, "completion must be text"), ({"text": "a"}, "has no such line, counted from 1, or no such problem"),
+    ({"line": 99, "text": "a"}, "has no such line, counted from 1, or no such problem"), ("text", "cannot be used"),
     ({"line": 1, "text": "a", "finished": "yes"}, "finished true or false"),
     ({"line": 1, "text": "a", "tokens": 0}, "a whole number above 0"),
     ({"line": 1, "text": "a", "tokens": 10**400}, "a whole number above 0"),
-    ({"line": 1, "problem": "1+1?", "text": "a"}, "its line or its problem is not in"),
+    ({"line": 1, "problem": "1+1?", "text": "a"}, "has no such line, counted from 1, or no such problem"),
     ({"line": 1, "text": "a"}, "0 completions of the problem in line 2"), (None, "no completion in this file")])
 def test_completions_that_cannot_be_graded_are_named(small, tmp_path, monkeypatch, capsys, row, message):
     other = tmp_path / "other.jsonl"

@@ -11,6 +11,7 @@ The logits of a whole batch would be B x T x V floats, 20 GB for 32 completions 
 of 151,936. They never exist. The head is applied to completion positions only, a chunk of tokens at a time. For a
 frozen head (LoRA) the backward pass is done on the spot: the gradient of log p(y) with respect to the hidden state is
 W[y] - p W, and p is at hand. For a head that is trained the chunk is recomputed in the backward pass instead of kept.
+Some models scale or cap their logits after the head (`Head`): that is part of the distribution, and of its gradient.
 
 Prompts and completions stay token ids from end to end; nothing is decoded and encoded again.
 
@@ -21,10 +22,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 INSTRUCTION = "Reason step by step and put the final answer in \\boxed{}."
+AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "lm_head_multiplier", "logits_scaling")  # what configs call it
 CHUNK_LOGITS = 2**25  # logits held at a time: 128 MiB in float32
 
 
@@ -42,6 +44,30 @@ class Reading:
     hidden: list[Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class Head:
+    """hidden states [n, D] -> logits [n, V], float32: x = scale * linear(hidden); with a cap, cap * tanh(x / cap)."""
+
+    linear: nn.Module
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.linear(hidden).float()
+        logits = logits if self.scale == 1 else logits * self.scale
+        return self.cap * (logits / self.cap).tanh() if self.cap else logits
+
+
+def output_head(model) -> Head:
+    """How the model makes logits of its last hidden states, as its config says: scaled (Granite, Cohere, Falcon-H1)
+    or capped (Gemma). `check_head` finds out whether there is more to it."""
+    config = model.config.get_text_config()
+    cap, multiply, times, divide = (
+        value if isinstance(value := getattr(config, name, None), (int, float)) else None for name in AFTER_HEAD)
+    divide = 1 / divide if divide and config.model_type == "hyperclovax" else divide  # which multiplies by it
+    return Head(model.get_output_embeddings(), (multiply or 1) * (times or 1) / (divide or 1), cap)
+
+
 def student_messages(problem: str) -> list[dict]:
     """The prompt that is trained, and asked at evaluation."""
     return [{"role": "user", "content": problem + "\n\n" + INSTRUCTION}]
@@ -55,17 +81,17 @@ def teacher_messages(problem: str, solution: str) -> list[dict]:
              + INSTRUCTION}]
 
 
-def encode(tokenizer, messages: list[dict], thinking: bool = False) -> list[int]:
-    """Token ids of `messages` through the chat template, up to where the assistant begins to speak.
+def encode(tokenizer, messages: list[dict], thinking: bool = False, tokenize: bool = True) -> list[int] | str:
+    """Token ids, or the text, of `messages` through the chat template, up to where the assistant begins to speak.
 
-    `thinking` goes to the template as `enable_thinking`; templates that do not know it ignore it.
+    `thinking` goes to the template under both names that are in use; templates that do not know them ignore them.
     ValueError if the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: take an instruction-tuned model, or set "
                          "tokenizer.chat_template and save the tokenizer")
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking,
-                                         tokenize=True, return_dict=False)
+                                         thinking=thinking, tokenize=tokenize, return_dict=False)
 
 
 def read(model, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, temperature: float = 1.0,
@@ -74,13 +100,13 @@ def read(model, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
 
     log-probs and entropies are those of softmax(logits / temperature), in float32 whatever the model's dtype.
     `entropy` and `hidden` ask for these fields. Gradients flow iff they are enabled. Eq. (4), arXiv 2605.13255.
-    ValueError on an empty prompt or completion, on a temperature <= 0, and for models that `check_head` refuses.
+    The model must be one that `check_head` does not refuse. ValueError on an empty prompt or completion, and on a
+    temperature <= 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if len(prompts) != len(completions) or not prompts or not all(map(len, prompts)) or not all(map(len, completions)):
         raise ValueError("prompts and completions must be equally many, at least one, and none of them empty")
-    check_head(model)
 
     device = model.device
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
@@ -101,20 +127,33 @@ def read(model, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
 
     lengths = ends - starts  # [B, 1]
     mask = torch.arange(lengths.max(), device=device) < lengths  # [B, T]
-    logp, entropies = score(model.get_output_embeddings(), states, targets, temperature, entropy)
+    logp, entropies = score(output_head(model), states, targets, temperature, entropy)
     return Reading(_unpack(logp, mask), _unpack(entropies, mask) if entropy else None, mask,
                    list(states.split(list(map(len, completions)))) if hidden else None)
+
+
+def reading_mode(model) -> None:
+    """Switch off what a model does in training only (dropout, noise in routers, kernels that pass adapters by): the
+    student is read as it samples. Gradient checkpointing works in layers that are in training; nothing else is."""
+    for module in model.modules():
+        module.training = getattr(module, "gradient_checkpointing", False)
 
 
 def _unpack(flat: Tensor, mask: Tensor) -> Tensor:  # [N] -> [B, T], 0 outside the mask
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
+@torch.no_grad()
 def check_head(model) -> None:
-    """ValueError for a model whose config changes the logits after the head, which `read` does not do."""
-    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config.get_text_config(), option, None):
-            raise ValueError(f"this model's config sets {option}, which scoring does not apply after the head")
+    """ValueError if the model does more after its last hidden states than `output_head` knows: its own logits of a few
+    tokens differ. For a model in eval mode."""
+    ids, head = torch.arange(4, device=model.device).unsqueeze(0), output_head(model)
+    theirs = model(input_ids=ids, use_cache=False).logits.float()
+    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps) * theirs.abs().max()
+    if ours.shape != theirs.shape or (ours - theirs).abs().max() > tolerance:
+        raise ValueError(f"the model's logits are not those of its head with a scale of {head.scale:.3g} and a cap of "
+                         f"{head.cap}, as {', '.join(AFTER_HEAD)} in its config say")
 
 
 @torch.no_grad()
@@ -155,10 +194,13 @@ def micro_batches(lengths: Sequence[int], most_tokens: int, most_padding: float 
     return batches
 
 
-def score(head, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """hidden [N, D], targets [N] -> log-probs [N] and entropies [N] (or None), with CHUNK_LOGITS logits at a time."""
-    size = max(1, CHUNK_LOGITS // head.out_features)
-    if hidden.requires_grad and not entropy and not any(p.requires_grad for p in head.parameters()):
+def score(head: Head | nn.Module, hidden: Tensor, targets: Tensor, temperature: float,
+          entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """hidden [N, D], targets [N] -> log-probs [N] and entropies [N] (or None), with CHUNK_LOGITS logits at a time.
+    `head` may be a linear layer, if nothing comes after it."""
+    head = head if isinstance(head, Head) else Head(head)
+    size = max(1, CHUNK_LOGITS // head.linear.out_features)
+    if hidden.requires_grad and not entropy and not any(p.requires_grad for p in head.linear.parameters()):
         return _FrozenHead.apply(hidden, head, targets, temperature, size), None
     chunks = [checkpoint(_score_chunk, head, h, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
               for h, t in zip(hidden.split(size), targets.split(size), strict=True)]
@@ -166,15 +208,16 @@ def score(head, hidden: Tensor, targets: Tensor, temperature: float, entropy: bo
     return torch.cat(logp), torch.cat(entropies) if entropy else None
 
 
-def per_token_divergence(head, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor,
+def per_token_divergence(head: Head | nn.Module, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor,
                          f: Callable[[Tensor, Tensor], Tensor], temperature: float = 1.0) -> Tensor:
     """f(log p_T [n, V], log p_S [n, V]) -> [n], applied to every completion token: float32 [B, T], 0 outside the mask.
 
-    student and teacher are the `hidden` of two readings of the same completions, mask [B, T] is theirs, and `head`
-    serves both. Gradients flow to `student` only. Logits are made for a chunk of tokens at a time, and made again in
-    the backward pass.
+    student and teacher are the `hidden` of two readings of the same completions, mask [B, T] is theirs, and `head`, as
+    in `score`, serves both. Gradients flow to `student` only. Logits are made for a chunk of tokens at a time, and made
+    again in the backward pass.
     """
-    size = max(1, CHUNK_LOGITS // 4 // head.out_features)  # two distributions, and what f makes of them
+    head = head if isinstance(head, Head) else Head(head)
+    size = max(1, CHUNK_LOGITS // 4 // head.linear.out_features)  # two distributions, and what f makes of them
     chunks = zip(torch.cat(list(student)).split(size), torch.cat(list(teacher)).detach().split(size), strict=True)
     values = [checkpoint(_divergence_chunk, head, s, t, f, temperature, use_reentrant=False, preserve_rng_state=False)
               for s, t in chunks]
@@ -182,28 +225,32 @@ def per_token_divergence(head, student: Sequence[Tensor], teacher: Sequence[Tens
 
 
 def _divergence_chunk(head, student: Tensor, teacher: Tensor, f, temperature: float) -> Tensor:
-    log_p_student, log_p_teacher = ((head(h).float() / temperature).log_softmax(-1) for h in (student, teacher))
+    log_p_student, log_p_teacher = ((head(h) / temperature).log_softmax(-1) for h in (student, teacher))
     return f(log_p_teacher, log_p_student)
 
 
 def _score_chunk(head, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool):
-    logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # [n, V]; float32 first, then the temperature
+    logprobs = (head(hidden) / temperature).log_softmax(-1)  # [n, V]
     logp = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return logp, torch.special.entr(logprobs.exp()).sum(-1) if entropy else None
 
 
 class _FrozenHead(torch.autograd.Function):
-    """log p(y) [N] and, from the same logits, its derivative by the hidden state: (W[y] - p W) / temperature."""
+    """log p(y) [N] and, from the same logits, its derivative by the hidden state: (W[y] - p W) / temperature for
+    a plain head; a scale is a factor of it, a cap one of each logit's share, 1 - (logit / cap)^2."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head, targets: Tensor, temperature: float, size: int) -> Tensor:
         logp, slopes = [], []
         for h, y in zip(hidden.split(size), targets.unsqueeze(-1).split(size), strict=True):
-            logprobs = (head(h).float() / temperature).log_softmax(-1)  # [n, V]
+            logits = head(h)  # [n, V]
+            logprobs = (logits / temperature).log_softmax(-1)
             logp.append(logprobs.gather(-1, y).squeeze(-1))
             slope = logprobs.exp_().neg_()  # onehot(y) - p, in float32 before it is rounded to the head's dtype
             slope.scatter_add_(-1, y, torch.ones_like(y, dtype=slope.dtype))
-            slopes.append(slope.to(head.weight.dtype) @ head.weight / temperature)
+            slope = slope * (1 - (logits / head.cap).square()) if head.cap else slope
+            weight = head.linear.weight
+            slopes.append(slope.to(weight.dtype) @ weight * head.scale / temperature)
         ctx.save_for_backward(torch.cat(slopes))  # [N, D]
         ctx.dtype = hidden.dtype
         return torch.cat(logp)

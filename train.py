@@ -138,7 +138,7 @@ class Trainer:
         num_tokens, all_tokens = ranks.sum([sum(len(r.token_ids) for r in some) for some in (rollouts, rows)])  # (7)
 
         log.begin("student")
-        self.model.train()  # gradient checkpointing works in this mode only
+        teacher.reading_mode(self.model)
         batches = teacher.micro_batches([len(row.prompt) + len(row.token_ids) for row in rows],
                                         self.most_tokens([row.prompt for row in rows]))
         for indices in batches:

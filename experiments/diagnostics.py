@@ -158,7 +158,7 @@ def read_both(model, tokenizer, s: Settings, rollouts: list[Rollout]) -> tuple[d
     by_student = read([r.prompt for r in rollouts])
     with lora.disabled(model):
         by_teacher = read([teacher_prompt(tokenizer, r.problem, s.thinking) for r in rollouts])
-    overlap = teacher.per_token_divergence(model.get_output_embeddings(), by_student.hidden, by_teacher.hidden,
+    overlap = teacher.per_token_divergence(teacher.output_head(model), by_student.hidden, by_teacher.hidden,
                                            by_student.mask, top_overlap)
     H, mask = by_teacher.entropy.cpu(), by_teacher.mask.cpu()
     log_p_teacher, log_p_student = by_teacher.logp.cpu(), by_student.logp.cpu()
@@ -197,7 +197,7 @@ def branch_places(model, tokenizer, s: Settings, rollouts: list[Rollout], hidden
     """(rollout i, position t, [tokens]) wherever the teacher proposes several next tokens on a correct solution."""
     places = []
     for i in np.flatnonzero([r.correct for r in rollouts]):
-        p = model.get_output_embeddings()(hidden[i]).float().softmax(-1)  # [T_i, V]: one completion at a time
+        p = teacher.output_head(model)(hidden[i]).softmax(-1)  # [T_i, V]: one completion at a time
         p[:, rollout.stop_ids(model, tokenizer)] = 0  # an end is not a branch
         likeliest = p.topk(min(s.most_branches, p.shape[-1]))
         proposed = likeliest.values >= s.branch_probability

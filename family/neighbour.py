@@ -161,7 +161,7 @@ class Neighbour(train.Trainer):
         def divergence(f):
             with self.autocast():
                 return self.has_context(batch.rows) * teacher.per_token_divergence(
-                    self.model.get_output_embeddings(), batch.hidden, batch.teacher_hidden, batch.mask, f,
+                    teacher.output_head(self.model), batch.hidden, batch.teacher_hidden, batch.mask, f,
                     self.s.score_temperature)
         return divergence
 

@@ -209,19 +209,70 @@ def test_bad_arguments(model):
         teacher.read(model, PROMPTS, COMPLETIONS, temperature=0)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("scale, cap", [(0.25, None), (1.0, 2.0), (1.7, 3.0)])
+def test_scaled_and_capped_logits_equal_plain_in_values_and_gradients(monkeypatch, scale, cap, trained):
+    """Granite, Cohere and Gemma: what comes after the head, against float64 and autograd through the whole logits."""
+    monkeypatch.setattr(teacher, "CHUNK_LOGITS", 5 * 61)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 61).requires_grad_(trained)
+    hidden, other, targets = torch.randn(27, 16), torch.randn(27, 16), torch.randint(61, (27,))
+    head, ours, plain = teacher.Head(linear, scale, cap), hidden.clone().requires_grad_(), hidden.double()
+    plain.requires_grad_()
+
+    def exact(states):
+        logits = scale * (states.double() @ linear.weight.double().T + linear.bias.double())
+        return ((cap * (logits / cap).tanh() if cap else logits) / 0.7).log_softmax(-1)
+    logp, _ = teacher.score(head, ours, targets, 0.7, entropy=False)
+    _, entropy = teacher.score(head, hidden, targets, 0.7, entropy=True)
+    kl = teacher.per_token_divergence(head, [ours], [other], torch.ones(1, 27, dtype=torch.bool),
+                                      lambda p, q: (p.exp() * (p - q)).sum(-1), 0.7)
+    want, theirs = exact(plain), exact(other)
+    torch.testing.assert_close(logp.double(), want[range(27), targets], atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), -(want.exp() * want).sum(-1), atol=1e-5, rtol=0)
+    want_kl = (theirs.exp() * (theirs - want)).sum(-1)
+    torch.testing.assert_close(kl[0].double(), want_kl, atol=1e-5, rtol=0)
+    weights = torch.randn(2, 27)
+    (logp @ weights[0] + kl[0] @ weights[1]).backward()
+    (want[range(27), targets] @ weights[0].double() + want_kl @ weights[1].double()).backward()
+    torch.testing.assert_close(ours.grad.double(), plain.grad, atol=1e-5, rtol=0)
+
+
+def test_what_comes_after_the_head_is_found_in_the_config_of_the_text():
+    nested = SimpleNamespace(config=Gemma3Config(), get_output_embeddings=lambda: None)  # text and images
+    assert teacher.output_head(nested) == teacher.Head(None, 1.0, None)
+    vars(nested.config.text_config).update(final_logit_softcapping=30.0, logits_scaling=8.0)
+    assert teacher.output_head(nested) == teacher.Head(None, 0.125, 30.0)
+
+
 @pytest.mark.parametrize("option", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
-def test_heads_that_are_not_the_end_of_the_model_are_refused(model, option):
-    """Gemma 2, Cohere and Granite change the logits after the head: scored without that, they would be wrong."""
+def test_a_model_whose_logits_are_not_those_of_its_head_is_refused(model, option):
+    """Qwen3 has no such option: a config that sets one says what the model does not do."""
     teacher.check_head(model)
-    setattr(model.config, option, 30.0)
-    for check in (lambda: teacher.check_head(model), lambda: teacher.read(model, PROMPTS, COMPLETIONS)):
-        with pytest.raises(ValueError, match=option):
-            check()
-    nested = SimpleNamespace(config=Gemma3Config())  # text and images: the language model has a config of its own
-    teacher.check_head(nested)
-    setattr(nested.config.text_config, option, 30.0)
+    setattr(model.config, option, 3.0)
     with pytest.raises(ValueError, match=option):
-        teacher.check_head(nested)
+        teacher.check_head(model)
+    setattr(model.config, option, None)
+    forward = model.forward
+
+    def shifted(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits + torch.arange(61) / 61
+        return output
+    model.forward = shifted
+    with pytest.raises(ValueError, match="not those of its head"):
+        teacher.check_head(model)
+
+
+def test_reading_mode_leaves_only_checkpointed_layers_in_training():
+    model = tiny_qwen3(attention_dropout=0.5)
+    model.train()
+    teacher.reading_mode(model)
+    assert not any(module.training for module in model.modules())
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    teacher.reading_mode(model)
+    assert all(layer.training and not layer.self_attn.training for layer in model.model.layers)
+    assert torch.equal(teacher.read(model, PROMPTS, COMPLETIONS).logp, teacher.read(model, PROMPTS, COMPLETIONS).logp)
 
 
 def test_latex_and_braces_survive_in_the_prompts():

@@ -4,7 +4,8 @@ The naive way is three lines: run the model on prompt + completion so far, draw 
 (see tests/test_rollout.py). Each step recomputes all earlier tokens. Here, where a row is one sample of one prompt:
 
     slots     the cache has room for the keys and values of `slots` rows. Column t of a slot belongs to the token at
-              position t of its row. Memory is slots x columns, however many prompts there are
+              position t of its row. Memory is slots x columns, however many prompts there are. Layers of linear
+              attention and of convolution have states of fixed size instead, one per slot
     prefill   the next prompts go through the model together, each once. Their keys and values are kept, in memory of
               their own, until all their samples have started: every sample starts from a copy of its prompt's columns
     decode    one token per row and step, each row at its own position, which is also the column it writes. A row that
@@ -31,12 +32,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 
 POLL_EVERY = 2  # decode steps between two polls; a row that has ended waits for the next one
 POLL_EVERY_ON_CUDA = 8  # there a poll costs more: the device has nothing to do until the host has asked and answered
 PREFILL_TOKENS = 2**14  # most prompt tokens, with padding, that go through the model together; bounds its activations
 COLUMNS = 32  # attention reads a multiple of this many columns, so that `decode` sees few different shapes
+STATES = {"linear_attention", "conv", "hybrid"}  # kinds of layers that keep states of fixed size; hybrid: columns, too
 
 
 @dataclass
@@ -116,7 +118,8 @@ class _Batch:
 
     def __init__(self, decoder: "Decoder", prompts, samples_per_prompt: int, seeds: Sequence[int]):
         self.decoder, self.seeds, self.slots = decoder, seeds, decoder.slots
-        self.prompts, self.samples_per_prompt, self.next_prompt = prompts, samples_per_prompt, 0
+        self.prompts, self.samples_per_prompt = prompts, samples_per_prompt
+        self.waiting = list(range(len(prompts)))  # prompts that have not been prefilled
         self.prefilled: Prefilled | None = None
         self.ready: list[_Row] = []  # waiting rows whose prompts are in self.prefilled
         self.running: dict[int, _Row] = {}  # slot -> row
@@ -124,7 +127,7 @@ class _Batch:
     def start_rows(self) -> None:
         """Waiting rows take the free slots and draw their first tokens."""
         free = [slot for slot in range(self.slots) if slot not in self.running]
-        while free and (self.ready or self.next_prompt < len(self.prompts)):
+        while free and (self.ready or self.waiting):
             if not self.ready:
                 self.prefill_next(len(free))
             rows, self.ready = self.ready[:len(free)], self.ready[len(free):]
@@ -137,14 +140,19 @@ class _Batch:
 
     def prefill_next(self, rows: int) -> None:
         """Prefill the prompts of the next `rows` rows, or slots / 4 rows if that is more: large batches are cheaper."""
-        start, k = self.next_prompt, self.samples_per_prompt
-        count = -(-max(rows, self.slots // 4) // k)  # rounded up
-        prompts = self.prompts[start:start + count]
-        sizes = [n * width for n, width in enumerate(accumulate(map(len, prompts), max), 1)]  # of the first n, padded
-        prompts = prompts[:max(1, sum(size <= PREFILL_TOKENS for size in sizes))]
+        k, prompts = self.samples_per_prompt, self.waiting
+        if has_states(self.decoder.model):  # padding must not enter a state
+            prompts = [i for i in prompts if len(self.prompts[i]) == len(self.prompts[prompts[0]])]
+        prompts = prompts[:-(-max(rows, self.slots // 4) // k)]  # rounded up
+        widths = accumulate((len(self.prompts[i]) for i in prompts), max)
+        fitting = sum(n * width <= PREFILL_TOKENS for n, width in enumerate(widths, 1))  # the first n, with padding
+        prompts = prompts[:max(1, fitting)]
         self.prefilled = None  # the old ones are freed before the new ones take memory
-        self.prefilled, self.next_prompt = prefill(self.decoder.model, prompts), start + len(prompts)
-        self.ready += [_Row((start + i) * k + j, i, len(prompt)) for i, prompt in enumerate(prompts) for j in range(k)]
+        self.prefilled = prefill(self.decoder.model, [self.prompts[i] for i in prompts])
+        self.ready += [_Row(prompt * k + j, place, len(self.prompts[prompt]))
+                       for place, prompt in enumerate(prompts) for j in range(k)]
+        chosen = set(prompts)
+        self.waiting = [i for i in self.waiting if i not in chosen]
 
     def close_gaps(self) -> None:
         """Move the last rows into the free slots between the others, so that the slots in use are the first ones."""
@@ -237,13 +245,15 @@ class Decoder:
     def move(self, old: list[int], new: list[int], columns: int) -> None:
         """Copy the rows in the slots `old`, of at most so many columns, to the slots `new`."""
         old, new = torch.tensor([old, new], device=self.model.device)
-        for state in self.memory():
-            state = state[:, :, :columns] if state.dim() == 4 else state  # 4: keys and values
+        for state in self.memory(columns):
             state[new] = state[old]
 
-    def memory(self) -> list[Tensor]:
-        """Everything that a step reads or writes, but for the model: [slots, ...] each."""
-        cached = [t for layer in self.cache.layers for t in (layer.keys, layer.values)] if self.cache else []
+    def memory(self, columns: int | None = None) -> list[Tensor]:
+        """Everything that a step reads or writes, but for the model: [slots, ...] each; of the keys and values all
+        columns, or so many."""
+        layers = self.cache.layers if self.cache else []
+        cached = [t[:, :, :columns] for layer in layers for t in (layer.keys, layer.values) if t is not None]
+        cached += [state for layer in layers for state in layer.states.values()]
         return [self.token, self.position, self.age, self.alive, self.token_ids, self.logprobs, self.uniforms, *cached]
 
     def poll(self, rows: int) -> tuple[list[int], list[int]]:
@@ -258,10 +268,12 @@ class Decoder:
 
 
 class SlotCache(Cache):
-    """Keys and values [slots, heads, columns, dim] per layer, with the heads and the dtype of `like`.
+    """What the layers remember of the rows in the slots, with the shapes and dtypes of `like`: keys and values [slots,
+    heads, columns, dim], states of fixed size [slots, ...], or both.
 
-    A slot is never cleared: a row sees only the columns up to its own position, all of which it has written itself.
-    New columns are zeros, because a masked column counts 0 times its value, and 0 times nan is nan.
+    A slot is never cleared: a row sees only the columns up to its own position, all of which it has written itself, and
+    a state is loaded whole. New columns are zeros, because a masked column counts 0 times its value, and 0 times nan is
+    nan.
     """
 
     def __init__(self, slots: int, like: Cache, most_columns: int):
@@ -274,32 +286,53 @@ class SlotCache(Cache):
             before, self.columns = self.columns, max(columns, min(self.columns * 3 // 2, self.most_columns))
             more = (0, 0, 0, self.columns - before)
             for layer in self.layers:
-                layer.keys, layer.values = nn.functional.pad(layer.keys, more), nn.functional.pad(layer.values, more)
+                if layer.keys is not None:
+                    layer.keys, layer.values = (nn.functional.pad(t, more) for t in (layer.keys, layer.values))
 
     def load(self, slots: Tensor, prefilled: "Prefilled", prompts: Tensor) -> None:
         """Copy prompts[n] of `prefilled` into slots[n]."""
-        width = prefilled.cache.get_seq_length()  # padding included: `decode` masks it until the row overwrites it
+        width = prefilled.width  # padding included: `decode` masks it until the row overwrites it
         self.reserve(width)
         for ours, theirs in zip(self.layers, prefilled.cache.layers, strict=True):
-            ours.keys[slots, :, :width], ours.values[slots, :, :width] = theirs.keys[prompts], theirs.values[prompts]
+            if ours.keys is not None:
+                ours.keys[slots, :, :width] = theirs.keys[prompts]
+                ours.values[slots, :, :width] = theirs.values[prompts]
+            for name, state in states(theirs).items():
+                ours.states[name][slots] = state[prompts]
 
 
-class SlotLayer(DynamicLayer):
+class SlotLayer(LinearAttentionAndFullAttentionLayer):
     """One layer of a SlotCache."""
 
-    def __init__(self, slots: int, like: DynamicLayer):
-        super().__init__()
-        self.keys, self.values = (t.new_zeros(slots, t.shape[1], 0, t.shape[3]) for t in (like.keys, like.values))
-        self.is_initialized = True
-        self.rows = self.position = self.width = None  # set by `decode` before the model runs
+    def __init__(self, slots: int, like: CacheLayerMixin):
+        super().__init__(getattr(like, "number_of_states", 0))
+        if like.keys is not None:
+            self.keys, self.values = (t.new_zeros(slots, t.shape[1], 0, t.shape[3]) for t in (like.keys, like.values))
+            self.is_initialized = True
+        self.states = {name: t.new_zeros(slots, *t.shape[1:]) for name, t in states(like).items()}
+        for kind, i in self.states:
+            self.has_previous_state[i] = getattr(self, f"is_{kind}_initialized")[i] = True
+        self.rows = self.position = self.width = None
+
+    def begin_step(self, rows: Tensor, position: Tensor, width: int) -> None:
+        """The model is about to run one new token for each of the first R slots: rows [R], position [R] < width."""
+        self.rows, self.position, self.width = rows, position, width
+        for (kind, i), state in self.states.items():
+            getattr(self, kind)[i] = state[:len(rows)]  # a view, which the model's layer updates in place
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Called by the model's attention with keys and values [R, heads, 1, dim] of one new token for each of the
-        first R slots; returns all that these rows have, [R, heads, width, dim]."""
+        """Called by the model's attention with keys and values [R, heads, 1, dim] of the new tokens; returns all that
+        these rows have, [R, heads, width, dim]."""
         place = self.rows, slice(None), self.position
         self.keys[place] = keys.squeeze(2).to(self.keys.dtype)  # under autocast `keys` may have another dtype
         self.values[place] = values.squeeze(2).to(self.values.dtype)
         return self.keys[:len(keys), :, :self.width], self.values[:len(keys), :, :self.width]
+
+
+def states(layer: CacheLayerMixin) -> dict[tuple[str, int], Tensor]:
+    """The states of fixed size that a layer of one of transformers' caches has."""
+    return {(kind, i): state for kind in ("conv_states", "recurrent_states")
+            for i, state in getattr(layer, kind, {}).items() if state is not None}
 
 
 @dataclass
@@ -309,16 +342,23 @@ class Prefilled:
     cache: Cache
     logits: Tensor  # [N, V], of the next token
     last: Tensor  # [N], the column of each prompt's last token
+    width: int  # columns of the cache
 
 
 def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
     """Run N prompts in one batch. Padding, by any id, goes on the right, where causal attention lets no token see it:
-    so there is no mask, which keeps fast attention kernels possible, and no row of attention without a token to see."""
+    so there is no mask, which keeps fast attention kernels possible, and no row of attention without a token to see.
+    Layers with a state would see it: for those the prompts must have the same length."""
     width = max(map(len, prompts))
     ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=model.device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
-    output = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=last.unsqueeze(1))
-    return Prefilled(output.past_key_values, output.logits[:, -1], last)
+    cache = DynamicCache()
+    if has_states(model):  # then its layers must be there before the model runs; each of these can be any kind
+        config = model.config.get_text_config()
+        number = getattr(config, "number_of_conv_states", 1)
+        cache.layers = [LinearAttentionAndFullAttentionLayer(number) for _ in range(config.num_hidden_layers)]
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last.unsqueeze(1))
+    return Prefilled(output.past_key_values, output.logits[:, -1], last, width)
 
 
 def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int) -> Tensor:
@@ -329,25 +369,54 @@ def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int)
     for kind, window in attention_windows(model).items():
         hidden = (distance < 0) | (distance >= window)
         masks[kind] = torch.zeros_like(hidden, dtype=model.dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
+    masks = masks | dict.fromkeys(STATES) if len(masks) > 1 else masks.popitem()[1]
     rows = torch.arange(len(token), device=token.device)
     for layer in cache.layers:
-        layer.rows, layer.position, layer.width = rows, position, width
-    output = model(input_ids=token.unsqueeze(1), attention_mask=masks if len(masks) > 1 else masks.popitem()[1],
+        layer.begin_step(rows, position, width)
+    output = model(input_ids=token.unsqueeze(1), attention_mask=masks,
                    position_ids=position.unsqueeze(1), past_key_values=cache, use_cache=True)
     return output.logits[:, -1]
 
 
 def attention_windows(model) -> dict[str, float]:
-    """How far back each kind of layer in the model sees, in tokens; ValueError if `decode` cannot run such a model."""
+    """How far back each kind of attention in the model sees, in tokens; ValueError if `decode` cannot run it."""
+    kinds, config = layer_kinds(model), model.config.get_text_config()
+    windows = {"full_attention": torch.inf, "sliding_attention": getattr(config, "sliding_window", None)}
+    if kinds - windows.keys() - STATES or config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"sampling needs layers of {', '.join([*windows, *sorted(STATES)])}, and attention run by "
+                         f"'sdpa' or 'eager'; this model has {', '.join(sorted(kinds))} by "
+                         f"{config._attn_implementation!r}")
+    return {kind: windows[kind] for kind in kinds & windows.keys()} or {"full_attention": torch.inf}
+
+
+@torch.inference_mode()
+def check_model(model) -> None:
+    """ValueError if `decode` cannot run the model, or finds other next tokens than it finds itself without a cache."""
+    attention_windows(model)
+    ids = torch.arange(6, device=model.device)
+    with _sampling_mode(model):
+        whole = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, 2:].float().log_softmax(-1)
+        prefilled = prefill(model, [[0, 1, 2]])
+        cache = SlotCache(1, prefilled.cache, len(ids))
+        cache.load(ids[:1], prefilled, ids[:1])
+        cache.reserve(len(ids))
+        logits = [prefilled.logits, *(decode(model, cache, t, t, len(ids)) for t in ids[3:].split(1))]
+    divergence = (whole.exp() * (whole - torch.cat(logits).float().log_softmax(-1))).sum(-1).max()
+    if divergence > (1e-3 if model.dtype == torch.float32 else 0.05):  # half precision rounds
+        raise ValueError(f"with a cache its next tokens have another distribution than without ({divergence:.2g} nats "
+                         "apart): its layers remember what `decode` does not keep")
+
+
+def has_states(model) -> bool:
+    """Whether a layer keeps a state of fixed size, of the whole row so far."""
+    return not STATES.isdisjoint(layer_kinds(model))
+
+
+def layer_kinds(model) -> set[str]:
     config = model.config.get_text_config()
     sliding = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or \
-        ["sliding_attention" if sliding else "full_attention"]
-    windows = {"full_attention": torch.inf, "sliding_attention": sliding}
-    if set(kinds) - windows.keys() or config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError("sampling needs a model of full or sliding attention, run by 'sdpa' or 'eager'; this one has "
-                         f"{', '.join(sorted(set(kinds)))} by {config._attn_implementation!r}")
-    return {kind: windows[kind] for kind in set(kinds)}
+    return set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or
+               ["sliding_attention" if sliding else "full_attention"]) - {"mlp", "moe"}  # these remember nothing
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0,
@@ -441,6 +510,14 @@ def window(model) -> float:
     if rope.get("rope_type") == "longrope":
         return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
     return getattr(config, "max_position_embeddings", None) or float("inf")
+
+
+def row_size(model) -> tuple[int, int]:
+    """Bytes that the cache takes for one row: (for every column, for states of fixed size)."""
+    with torch.inference_mode(), _sampling_mode(model):
+        layers = prefill(model, [[0]]).cache.layers
+    return (sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None),
+            sum(state.nbytes for layer in layers for state in states(layer).values()))
 
 
 @contextmanager

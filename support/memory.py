@@ -1,4 +1,4 @@
-"""How many rows can be decoded together: what their keys and values take, and what is free."""
+"""How many rows can be decoded together: what the cache takes for each, and what is free."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -6,25 +6,24 @@ from pathlib import Path
 
 import torch
 
+import rollout
 from support.data import Problem
 from support.distributed import environment_number
 from support.sampling import Sampling, student_prompt
 
-MEMORY_SHARE = 0.9  # of the free memory for keys and values; the rest is for prefill and logits
+MEMORY_SHARE = 0.9  # of the free memory for the cache; the rest is for prefill and logits
 
 
 def slots_that_fit(model, tokenizer, problems: Sequence[Problem], sampling: Sampling) -> tuple[int, str]:
-    """(rows to decode together, at most `sampling.slots`, why): their keys and values, at full length, take no more
-    than MEMORY_SHARE of the free memory."""
+    """(rows to decode together, at most `sampling.slots`, why): their cache, at full length, takes no more than
+    MEMORY_SHARE of the free memory."""
     longest = max((len(student_prompt(tokenizer, problem, sampling.thinking)) for problem in problems), default=0)
     columns, slots = longest + sampling.max_new_tokens, sampling.slots
-    config, free = model.config.get_text_config(), free_memory(model.device)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = columns * 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    free, (column, states) = free_memory(model.device), rollout.row_size(model)
+    row = columns * column + states
     fitting = slots if free is None else max(1, min(slots, int(MEMORY_SHARE * free / row)))
     known = "unknown" if free is None else f"{free / 2**30:.1f} GiB"
-    return fitting, (f"keys and values of {slots} rows of {columns:,} tokens take up to {slots * row / 2**30:.1f} GiB, "
+    return fitting, (f"the cache of {slots} rows of {columns:,} tokens takes up to {slots * row / 2**30:.1f} GiB, "
                      f"free memory is {known}: {fitting} rows are decoded together")
 
 

@@ -12,7 +12,7 @@ if "gpu" not in sys.argv:  # `pytest -m gpu` runs what needs a GPU; everything e
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM
 
 torch.set_num_threads(1)  # as in the processes that the tests start, which they are compared with bit by bit
 
@@ -24,6 +24,16 @@ def tiny_qwen3(vocab_size=61, layers=2, seed=0, window=256, **settings):
                          num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=window,
                          eos_token_id=1, pad_token_id=1, bos_token_id=None, initializer_range=0.3, **settings)
     return Qwen3ForCausalLM(config).eval()
+
+
+def tiny_hybrid():
+    """Three layers of linear attention, which keep states of fixed size for each row, and one of attention."""
+    torch.manual_seed(0)
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+        linear_num_value_heads=4, max_position_embeddings=256, eos_token_id=1, pad_token_id=1,
+        initializer_range=0.3)).eval()
 
 
 def random_ids(lengths, vocab_size=61, seed=0):

@@ -8,7 +8,7 @@ import doctest
 
 import pytest
 import torch
-from conftest import random_ids, tiny_qwen3
+from conftest import random_ids, tiny_hybrid, tiny_qwen3
 from test_rollout import PROMPTS, Waits
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -99,10 +99,11 @@ def test_sixty_replayed_steps_equal_sixty_steps(model, adapter, settings):
     assert plain.age[:5].max() == 61 and plain.age[5] == 0
 
 
-def test_recorded_sampling_equals_plain_sampling(model):
+@pytest.mark.parametrize("make", [tiny_qwen3, pytest.param(tiny_hybrid, marks=pytest.mark.slow)])
+def test_recorded_sampling_equals_plain_sampling(make):
     """Whole calls: slots are refilled, gaps closed, rows idle in their bucket. The recordings outlive a call, and see
     the adapter's new weights."""
-    model = adapted(model)
+    model = adapted(make())
     prompts, fx = random_ids([5, 11, 1, 7, 23, 2] * 2, seed=2), Fx()
     kept = None
     for seed in range(2):

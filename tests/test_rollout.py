@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import random_ids, tiny_qwen3
+from conftest import random_ids, tiny_hybrid, tiny_qwen3
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -334,12 +334,52 @@ def test_models_that_decode_cannot_serve_are_refused(model):
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2'"):
         rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1])
-    model.config._attn_implementation, model.config.layer_types = "sdpa", ["linear_attention", "full_attention"]
-    with pytest.raises(ValueError, match="linear_attention"):
+    model.config._attn_implementation, model.config.layer_types = "sdpa", ["chunked_attention", "full_attention"]
+    with pytest.raises(ValueError, match="chunked_attention"):
         rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1])
     model.config.layer_types, model.config.attention_layers = None, ["global", "local"]  # GPT-Neo
     with pytest.raises(ValueError, match="local"):
         rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1])
+
+
+@pytest.mark.parametrize("slots", [1, 3, 7])
+def test_states_follow_their_rows(monkeypatch, slots):
+    """Rows leave, others take their slots, gaps close: each row is what it is alone. No state sees padding, and
+    prompts of the same length are prefilled together."""
+    model, settings = tiny_hybrid(), dict(max_new_tokens=30, stop_ids=[1, 5, 9])
+    prompts, batches = [*PROMPTS, PROMPTS[0][::-1]], []
+    alone = [rollout.sample(model, [prompts[i // 2]], seeds=[i], **settings)[0] for i in range(14)]
+    prefill = rollout.prefill
+    monkeypatch.setattr(rollout, "prefill", lambda m, chosen: batches.append(chosen) or prefill(m, chosen))
+    together = rollout.sample(model, prompts, samples_per_prompt=2, seeds=range(14), slots=slots, **settings)
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert len({len(c.token_ids) for c in alone}) > 4
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-3)
+    assert sorted(sum(batches, [])) == sorted(prompts) and all(len(set(map(len, batch))) == 1 for batch in batches)
+    assert slots < 7 or max(map(len, batches)) == 2
+
+
+def test_a_model_that_a_cache_changes_is_refused(monkeypatch):
+    """As it would be if its layers remembered what nobody keeps; here, if states were not loaded."""
+    rollout.check_model(tiny_qwen3())
+    model = tiny_hybrid()
+    rollout.check_model(model)
+    monkeypatch.setattr(rollout.SlotCache, "load", lambda self, slots, prefilled, prompts: self.reserve(6))
+    with pytest.raises(ValueError, match="another distribution"):
+        rollout.check_model(model)
+
+
+def test_row_size_is_what_the_cache_takes():
+    model = tiny_hybrid()
+    column, states = rollout.row_size(model)
+    decoder = rollout.Decoder(model, 3, 20, 5, [1])
+    before = sum(t.nbytes for t in decoder.memory())
+    with torch.inference_mode():
+        decoder.start([0], rollout.prefill(model, [[2] * 15]), [0], [0])
+        decoder.cache.reserve(20)
+    assert sum(t.nbytes for t in decoder.memory()) - before == 3 * (20 * column + states)
+    assert column == 4 * 2 * 2 * 8 and states > 0  # float32, keys and values, heads, dim
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

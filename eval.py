@@ -167,7 +167,7 @@ def evaluate(problems: list[Problem], samples: int, solve: Callable, ranks: Rank
 
 def load(name: str, adapter: str | None, device: torch.device):  # (model, tokenizer), the adapter merged in
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer = load_model(toy.resolve(name, "model"), dtype, device, scored=False)
+    model, tokenizer = load_model(toy.resolve(name, "model"), dtype, device)
     if adapter:
         load_adapter(model, adapter, merge=True)
     return model, tokenizer

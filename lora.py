@@ -12,13 +12,15 @@ round to nothing. Under autocast the products still run in bfloat16. While compl
 with the same weights, copies of A and B that are rounded once take their place.
 
 Adapters on disk are in PEFT's format; PEFT 0.21.2 was tried (tests/test_lora.py), vLLM, which reads it too, was not.
-There is no dropout, no bias and no per-layer rank: a file that needs them is refused.
+There is no dropout, no bias and no per-layer rank: a file that needs them is refused. Embeddings, routers and experts
+stay frozen: which expert sees a token, and whether one does, changes from batch to batch.
 
 Copy this file: it needs torch and safetensors (which transformers brings).
 """
 
 import json
 import math
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,19 +28,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",  # Qwen, Llama, Mistral, Gemma
+           "qkv_proj", "gate_up_proj",  # several in one: Phi-3, GLM
+           "query_key_value", "c_attn", "c_fc", "c_proj")  # GPT-NeoX, GPT-2, Starcoder2
+ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the head
+# In names of modules: routers and experts, a layer of Mamba that is no module to it, only a weight, and numbered ones
+FROZEN = re.compile(r"(^|\.)(gate|\w*router\w*|shared_expert_gate|experts|dt_proj)(\.|$)|\.\d+$")
 
 
 class LoRALinear(nn.Module):
     """base(x) + (alpha / rank) * B A x, with `base` frozen: x [..., in] -> [..., out] in the dtype of base(x)."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+    def __init__(self, base: nn.Module, rank: int, alpha: float):
+        """base: nn.Linear, or GPT-2's Conv1D, which is one with its weight transposed."""
         super().__init__()
+        weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
         self.base, self.rank, self.alpha, self.enabled = base, rank, alpha, True
         self.copies, self.is_sampling = None, False  # of A and (alpha / rank) B, in the dtype of the products
-        self.out_features = base.out_features
-        self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features, dtype=torch.float32))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank, dtype=torch.float32))
+        self.out_features, in_features = weight.shape
+        self.lora_A = nn.Parameter(weight.new_empty(rank, in_features, dtype=torch.float32))
+        self.lora_B = nn.Parameter(weight.new_zeros(self.out_features, rank, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in the authors' code: nn.Linear's own default
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,25 +71,40 @@ class LoRALinear(nn.Module):
             self.copies[1].copy_(self.alpha / self.rank * self.lora_B)
 
 
-def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, targets: tuple[str, ...] = TARGETS) -> list[str]:
-    """Freeze `model` and put an adapter on every nn.Linear whose name ends in one of `targets`.
+def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128,
+             targets: tuple[str, ...] | str = TARGETS) -> list[str]:
+    """Freeze `model` and put an adapter on every linear layer whose name ends in one of `targets`, or "all-linear".
 
-    Returns the names of the adapted layers. A is drawn from torch's global random state. ValueError if the model has an
-    adapter already, if rank < 1 or larger than the longest side of these layers, or if no layer has such a name.
+    Returns the names of the adapted layers; `not_adapted` has the others. A is drawn from torch's global random state.
+    ValueError if the model has an adapter already, if rank < 1 or larger than the longest side of these layers, or if
+    no layer has such a name.
     """
     if any(_adapted(model)):
         raise ValueError("model already has an adapter: merge it or load the base model again")
     model.requires_grad_(False)
-    names = [name for name, module in model.named_modules()
-             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets]
+    layers = _linear_layers(model, with_head=targets != ALL_LINEAR)
+    names = [name for name in layers if targets == ALL_LINEAR or name.rpartition(".")[2] in targets]
     if not names:
-        raise ValueError(f"targets: no linear layer of the model is named {', '.join(targets)}")
-    longest = max(max(model.get_submodule(name).weight.shape) for name in names)
+        raise ValueError(f"targets: no linear layer of the model is named {' or '.join(targets)}")
+    longest = max(max(layers[name].weight.shape) for name in names)
     if not 1 <= rank <= longest:
         raise ValueError(f"rank must be >= 1 and at most {longest}, the longest side of an adapted layer, got {rank}")
     for name in names:
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
+        model.set_submodule(name, LoRALinear(layers[name], rank, alpha))
     return names
+
+
+def not_adapted(model: nn.Module) -> list[str]:
+    """Names of the linear layers that could have an adapter, and have none; not the head's."""
+    return [name for name in _linear_layers(model, with_head=False) if not name.endswith(".base")]
+
+
+def _linear_layers(model: nn.Module, with_head: bool) -> dict[str, nn.Module]:
+    """By name, without routers and experts, and without the towers for images and sound that a model may have."""
+    decoder = getattr(model, "get_decoder", lambda: model)()
+    inside = {*decoder.modules(), *([model.get_output_embeddings()] if with_head else [])}
+    return {name: module for name, module in model.named_modules() if module in inside and not FROZEN.search(name)
+            and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")}
 
 
 def disabled(model: nn.Module):
@@ -123,7 +147,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     first = next(iter(layers.values()))
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": first.rank, "lora_alpha": first.alpha,
-              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+              "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+              "fan_in_fan_out": any(not isinstance(layer.base, nn.Linear) for layer in layers.values()),  # Conv1D
               "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
               "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)}
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -141,7 +166,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{path}/adapter_config.json: {problem}")
     tensors = load_file(path / "adapter_model.safetensors")
     if not any(_adapted(model)):
-        add_lora(model, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
+        add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
     wanted = _by_peft_name(model)
     wrong = sorted(wanted.keys() ^ tensors.keys()) or [k for k in wanted if wanted[k].shape != tensors[k].shape]
     if wrong:
@@ -160,19 +185,20 @@ def _unsupported(config: dict) -> str:
     """What in an adapter_config.json cannot be loaded, "" if nothing."""
     if config.get("peft_type") != "LORA":
         return f"peft_type must be LORA, got {config.get('peft_type')}"
-    for feature in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+    for feature in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if config.get(feature):
             return f"{feature} is not supported"
     if type(config.get("r")) is not int or type(config.get("lora_alpha")) not in (int, float):
         return "r and lora_alpha must be numbers"
-    return "" if isinstance(config.get("target_modules"), list) else "target_modules must be a list of layer names"
+    targets = config.get("target_modules")
+    return "" if isinstance(targets, list) or targets == ALL_LINEAR else "target_modules must be a list of layer names"
 
 
 def merge(model: nn.Module) -> None:
     """Fold the adapter into the base weights and take it off: an ordinary model is left. ValueError if not finite."""
     for name, layer in list(_adapted(model)):
         with torch.no_grad():
-            weight = layer.base.weight
+            weight = layer.base.weight if isinstance(layer.base, nn.Linear) else layer.base.weight.T
             weight.copy_(weight.float() + layer.alpha / layer.rank * layer.lora_B @ layer.lora_A)  # rounded once
             if not weight.isfinite().all():
                 raise ValueError(f"the merged weights of {name} are not finite")

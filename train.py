@@ -109,7 +109,7 @@ class Trainer:
                      lambda p: [self.student_prompt(p)])
 
         torch.manual_seed(s.seed)
-        add_adapter(self.model, s.lora_rank, s.lora_alpha)
+        self.adapter = add_adapter(self.model, s.lora_rank, s.lora_alpha, s.lora_targets)  # what it covers, in words
         self.parameters = lora.lora_parameters(self.model)
         if s.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})

@@ -10,11 +10,12 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 import lora
@@ -25,6 +26,7 @@ from support.distributed import choose_threads, environment_number
 from support.errors import InputError, reason
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ATTENTION = re.compile("attn|attention|mixer|mamba|conv")  # in names of its layers; those of MLPs have none of these
 ADAPTER = f"check --adapter, a directory with {' and '.join(ADAPTER_FILES)}"
 IDENTITY = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "*.jinja")  # files that make a model what it is
 
@@ -143,8 +145,12 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
     check_place(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        settings = vars(config.get_text_config())
+        settings |= {key: 0.0 for key in settings if "drop" in key and isinstance(settings[key], float)}
         model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+            name, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True)
         model.to(device)
     except Exception as error:  # a missing, damaged, foreign or too large model: libraries raise a dozen types
         raise InputError(f"{name}: cannot load the model ({reason(error)}): check --model, a checkpoint directory or a "
@@ -157,18 +163,19 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
         print(f"{name}: warning: {len(found['unexpected_keys'])} weights of the checkpoint have no place in the model, "
               f"first {min(found['unexpected_keys'])}", file=sys.stderr)
     try:
-        rollout.attention_windows(model)
         rollout.stop_ids(model, tokenizer)
+        rollout.check_model(model)
         if scored:
             teacher.check_head(model)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{name}: {error}: choose another --model") from None
-    _check_tokenizer(name, model, tokenizer)
+    except Exception as error:  # a model of unknown kind raises what it likes
+        raise InputError(f"{name}: {reason(error).removeprefix('ValueError: ')}: choose another --model, "
+                         "docs/models.md has a table") from None
+    _check_tokenizer(name, model, tokenizer, scored)
     choose_threads(sum(parameter.numel() for parameter in model.parameters()))
     return model, tokenizer
 
 
-def _check_tokenizer(name: str, model, tokenizer) -> None:
+def _check_tokenizer(name: str, model, tokenizer, has_teacher: bool) -> None:
     if not tokenizer.chat_template:
         raise InputError(f"{name}: the tokenizer has no chat template: take an instruction-tuned model, or set "
                          "tokenizer.chat_template and save the tokenizer (--model)")
@@ -181,16 +188,39 @@ def _check_tokenizer(name: str, model, tokenizer) -> None:
     if any(one == two for one, two in zip(prompts[::2], prompts[1::2], strict=True)):
         raise InputError(f"{name}: the prompt does not depend on the problem: files of the tokenizer are missing, or "
                          "the chat template leaves the messages out (--model)")
+    for thinking in (False, True) if has_teacher else ():
+        asked = [teacher.student_messages("1?"), *(teacher.teacher_messages("1?", s) for s in ("2", "2 " * 500))]
+        texts = [teacher.encode(tokenizer, messages, thinking, tokenize=False) for messages in asked]
+        ends = {text.rpartition(teacher.INSTRUCTION)[2] for text in texts}
+        if len(ends) > 1:
+            shown = " and ".join(repr(end)[:80] for end in sorted(ends))
+            raise InputError(f"{name}: student and teacher must be asked alike, but their prompts end in {shown}: "
+                             "correct chat_template.jinja (--model)")
     if (last := max(map(max, prompts))) >= (rows := model.get_input_embeddings().num_embeddings):
         raise InputError(f"{name}: the tokenizer has token {last}, the model {rows} embeddings (--model)")
 
 
-def add_adapter(model, rank: int, alpha: float) -> None:
-    """lora.add_lora; InputError if the model has no place for it."""
+def add_adapter(model, rank: int, alpha: float, targets: Sequence[str] = lora.TARGETS) -> str:
+    """lora.add_lora; returns a line that says what it covers. InputError if the model has no place for it, or if it
+    leaves out all of the attention (or what stands in its place), or all of the MLPs."""
     try:
-        lora.add_lora(model, rank, alpha)
+        adapted = lora.add_lora(model, rank, alpha, lora.ALL_LINEAR if lora.ALL_LINEAR in targets else tuple(targets))
     except ValueError as error:
-        raise InputError(f"{error}: change --lora-rank, or choose another --model") from None
+        raise InputError(f"{error}: change --lora-rank or --lora-targets, or choose another --model") from None
+    left_out = lora.not_adapted(model)
+    for part, is_inside in ("attention", ATTENTION.search), ("MLPs", lambda name: not ATTENTION.search(name)):
+        missing = [name for name in left_out if is_inside(name)]
+        if missing and not any(map(is_inside, adapted)):
+            raise InputError(f"the adapter covers nothing of the {part}: add {_short(missing)} to --lora-targets, "
+                             f"or say --lora-targets {lora.ALL_LINEAR}")
+    has_experts = any(name.endswith("experts") for name, _ in model.named_modules())
+    return (f"adapter: {len(adapted)} of {len(adapted) + len(left_out)} linear layers ({_short(adapted)})"
+            + (f"; left out: {_short(left_out)}" if left_out else "")
+            + ("; routers and experts stay frozen" if has_experts else ""))
+
+
+def _short(names: list[str]) -> str:
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def check_files(models: list[str], adapters: list[str]) -> dict[str, str]:

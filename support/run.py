@@ -22,7 +22,7 @@ from support import checkpoint, distributed, report
 from support.data import digest, model_digest
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError, LocalError, reason
-from support.sampling import Rollout
+from support.sampling import Rollout, thinking_line
 
 SAMPLES_PER_STEP = 4  # rollouts of rank 0 that go into samples.jsonl at each step
 PATIENCE = 5  # steps without learning, before a warning
@@ -297,6 +297,7 @@ def write_config(trainer) -> None:
         "first_prompts": {reader: trainer.tokenizer.decode(ids) for reader, ids in prompts.items()}})
     shown = {"out": s.out, "world_size": world} | derived
     say("  ".join(f"{key}={value}" for key, value in shown.items()))
+    say(f"{trainer.adapter}\n{thinking_line(trainer.tokenizer, s.thinking)}")
 
 
 def read_results(path: Path) -> dict:

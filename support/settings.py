@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from lora import ALL_LINEAR, TARGETS
 from support.distributed import environment_number
 from support.errors import DAMAGED, InputError
 from support.flags import SEEDS, Parser, add_flags, check_ranges, flag, flag_name
@@ -47,6 +48,7 @@ class Settings:
     beta_length: float = flag(0.5, "largest extra reward of a correct completion for being short", "[0, inf)")
     lora_rank: int = flag(64, "rank of the adapter", "[1, inf)")
     lora_alpha: float = flag(128.0, "alpha of the adapter, whose scale is alpha / rank", "(0, 1e30]")
+    lora_targets: list = flag(list(TARGETS), f"linear layers to adapt, by the end of their names, or {ALL_LINEAR}")
     bf16: bool = flag(None, "bfloat16 base weights and autocast (default: on with CUDA, off without)")
     cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass to save memory")
@@ -181,7 +183,8 @@ def read_config(run: Path, family) -> tuple[Settings, int]:
         if config.get("trainer") == "Trainer":  # then flags of family/, which may be gone, are at their defaults
             values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
         for f in fields(kind):
-            _check_type(f, values.get(f.name, f.default))
+            if f.name in values:
+                _check_type(f, values[f.name])
         return kind(**values), int(world)
     except (OSError, *DAMAGED) as error:
         raise InputError(f"{path}: no run that can be resumed here ({error}): check --out, or leave --resume "

@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_qwen3
+from conftest import tiny_hybrid, tiny_qwen3
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+import lora
 import toy
-from support.data import InputError, Problem, load_model, load_problems
+from support.data import InputError, Problem, add_adapter, load_model, load_problems
+from support.sampling import thinking_line
 
 GOOD = {"problem": "What is 2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}
 
@@ -70,7 +73,7 @@ def test_missing_and_empty_files(tmp_path):
 
 
 def test_a_model_that_cannot_be_sampled_is_refused_in_one_line(tiny_toy, tmp_path):
-    """A linear-attention layer keeps a state that the cache here does not have; found at the start, not after hours."""
+    """Found at the start, not after hours."""
     shutil.copytree(tiny_toy / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["sliding_window"], config["layer_types"] = 8, ["chunked_attention"] * config["num_hidden_layers"]
@@ -81,7 +84,7 @@ def test_a_model_that_cannot_be_sampled_is_refused_in_one_line(tiny_toy, tmp_pat
 
 
 def test_a_model_that_cannot_be_scored_is_refused_in_one_line_where_it_would_be(tmp_path):
-    """Gemma 2 squashes its logits after the head, which `teacher.read` does not do; evaluation only samples."""
+    """A cap on the logits that this model does not know; evaluation only samples."""
     tiny_qwen3(vocab_size=len(toy.make_tokenizer())).save_pretrained(tmp_path)
     toy.make_tokenizer().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -91,3 +94,87 @@ def test_a_model_that_cannot_be_scored_is_refused_in_one_line_where_it_would_be(
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     model, tokenizer = load_model(str(tmp_path), torch.float32, torch.device("cpu"), scored=False)
     assert model.config.final_logit_softcapping == 30.0 and tokenizer.chat_template
+
+
+def test_no_dropout_is_left(tmp_path):
+    """A student read with dropout would be another one than sampled."""
+    tiny_qwen3(vocab_size=len(toy.make_tokenizer()), attention_dropout=0.5).save_pretrained(tmp_path)
+    toy.make_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert model.config.attention_dropout == model.model.layers[0].self_attn.attention_dropout == 0
+
+
+# ---- what the adapter covers
+
+
+def test_the_adapter_says_what_it_covers():
+    usual = "gate_proj, up_proj, down_proj, q_proj, k_proj, v_proj, o_proj"
+    assert add_adapter(tiny_hybrid(), 4, 8) == (
+        f"adapter: 16 of 31 linear layers ({usual}); "
+        "left out: out_proj, in_proj_qkv, in_proj_z, in_proj_b, in_proj_a")
+    assert add_adapter(tiny_hybrid(), 4, 8, ["all-linear"]).startswith("adapter: 31 of 31 linear layers (out_proj,")
+    line = add_adapter(tiny_qwen3(), 4, 8, ["up_proj", "v_proj"])
+    assert line == ("adapter: 4 of 14 linear layers (v_proj, up_proj); "
+                    "left out: q_proj, k_proj, o_proj, gate_proj, down_proj")
+
+
+@pytest.mark.parametrize("targets, message", [
+    (["q_proj", "o_proj"], "nothing of the MLPs: add gate_proj, up_proj, down_proj to --lora-targets"),
+    (["up_proj"], "nothing of the attention: add q_proj, k_proj, v_proj, o_proj to --lora-targets, or say "
+                  "--lora-targets all-linear"),
+    (["c_attn"], "no linear layer of the model is named c_attn: change --lora-rank or --lora-targets")])
+def test_an_adapter_of_half_the_model_is_refused(targets, message):
+    with pytest.raises(InputError, match=message):
+        add_adapter(tiny_qwen3(), 4, 8, targets)
+
+
+def test_routers_and_experts_stay_frozen():
+    torch.manual_seed(0)
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16))
+    line = add_adapter(model, 4, 8, ["all-linear"])
+    assert line.startswith("adapter: 7 of 7 linear layers") and line.endswith("; routers and experts stay frozen")
+    assert isinstance(model.model.layers[0].mlp.shared_expert_gate, torch.nn.Linear)
+    assert isinstance(model.model.layers[0].mlp.shared_expert.up_proj, lora.LoRALinear)
+
+
+# ---- chat templates
+
+OPEN = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant"
+TEMPLATES = {
+    toy.CHAT_TEMPLATE: (r"--no-thinking: prompts end in '<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n'; "
+                        r"with --thinking in '<|im_end|>\n<|im_start|>assistant\n'"),
+    OPEN + "{% if not thinking %}</think>{% endif %}": (
+        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant</think>'; with --thinking in "
+        "'<|im_end|><|im_start|>assistant'"),
+    OPEN + "<think>": ("--no-thinking: prompts end in '<|im_end|><|im_start|>assistant<think>'; --thinking changes "
+                       "nothing: this chat template has no switch"),
+    "Effort: {{ reasoning_effort | default('medium') }}" + OPEN: (
+        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant'; --thinking changes nothing: this chat "
+        "template has reasoning_effort, which is left at its default"),
+    "{% if enable_thinking %}/think{% endif %}" + OPEN: (
+        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant'; with --thinking in "
+        "'<|im_end|><|im_start|>assistant', but what stands before them changes"),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_thinking_does_is_said(template):
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = template
+    assert thinking_line(tokenizer, False) == TEMPLATES[template]
+    assert thinking_line(tokenizer, True).startswith("--thinking: prompts end in '<|im_end|>")
+
+
+@pytest.mark.parametrize("condition", ["'Reference' in messages[0].content", "messages[0].content | length > 900",
+                                       "enable_thinking and 'Reference' in messages[0].content"])
+def test_a_template_that_asks_student_and_teacher_otherwise_is_refused(tmp_path, condition):
+    tiny_qwen3(vocab_size=len(toy.make_tokenizer())).save_pretrained(tmp_path)
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = OPEN + "{% if " + condition + " %}<think>{% endif %}"
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"end in '<\|im_end.*<think>'.*: correct chat_template.jinja") as error:
+        load_model(str(tmp_path), torch.float32, torch.device("cpu"))
+    load_model(str(tmp_path), torch.float32, torch.device("cpu"), scored=False)  # evaluation has no teacher
+    assert "\n" not in str(error.value)

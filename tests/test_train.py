@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_background, random_ids, tiny_qwen3, train_arguments, train_here
+from conftest import in_background, random_ids, tiny_hybrid, tiny_qwen3, train_arguments, train_here
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import family
 import lora
 import rollout
 import teacher
+import toy
 import train
 from support import checkpoint, run, settings
 
@@ -143,6 +144,24 @@ def assert_close_run(run, reference):
 def test_micro_batches_change_nothing(tiny_toy, tmp_path, reference, micro_batch):
     train_here(*train_arguments(tiny_toy, tmp_path / "run", **COMPARED | {"micro-batch": micro_batch}))
     assert_close_run(tmp_path / "run", reference)
+
+
+def test_a_hybrid_model_is_trained_stopped_and_resumed(tiny_toy, tmp_path, capsys):
+    """Linear attention, all layers adapted, and recomputed activations."""
+    config = Qwen3_5TextConfig(**tiny_hybrid().config.to_dict() | {"vocab_size": len(toy.make_tokenizer())})
+    Qwen3_5ForCausalLM(config).save_pretrained(tmp_path / "model")
+    toy.make_tokenizer().save_pretrained(tmp_path / "model")
+    flags = train_arguments(tiny_toy, tmp_path / "run", model=tmp_path / "model", steps=2,
+                            **{"lora-targets": "all-linear", "gradient-checkpointing": True, "checkpoint-every": 1})
+    train_here(*flags)
+    out = capsys.readouterr().out
+    assert "adapter: 31 of 31 linear layers" in out and "--no-thinking: prompts end in" in out
+    whole = without_seconds(metrics(tmp_path / "run"))
+    assert all(row["sampling_gap"] < 1e-4 and row["grad_norm"] > 0 for row in whole)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000002")
+    shutil.rmtree(tmp_path / "run" / "model")
+    train_here("--out", tmp_path / "run", "--resume")
+    assert without_seconds(metrics(tmp_path / "run")) == whole and (tmp_path / "run" / "model").is_dir()
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_toy, tmp_path, reference):
@@ -335,6 +354,7 @@ def main_fails(capsys, monkeypatch, *flags):
     ({"gamma": "nan"}, "--gamma"),
     ({"lr": "fast"}, "--lr"),
     ({"preset": "large"}, "--preset"),
+    ({"lora-targets": "up_proj"}, "the adapter covers nothing of the attention"),
     ({"sed": 1}, "--sed")])
 def test_mistakes_in_the_flags(tiny_toy, tmp_path, capsys, monkeypatch, changes, message):
     assert message in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run", **changes))

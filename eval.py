@@ -42,7 +42,7 @@ from support.distributed import Ranks
 from support.flags import SEEDS, flag, parse
 from support.graphs import choose
 from support.memory import slots_that_fit
-from support.run import hold, name_lack_of_memory, one_line_errors, say
+from support.run import hold, name_lack_of_memory, one_line_errors, say, thinking_line
 from support.samples import SampleLog, read_completions
 from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
 
@@ -187,6 +187,8 @@ def run(s: Settings, ranks: Ranks, out: Path) -> None:
         for _, path, problems in files:
             check_window(model, path, problems, s.max_new_tokens,
                          lambda problem, tokenizer=tokenizer: [student_prompt(tokenizer, problem, s.thinking)])
+        if ranks.rank == 0:
+            print(thinking_line(tokenizer, s.thinking), file=sys.stderr)
         log.begin(used | {name: model_digest(toy.resolve(name, "model"))})
         checkpoint = name + (f" + {adapter}" if adapter else "")
         for place, (data, path, problems) in enumerate(files):

@@ -402,7 +402,7 @@ def check_model(model) -> None:
         cache.reserve(len(ids))
         logits = [prefilled.logits, *(decode(model, cache, t, t, len(ids)) for t in ids[3:].split(1))]
     divergence = (whole.exp() * (whole - torch.cat(logits).float().log_softmax(-1))).sum(-1).max()
-    if divergence > (1e-3 if model.dtype == torch.float32 else 0.05):  # half precision rounds
+    if divergence > (1e-3 if model.dtype == torch.float32 else 0.3):  # half precision rounds
         raise ValueError(f"with a cache its next tokens have another distribution than without ({divergence:.2g} nats "
                          "apart): its layers remember what `decode` does not keep")
 

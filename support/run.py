@@ -18,11 +18,12 @@ import transformers
 from torch import Tensor
 
 import lora
+import teacher
 from support import checkpoint, distributed, report
 from support.data import digest, model_digest
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError, LocalError, reason
-from support.sampling import Rollout, thinking_line
+from support.sampling import Rollout
 
 SAMPLES_PER_STEP = 4  # rollouts of rank 0 that go into samples.jsonl at each step
 PATIENCE = 5  # steps without learning, before a warning
@@ -298,6 +299,20 @@ def write_config(trainer) -> None:
     shown = {"out": s.out, "world_size": world} | derived
     say("  ".join(f"{key}={value}" for key, value in shown.items()))
     say(f"{trainer.adapter}\n{thinking_line(trainer.tokenizer, s.thinking)}")
+
+
+def thinking_line(tokenizer, thinking: bool) -> str:
+    """What --thinking does with this chat template, and how prompts end."""
+    flags, messages = ["--no-thinking", "--thinking"], teacher.student_messages("1?")
+    prompts = [teacher.encode(tokenizer, messages, on, tokenize=False) for on in (False, True)]
+    ends = [prompt.rpartition(teacher.INSTRUCTION)[2] for prompt in prompts]
+    effect = f"with {flags[not thinking]} in {ends[not thinking]!r}" + (
+        ", but what stands before them changes" if ends[0] == ends[1] else "")
+    if prompts[0] == prompts[1]:
+        has_effort = "reasoning_effort" in str(tokenizer.chat_template)
+        switch = "reasoning_effort, which is left at its default" if has_effort else "no switch"
+        effect = f"--thinking changes nothing: this chat template has {switch}"
+    return f"{flags[thinking]}: prompts end in {ends[thinking]!r}; {effect}"
 
 
 def read_results(path: Path) -> dict:

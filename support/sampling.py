@@ -52,20 +52,6 @@ class Sampling:
     thinking: bool = flag(True, "let the chat template open a thinking block")
 
 
-def thinking_line(tokenizer, thinking: bool) -> str:
-    """What --thinking does with this chat template, and how prompts end."""
-    flags, messages = ["--no-thinking", "--thinking"], teacher.student_messages("1?")
-    prompts = [teacher.encode(tokenizer, messages, on, tokenize=False) for on in (False, True)]
-    ends = [prompt.rpartition(teacher.INSTRUCTION)[2] for prompt in prompts]
-    effect = f"with {flags[not thinking]} in {ends[not thinking]!r}" + (
-        ", but what stands before them changes" if ends[0] == ends[1] else "")
-    if prompts[0] == prompts[1]:
-        has_effort = "reasoning_effort" in str(tokenizer.chat_template)
-        switch = "reasoning_effort, which is left at its default" if has_effort else "no switch"
-        effect = f"--thinking changes nothing: this chat template has {switch}"
-    return f"{flags[thinking]}: prompts end in {ends[thinking]!r}; {effect}"
-
-
 def student_prompt(tokenizer, problem: Problem, thinking: bool) -> list[int]:
     """Token ids of the prompt that is trained, and asked at evaluation."""
     return teacher.encode(tokenizer, teacher.student_messages(problem.problem), thinking)

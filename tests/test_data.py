@@ -11,7 +11,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 import lora
 import toy
 from support.data import InputError, Problem, add_adapter, load_model, load_problems
-from support.sampling import thinking_line
+from support.run import thinking_line
 
 GOOD = {"problem": "What is 2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}
 

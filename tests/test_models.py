@@ -264,9 +264,9 @@ def check(kind, folder):
             assert ((theirs - student).abs().max() < 1e-3) != (EXPERTS_IN_PEFT in REMARKS.get(kind, ""))
 
     head = teacher.output_head(model)
-    after = "capped" if head.cap else "scaled" if head.scale != 1 else ""
-    cache = "keys, values" + (" and states" if rollout.has_states(model) else "")
-    return f"| `{kind}` | {name} | {cache} | {after} | {default} | {REMARKS.get(kind, '')} |"
+    reading = "capped" if head.cap else "scaled" if head.scale != 1 else "plain"
+    sampling = "keys, values" + (", states" if rollout.has_states(model) else "")
+    return f"| `{kind}` | {name} | {sampling} | {reading} | {default} | {REMARKS.get(kind, '')} |"
 
 
 def optional(package):
@@ -320,15 +320,16 @@ Every model is tried out when it is loaded, by `check_model` of [rollout.py](../
 [teacher.py](../teacher.py): it is refused in one line if its next tokens are not the same with a cache and without, or
 if its logits are not those of its head. So the table is what is known; others may work.
 
-*Cache*: keys and values take memory for each token, states of linear attention and convolution do not. *After the
-head*: logits that are scaled or capped there are so in reading, too. *The default adapter covers*: linear layers; the
-head, routers and experts are never among them. `--lora-targets all-linear` covers all. Where the default leaves out
-all of the attention, or of the MLPs, it is refused, and layers have to be added.
+*Sampling*: what a slot of the cache holds. Keys and values take memory for each token, states of linear attention and
+convolution do not. *Reading*: whether logits are scaled or capped after the head, which belongs to the distribution.
+*The default adapter covers*: linear layers; the head, routers and experts are never among them.
+`--lora-targets all-linear` covers all. Where the default leaves out all of the attention, or all of the MLPs, it is
+refused, and layers have to be added.
 
 Linear attention and state-space layers run transformers' own torch code, which is slow, unless the packages for their
 kernels are installed (it names them when a model is loaded); no such kernel has run here.
 
-| type in config.json | known as | cache | after the head | the default adapter covers | remarks |
+| type in config.json | known as | sampling | reading | the default adapter covers | remarks |
 |---|---|---|---|---|---|
 """
 

@@ -167,14 +167,14 @@ def evaluate(problems: list[Problem], samples: int, solve: Callable, ranks: Rank
 
 def load(name: str, adapter: str | None, device: torch.device):  # (model, tokenizer), the adapter merged in
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer = load_model(toy.resolve(name, "model"), dtype, device)
+    model, tokenizer = load_model(toy.resolve(name, "model"), dtype, device, scored=False)
     if adapter:
         load_adapter(model, adapter, merge=True)
     return model, tokenizer
 
 
 def run(s: Settings, ranks: Ranks, out: Path) -> None:
-    """Every checkpoint on every data file, into `out`. Nothing is written before all input was checked."""
+    """Every checkpoint on every data file, into `out`. Nothing is written before data and first model were checked."""
     choose(s.cuda_graphs, ranks.device)  # refuses where there is no GPU
     every_row, results = [], []
     files = [(name, ranks.once_per_node(lambda name=name: toy.resolve(name, "test.jsonl"))) for name in s.data]

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",  # Qwen, Llama, Mistral, Gemma
            "qkv_proj", "gate_up_proj",  # several in one: Phi-3, GLM
            "query_key_value", "c_attn", "c_fc", "c_proj")  # GPT-NeoX, GPT-2, Starcoder2
-ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the head
-# In names of modules: routers and experts, a layer of Mamba that is no module to it, only a weight, and numbered ones
-FROZEN = re.compile(r"(^|\.)(gate|\w*router\w*|shared_expert_gate|experts|dt_proj)(\.|$)|\.\d+$")
+ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the head; here routers and experts are no part of it
+# In names of modules: routers, experts, and a layer of Mamba of which the model takes the weight instead of calling it
+FROZEN = re.compile(r"(^|\.)(gate|\w*router\w*|shared_expert_gate|experts|dt_proj)(\.|$)")
 
 
 class LoRALinear(nn.Module):
@@ -73,38 +73,46 @@ class LoRALinear(nn.Module):
 
 def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128,
              targets: tuple[str, ...] | str = TARGETS) -> list[str]:
-    """Freeze `model` and put an adapter on every linear layer whose name ends in one of `targets`, or "all-linear".
+    """Freeze `model` and put an adapter on every linear layer whose name ends in one of `targets`, or on all of them.
 
-    Returns the names of the adapted layers; `not_adapted` has the others. A is drawn from torch's global random state.
-    ValueError if the model has an adapter already, if rank < 1 or larger than the longest side of these layers, or if
-    no layer has such a name.
+    Returns the names of the adapted layers. A is drawn from torch's global random state. ValueError if the model has an
+    adapter already, if rank < 1 or larger than the longest side of these layers, or if no layer has such a name.
     """
     if any(_adapted(model)):
         raise ValueError("model already has an adapter: merge it or load the base model again")
     model.requires_grad_(False)
-    layers = _linear_layers(model, with_head=targets != ALL_LINEAR)
-    names = [name for name in layers if targets == ALL_LINEAR or name.rpartition(".")[2] in targets]
-    if not names:
+    layers = linear_layers(model)
+    if targets != ALL_LINEAR:
+        targets = [targets] if isinstance(targets, str) else targets
+        layers = {name: layer for name, layer in (layers | _untied_head(model)).items()
+                  if any(f".{name}".endswith(f".{target}") for target in targets)}
+    if not layers:
         raise ValueError(f"targets: no linear layer of the model is named {' or '.join(targets)}")
-    longest = max(max(layers[name].weight.shape) for name in names)
+    longest = max(max(layer.weight.shape) for layer in layers.values())
     if not 1 <= rank <= longest:
         raise ValueError(f"rank must be >= 1 and at most {longest}, the longest side of an adapted layer, got {rank}")
-    for name in names:
-        model.set_submodule(name, LoRALinear(layers[name], rank, alpha))
-    return names
+    for name, layer in layers.items():
+        model.set_submodule(name, LoRALinear(layer, rank, alpha))
+    return list(layers)
 
 
-def not_adapted(model: nn.Module) -> list[str]:
-    """Names of the linear layers that could have an adapter, and have none; not the head's."""
-    return [name for name in _linear_layers(model, with_head=False) if not name.endswith(".base")]
-
-
-def _linear_layers(model: nn.Module, with_head: bool) -> dict[str, nn.Module]:
-    """By name, without routers and experts, and without the towers for images and sound that a model may have."""
-    decoder = getattr(model, "get_decoder", lambda: model)()
-    inside = {*decoder.modules(), *([model.get_output_embeddings()] if with_head else [])}
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, without the head, routers and experts, and the towers for images and sound that a model may have."""
+    inside = set(getattr(model, "get_decoder", lambda: model)().modules())
     return {name: module for name, module in model.named_modules() if module in inside and not FROZEN.search(name)
             and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")}
+
+
+def short_name(name: str) -> str:
+    """How PEFT's files name a layer: by the last part of its name, up_proj; if that is a number, by two, adapters.0."""
+    return re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", name)[0]
+
+
+def _untied_head(model: nn.Module) -> dict[str, nn.Module]:
+    """The head, which may be adapted if asked for by name, unless its weight is that of the embedding, too."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return {name: module for name, module in model.named_modules()
+            if module is head and head.weight is not embedding.weight}
 
 
 def disabled(model: nn.Module):
@@ -149,7 +157,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": first.rank, "lora_alpha": first.alpha,
               "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
               "fan_in_fan_out": any(not isinstance(layer.base, nn.Linear) for layer in layers.values()),  # Conv1D
-              "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+              "target_modules": sorted(set(map(short_name, layers))),
               "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)}
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in _by_peft_name(model).items()}
@@ -185,9 +193,12 @@ def _unsupported(config: dict) -> str:
     """What in an adapter_config.json cannot be loaded, "" if nothing."""
     if config.get("peft_type") != "LORA":
         return f"peft_type must be LORA, got {config.get('peft_type')}"
-    for feature in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    for feature in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
+                    "alora_invocation_tokens"):
         if config.get(feature):
             return f"{feature} is not supported"
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal", "eva"):
+        return f"init_lora_weights {config['init_lora_weights']} is not supported: it changes the base weights"
     if type(config.get("r")) is not int or type(config.get("lora_alpha")) not in (int, float):
         return "r and lora_alpha must be numbers"
     targets = config.get("target_modules")

@@ -73,7 +73,8 @@ def sample(model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop
 
     The model runs in eval mode without gradients; the mode of every module is restored, whatever happens. ValueError if
     an argument is out of range, if a prompt is empty or, with its completion, longer than the model's window, or if the
-    model has layers other than full and sliding attention, or an attention implementation other than sdpa and eager.
+    model has layers of a kind that is not known here, or an attention implementation other than sdpa and eager;
+    `check_model` finds out more.
     FloatingPointError if a log-prob is not finite, as it is behind logits that are not.
     """
     _check(model, prompts, max_new_tokens, temperature, top_p, top_k, samples_per_prompt, slots)
@@ -297,7 +298,7 @@ class SlotCache(Cache):
             if ours.keys is not None:
                 ours.keys[slots, :, :width] = theirs.keys[prompts]
                 ours.values[slots, :, :width] = theirs.values[prompts]
-            for name, state in states(theirs).items():
+            for name, state in states_of(theirs).items():
                 ours.states[name][slots] = state[prompts]
 
 
@@ -309,8 +310,8 @@ class SlotLayer(LinearAttentionAndFullAttentionLayer):
         if like.keys is not None:
             self.keys, self.values = (t.new_zeros(slots, t.shape[1], 0, t.shape[3]) for t in (like.keys, like.values))
             self.is_initialized = True
-        self.states = {name: t.new_zeros(slots, *t.shape[1:]) for name, t in states(like).items()}
-        for kind, i in self.states:
+        self.states = {name: t.new_zeros(slots, *t.shape[1:]) for name, t in states_of(like).items()}
+        for kind, i in self.states:  # what transformers asks before it reads a state
             self.has_previous_state[i] = getattr(self, f"is_{kind}_initialized")[i] = True
         self.rows = self.position = self.width = None
 
@@ -329,8 +330,8 @@ class SlotLayer(LinearAttentionAndFullAttentionLayer):
         return self.keys[:len(keys), :, :self.width], self.values[:len(keys), :, :self.width]
 
 
-def states(layer: CacheLayerMixin) -> dict[tuple[str, int], Tensor]:
-    """The states of fixed size that a layer of one of transformers' caches has."""
+def states_of(layer: CacheLayerMixin) -> dict[tuple[str, int], Tensor]:
+    """The states of fixed size that a layer of one of transformers' caches has, [rows, ...] each."""
     return {(kind, i): state for kind in ("conv_states", "recurrent_states")
             for i, state in getattr(layer, kind, {}).items() if state is not None}
 
@@ -353,7 +354,7 @@ def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
     ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=model.device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
     cache = DynamicCache()
-    if has_states(model):  # then its layers must be there before the model runs; each of these can be any kind
+    if has_states(model):  # the model expects to find a layer for them; this kind has room for keys and values, too
         config = model.config.get_text_config()
         number = getattr(config, "number_of_conv_states", 1)
         cache.layers = [LinearAttentionAndFullAttentionLayer(number) for _ in range(config.num_hidden_layers)]
@@ -369,7 +370,8 @@ def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int)
     for kind, window in attention_windows(model).items():
         hidden = (distance < 0) | (distance >= window)
         masks[kind] = torch.zeros_like(hidden, dtype=model.dtype).masked_fill_(hidden, -torch.inf)[:, None, None]
-    masks = masks | dict.fromkeys(STATES) if len(masks) > 1 else masks.popitem()[1]
+    # Models with several kinds of layers want a mask for each, None where none is needed.
+    masks = (masks | dict.fromkeys(STATES)) if len(masks) > 1 else masks.popitem()[1]
     rows = torch.arange(len(token), device=token.device)
     for layer in cache.layers:
         layer.begin_step(rows, position, width)
@@ -391,20 +393,27 @@ def attention_windows(model) -> dict[str, float]:
 
 @torch.inference_mode()
 def check_model(model) -> None:
-    """ValueError if `decode` cannot run the model, or finds other next tokens than it finds itself without a cache."""
-    attention_windows(model)
-    ids = torch.arange(6, device=model.device)
-    with _sampling_mode(model):
-        whole = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, 2:].float().log_softmax(-1)
-        prefilled = prefill(model, [[0, 1, 2]])
-        cache = SlotCache(1, prefilled.cache, len(ids))
-        cache.load(ids[:1], prefilled, ids[:1])
-        cache.reserve(len(ids))
-        logits = [prefilled.logits, *(decode(model, cache, t, t, len(ids)) for t in ids[3:].split(1))]
+    """ValueError if `decode` cannot run the model, or finds other next tokens than the model finds without a cache."""
+    config, ids = model.config.get_text_config(), torch.arange(6, device=model.device)
+    window = getattr(config, "sliding_window", None)
+    try:
+        if window:
+            config.sliding_window = 3  # shorter than the ids: a model that knows no windows is found out
+        attention_windows(model)
+        with _sampling_mode(model):
+            whole = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, 2:].float().log_softmax(-1)
+            prefilled = prefill(model, [[0, 1, 2]])
+            cache = SlotCache(1, prefilled.cache, len(ids))
+            cache.load(ids[:1], prefilled, ids[:1])
+            cache.reserve(len(ids))
+            logits = [prefilled.logits, *(decode(model, cache, t, t, len(ids)) for t in ids[3:].split(1))]
+    finally:
+        if window:
+            config.sliding_window = window
     divergence = (whole.exp() * (whole - torch.cat(logits).float().log_softmax(-1))).sum(-1).max()
     if divergence > (1e-3 if model.dtype == torch.float32 else 0.3):  # half precision rounds
         raise ValueError(f"with a cache its next tokens have another distribution than without ({divergence:.2g} nats "
-                         "apart): its layers remember what `decode` does not keep")
+                         "apart): its layers remember what `decode` does not keep, or see what it does not mask")
 
 
 def has_states(model) -> bool:
@@ -517,7 +526,7 @@ def row_size(model) -> tuple[int, int]:
     with torch.inference_mode(), _sampling_mode(model):
         layers = prefill(model, [[0]]).cache.layers
     return (sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None),
-            sum(state.nbytes for layer in layers for state in states(layer).values()))
+            sum(state.nbytes for layer in layers for state in states_of(layer).values()))
 
 
 @contextmanager

@@ -62,10 +62,11 @@ def output_head(model) -> Head:
     """How the model makes logits of its last hidden states, as its config says: scaled (Granite, Cohere, Falcon-H1)
     or capped (Gemma). `check_head` finds out whether there is more to it."""
     config = model.config.get_text_config()
-    cap, multiply, times, divide = (
-        value if isinstance(value := getattr(config, name, None), (int, float)) else None for name in AFTER_HEAD)
-    divide = 1 / divide if divide and config.model_type == "hyperclovax" else divide  # which multiplies by it
-    return Head(model.get_output_embeddings(), (multiply or 1) * (times or 1) / (divide or 1), cap)
+    cap, scale, multiplier, divisor = (getattr(config, name, None) for name in AFTER_HEAD)
+    scale = (scale or 1.0) * (multiplier or 1.0)
+    if divisor:  # what all others divide by, HyperCLOVA X multiplies by
+        scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
+    return Head(model.get_output_embeddings(), scale, cap)
 
 
 def student_messages(problem: str) -> list[dict]:

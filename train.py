@@ -112,7 +112,10 @@ class Trainer:
         self.adapter = add_adapter(self.model, s.lora_rank, s.lora_alpha, s.lora_targets)  # what it covers, in words
         self.parameters = lora.lora_parameters(self.model)
         if s.gradient_checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            try:
+                self.model.activation_checkpointing_enable({"use_reentrant": False})
+            except ValueError as error:
+                raise InputError(f"{s.model}: {error} Say --no-gradient-checkpointing") from None
         self.student = Student(self.model)
         if ranks.distributed:
             self.student = DistributedDataParallel(self.student, forward_sync_buffers=False)

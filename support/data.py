@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,10 +147,12 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         settings = vars(config.get_text_config())
-        settings |= {key: 0.0 for key in settings if "drop" in key and isinstance(settings[key], float)}
+        dropout = {key: value for key, value in settings.items() if "drop" in key and isinstance(value, float)}
+        settings |= dict.fromkeys(dropout, 0.0)
         model, found = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True)
+        vars(model.config.get_text_config()).update(dropout)  # for an export: no layer reads it any more
         model.to(device)
     except Exception as error:  # a missing, damaged, foreign or too large model: libraries raise a dozen types
         raise InputError(f"{name}: cannot load the model ({reason(error)}): check --model, a checkpoint directory or a "
@@ -168,8 +170,9 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
         if scored:
             teacher.check_head(model)
     except Exception as error:  # a model of unknown kind raises what it likes
-        raise InputError(f"{name}: {reason(error).removeprefix('ValueError: ')}: choose another --model, "
-                         "docs/models.md has a table") from None
+        what = reason(error).removeprefix("ValueError: ")
+        raise InputError(f"{name}: cannot be sampled or scored: {what}: choose another --model, docs/models.md has a "
+                         "table") from None
     _check_tokenizer(name, model, tokenizer, scored)
     choose_threads(sum(parameter.numel() for parameter in model.parameters()))
     return model, tokenizer
@@ -201,26 +204,29 @@ def _check_tokenizer(name: str, model, tokenizer, has_teacher: bool) -> None:
 
 
 def add_adapter(model, rank: int, alpha: float, targets: Sequence[str] = lora.TARGETS) -> str:
-    """lora.add_lora; returns a line that says what it covers. InputError if the model has no place for it, or if it
-    leaves out all of the attention (or what stands in its place), or all of the MLPs."""
+    """lora.add_lora; returns a line that says what it covers. InputError if the model has no place for it, if a name
+    is not there, or if all of the attention (or what stands in its place), or all of the MLPs, would be left out."""
+    def ends(names: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(map(lora.short_name, names)))
+    layers, is_all = list(lora.linear_layers(model)), lora.ALL_LINEAR in targets
+    chosen = [name for name in layers if is_all or lora.short_name(name) in targets]
+    rest = [name for name in layers if name not in set(chosen)]
+    if unknown := {*targets} - {*lora.TARGETS, lora.ALL_LINEAR, *ends(layers)}:
+        raise InputError(f"--lora-targets: no layer that can be adapted is named {', '.join(sorted(unknown))}: there "
+                         f"are {', '.join(ends(layers))}")
+    for part, is_inside in ("attention", ATTENTION.search), ("MLPs", lambda name: not ATTENTION.search(name)):
+        missing = list(filter(is_inside, rest))
+        if missing and not any(map(is_inside, chosen)):
+            raise InputError(f"the adapter would leave out all of the {part}: say --lora-targets "
+                             f"{' '.join(ends(chosen + missing))}, or {lora.ALL_LINEAR}")
     try:
-        adapted = lora.add_lora(model, rank, alpha, lora.ALL_LINEAR if lora.ALL_LINEAR in targets else tuple(targets))
+        lora.add_lora(model, rank, alpha, lora.ALL_LINEAR if is_all else tuple(targets))
     except ValueError as error:
         raise InputError(f"{error}: change --lora-rank or --lora-targets, or choose another --model") from None
-    left_out = lora.not_adapted(model)
-    for part, is_inside in ("attention", ATTENTION.search), ("MLPs", lambda name: not ATTENTION.search(name)):
-        missing = [name for name in left_out if is_inside(name)]
-        if missing and not any(map(is_inside, adapted)):
-            raise InputError(f"the adapter covers nothing of the {part}: add {_short(missing)} to --lora-targets, "
-                             f"or say --lora-targets {lora.ALL_LINEAR}")
     has_experts = any(name.endswith("experts") for name, _ in model.named_modules())
-    return (f"adapter: {len(adapted)} of {len(adapted) + len(left_out)} linear layers ({_short(adapted)})"
-            + (f"; left out: {_short(left_out)}" if left_out else "")
+    return (f"adapter: {len(chosen)} of {len(layers)} linear layers ({', '.join(ends(chosen))})"
+            + (f"; left out: {', '.join(ends(rest))}" if rest else "")
             + ("; routers and experts stay frozen" if has_experts else ""))
-
-
-def _short(names: list[str]) -> str:
-    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def check_files(models: list[str], adapters: list[str]) -> dict[str, str]:

@@ -306,12 +306,12 @@ def thinking_line(tokenizer, thinking: bool) -> str:
     flags, messages = ["--no-thinking", "--thinking"], teacher.student_messages("1?")
     prompts = [teacher.encode(tokenizer, messages, on, tokenize=False) for on in (False, True)]
     ends = [prompt.rpartition(teacher.INSTRUCTION)[2] for prompt in prompts]
-    effect = f"with {flags[not thinking]} in {ends[not thinking]!r}" + (
-        ", but what stands before them changes" if ends[0] == ends[1] else "")
+    effect = (f"with {flags[not thinking]} they end the same, but the text before differs" if ends[0] == ends[1] else
+              f"with {flags[not thinking]} in {ends[not thinking]!r}")
     if prompts[0] == prompts[1]:
         has_effort = "reasoning_effort" in str(tokenizer.chat_template)
-        switch = "reasoning_effort, which is left at its default" if has_effort else "no switch"
-        effect = f"--thinking changes nothing: this chat template has {switch}"
+        effect = "--thinking changes nothing: this chat template has no switch of that name" + (
+            ", but reasoning_effort, which is left at its default" if has_effort else "")
     return f"{flags[thinking]}: prompts end in {ends[thinking]!r}; {effect}"
 
 

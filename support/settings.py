@@ -48,7 +48,7 @@ class Settings:
     beta_length: float = flag(0.5, "largest extra reward of a correct completion for being short", "[0, inf)")
     lora_rank: int = flag(64, "rank of the adapter", "[1, inf)")
     lora_alpha: float = flag(128.0, "alpha of the adapter, whose scale is alpha / rank", "(0, 1e30]")
-    lora_targets: list = flag(list(TARGETS), f"linear layers to adapt, by the end of their names, or {ALL_LINEAR}")
+    lora_targets: list = flag(list(TARGETS), f"layers to adapt, by the last part of their names, or {ALL_LINEAR}")
     bf16: bool = flag(None, "bfloat16 base weights and autocast (default: on with CUDA, off without)")
     cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass to save memory")
@@ -164,6 +164,7 @@ def _check_type(f, value) -> None:
     kinds = {bool: (bool, type(f.default)), float: (int, float)}.get(f.type, f.type)
     choices = f.metadata["choices"]
     if not isinstance(value, kinds) or f.type is int and isinstance(value, bool) or (
+            f.type is list and not all(isinstance(item, str) for item in value)) or (
             choices and value != f.default and value not in choices):
         raise ValueError(f"{f.name} is {value!r}")
 
@@ -174,6 +175,7 @@ def read_config(run: Path, family) -> tuple[Settings, int]:
     try:
         config = json.loads(path.read_text())
         values, world = dict(config["settings"]), config["world_size"]
+        values.setdefault("lora_targets", list(TARGETS[:7]))  # all that there was
         values |= {"lookahead": {"gate": ""}, "entropy": {"gate": "", "window": 0}, "none": {"gate": "", "gamma": 0.0},
                    "position": {"window": 0}}.get(values.get("gate"), {})
         if values["method"] in METHODS:

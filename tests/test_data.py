@@ -101,7 +101,8 @@ def test_no_dropout_is_left(tmp_path):
     tiny_qwen3(vocab_size=len(toy.make_tokenizer()), attention_dropout=0.5).save_pretrained(tmp_path)
     toy.make_tokenizer().save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path), torch.float32, torch.device("cpu"))
-    assert model.config.attention_dropout == model.model.layers[0].self_attn.attention_dropout == 0
+    assert model.model.layers[0].self_attn.attention_dropout == 0
+    assert model.config.attention_dropout == 0.5  # for an export
 
 
 # ---- what the adapter covers
@@ -119,11 +120,12 @@ def test_the_adapter_says_what_it_covers():
 
 
 @pytest.mark.parametrize("targets, message", [
-    (["q_proj", "o_proj"], "nothing of the MLPs: add gate_proj, up_proj, down_proj to --lora-targets"),
-    (["up_proj"], "nothing of the attention: add q_proj, k_proj, v_proj, o_proj to --lora-targets, or say "
-                  "--lora-targets all-linear"),
-    (["c_attn"], "no linear layer of the model is named c_attn: change --lora-rank or --lora-targets")])
-def test_an_adapter_of_half_the_model_is_refused(targets, message):
+    (["q_proj"], "leave out all of the MLPs: say --lora-targets q_proj gate_proj up_proj down_proj, or all-linear"),
+    (["up_proj"], "leave out all of the attention: say --lora-targets up_proj q_proj k_proj v_proj o_proj, or all"),
+    (["c_attn"], "leave out all of the attention"),
+    (["q_proj", "up_proj", "lm_head"], "no layer that can be adapted is named lm_head: there are q_proj, k_proj"),
+    (["q_proj", "up_projj"], "no layer that can be adapted is named up_projj: there are q_proj, k_proj, v_proj")])
+def test_targets_that_are_not_there_or_leave_half_the_model_out_are_refused(targets, message):
     with pytest.raises(InputError, match=message):
         add_adapter(tiny_qwen3(), 4, 8, targets)
 
@@ -149,13 +151,13 @@ TEMPLATES = {
         "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant</think>'; with --thinking in "
         "'<|im_end|><|im_start|>assistant'"),
     OPEN + "<think>": ("--no-thinking: prompts end in '<|im_end|><|im_start|>assistant<think>'; --thinking changes "
-                       "nothing: this chat template has no switch"),
+                       "nothing: this chat template has no switch of that name"),
     "Effort: {{ reasoning_effort | default('medium') }}" + OPEN: (
         "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant'; --thinking changes nothing: this chat "
-        "template has reasoning_effort, which is left at its default"),
+        "template has no switch of that name, but reasoning_effort, which is left at its default"),
     "{% if enable_thinking %}/think{% endif %}" + OPEN: (
-        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant'; with --thinking in "
-        "'<|im_end|><|im_start|>assistant', but what stands before them changes"),
+        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant'; with --thinking they "
+        "end the same, but the text before differs"),
 }
 
 

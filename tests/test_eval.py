@@ -41,9 +41,13 @@ def test_bootstrap_interval_covers_what_it_should():
 
 
 def test_two_checkpoints_on_two_files(tiny_run, tiny_toy, tmp_path, monkeypatch, capsys):
-    """The whole command: a table, and samples that grade again to the same figures."""
+    """The whole command: a table, and samples that grade again to the same figures. That the chat template would ask a
+    teacher otherwise than the student is no matter here."""
     lines = (tiny_toy / "test.jsonl").read_text().splitlines()[:60]
-    test, other, model = tmp_path / "test.jsonl", tmp_path / "other.jsonl", tiny_toy / "model"
+    test, other, model = tmp_path / "test.jsonl", tmp_path / "other.jsonl", tmp_path / "model"
+    shutil.copytree(tiny_toy / "model", model)
+    with (model / "chat_template.jinja").open("a") as template:
+        template.write("{% if messages[0].content | length > 900 %}<think>{% endif %}")
     question = {"question": "Is it \\frac{1}{2}?", "answer": "1"}
     test.write_text("\n".join(lines) + "\n")
     other.write_text(lines[0] + "\n" + json.dumps(question) + "\n")
@@ -52,7 +56,8 @@ def test_two_checkpoints_on_two_files(tiny_run, tiny_toy, tmp_path, monkeypatch,
             "--out", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", list(map(str, argv)))
     evaluation.main()
-    table = capsys.readouterr().out
+    table, said = capsys.readouterr()
+    assert said.count("--no-thinking: prompts end in '<|im_end|>") == 2
     assert table.count("macro average") == 2 and table.count("step-000004/adapter") == 3
     rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 3 * (len(lines) + 2)

@@ -91,8 +91,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
     model, _ = adapted()
     with pytest.raises(ValueError, match="already has an adapter"):
         lora.add_lora(model)
-    with pytest.raises(ValueError, match="targets"):
-        lora.add_lora(tiny_qwen3(), targets=("query",))
+    for targets in (("query",), "proj"):
+        with pytest.raises(ValueError, match="targets"):
+            lora.add_lora(tiny_qwen3(), targets=targets)
     with pytest.raises(ValueError, match="rank"):
         lora.add_lora(tiny_qwen3(), rank=0)
     with pytest.raises(ValueError, match="no adapter"):
@@ -101,9 +102,28 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not fit"):
         lora.load_adapter(tiny_qwen3(layers=3), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(ValueError, match="use_dora"):
-        lora.load_adapter(tiny_qwen3(), tmp_path)
+    for change in ({"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}, {"alora_invocation_tokens": [1]}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=next(iter(change))):
+            lora.load_adapter(tiny_qwen3(), tmp_path)
+
+
+def test_paths_and_all_linear_in_the_files_of_others(tmp_path):
+    model, _ = adapted()
+    lora.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for targets in ("all-linear", ["self_attn.q_proj", *lora.TARGETS[1:7]], [*lora.linear_layers(tiny_qwen3())]):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
+        fresh = tiny_qwen3()
+        lora.load_adapter(fresh, tmp_path)
+        assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+
+
+def test_a_head_whose_weight_is_the_embedding_too_is_not_adapted():
+    """Merged, the adapter would change the input."""
+    assert lora.add_lora(tiny_qwen3(), 4, 8, ("lm_head",)) == ["lm_head"]
+    with pytest.raises(ValueError, match="no linear layer of the model is named lm_head"):
+        lora.add_lora(tiny_qwen3(tie_word_embeddings=True), 4, 8, ("lm_head",))
 
 
 class Launches(TorchDispatchMode):
@@ -173,3 +193,9 @@ def test_sampling_sees_the_weights_of_its_beginning(change):
     assert tokens() == first != base
     lora.merge(model)
     assert tokens() == first
+
+
+def test_short_names():
+    assert [lora.short_name(name) for name in ("lm_head", "model.layers.3.mlp.up_proj", "model.altup_projections.0",
+                                               "layers.1.adapters.0.0")] == [
+        "lm_head", "up_proj", "altup_projections.0", "adapters.0.0"]

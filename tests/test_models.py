@@ -4,6 +4,7 @@
 """
 
 import importlib
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lora
 import rollout
 import teacher
-from support.data import add_adapter
+from support.data import ATTENTION, add_adapter
 from support.errors import InputError
 
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
@@ -148,15 +149,16 @@ REFUSED = {  # model_type: (what people call it, settings, a part of the error, 
 }
 EXPERTS_IN_PEFT = "PEFT 0.21.2 takes the MLPs in our files for experts: merge instead"
 OUT_PROJ_IN_PEFT = "PEFT 0.21.2 refuses adapters of `out_proj`, which `all-linear` makes"
+CLAMPED = "log-probs with a cache are 0.01 to 0.2 nats from those without, in transformers' own steps, too"
 REMARKS = dict.fromkeys(["qwen3_next", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "hunyuan_v1_moe",
                          "ernie4_5_moe"], EXPERTS_IN_PEFT) | {
     "falcon_h1": OUT_PROJ_IN_PEFT,
     "qwen3_5_text": "a checkpoint with images loads without them, and is exported without",
     "gemma3_text": "`gemma3`, with images, loads whole; they are neither trained nor shown",
     "gemma4_text": "`gemma4`, with images and sound, likewise",
-    "nemotron_h": f"steps with a cache are 0.01 nats from those without, in transformers, too; {OUT_PROJ_IN_PEFT}",
-    "zamba2": "steps with a cache are 0.01 nats from those without, in transformers, too",
-    "gpt2": "Conv1D layers; dropout is switched off, as in all models",
+    "nemotron_h": f"{CLAMPED}; {OUT_PROJ_IN_PEFT}",
+    "zamba2": CLAMPED,
+    "gpt2": "Conv1D layers; dropout stays off, as in all models",
     "hyperclovax": "multiplies by the `logits_scaling` that Granite divides by",
 }
 TOLERANCE = {"nemotron_h": 0.03, "zamba2": 0.03}  # nats
@@ -280,9 +282,11 @@ def adapter_column(model):
     try:
         line = add_adapter(model, 4, 8)
     except InputError as error:
-        assert "covers nothing of" in str(error)
-        return "refused: " + str(error).removeprefix("the adapter covers nothing of the ").split(" to --")[0]
+        names = re.search("leave out all of the .*: say --lora-targets (.*), or", str(error))[1]
+        return f"stops: `--lora-targets {names}`"
     rest, experts, _ = line.split(")", 1)[1].partition("; routers and experts")
+    if all(map(ATTENTION.search, lora.linear_layers(model))) and experts:
+        return "attention; the MLPs are experts"
     return (rest.replace("; left out: ", "all but ") or "all") + ("; no experts" if experts else "")
 
 
@@ -313,21 +317,21 @@ HEADER = """\
 For each model type a tiny random model was built with transformers {version} and tested: greedy sampling equals a loop
 without a cache, drawn log-probs equal those read, values and gradients of reading equal those of the whole logits, the
 adapter off is the base model, a trained adapter goes through files, PEFT and merging unchanged. No real checkpoint of
-any of them has been trained here. The table is made by `python -m tests.test_models > docs/models.md`; `pytest -m slow`
-tests every row, the default run some of them.
+any of them has been trained here. One needs a chat template, too. The table is made by
+`python -m tests.test_models > docs/models.md`; `pytest -m slow` tests every row, and the usual tests some of them.
 
-Every model is tried out when it is loaded, by `check_model` of [rollout.py](../rollout.py) and `check_head` of
-[teacher.py](../teacher.py): it is refused in one line if its next tokens are not the same with a cache and without, or
-if its logits are not those of its head. So the table is what is known; others may work.
+Every model is tried out on a few tokens when it is loaded, by `check_model` of [rollout.py](../rollout.py) and
+`check_head` of [teacher.py](../teacher.py). It is refused in one line if a cache changes the distribution of the next
+token, or if its logits are not those of its head. So the table is what is known; others may work.
 
 *Sampling*: what a slot of the cache holds. Keys and values take memory for each token, states of linear attention and
 convolution do not. *Reading*: whether logits are scaled or capped after the head, which belongs to the distribution.
-*The default adapter covers*: linear layers; the head, routers and experts are never among them.
-`--lora-targets all-linear` covers all. Where the default leaves out all of the attention, or all of the MLPs, it is
-refused, and layers have to be added.
+*The default adapter covers*: linear layers. The head, routers, experts and Mamba's `dt_proj` always stay frozen, and
+`--lora-targets all-linear` covers all others. A run whose adapter would leave out all of the attention, or all of the
+MLPs that are no experts, stops, and says what to write instead: that stands in the column.
 
-Linear attention and state-space layers run transformers' own torch code, which is slow, unless the packages for their
-kernels are installed (it names them when a model is loaded); no such kernel has run here.
+Linear attention and state-space layers run transformers' own torch code, which is slow, unless packages with kernels
+are installed (flash-linear-attention, causal-conv1d, mamba-ssm); no such kernel has run here.
 
 | type in config.json | known as | sampling | reading | the default adapter covers | remarks |
 |---|---|---|---|---|---|

@@ -363,6 +363,13 @@ def test_states_follow_their_rows(monkeypatch, slots):
 def test_a_model_that_a_cache_changes_is_refused(monkeypatch):
     """As it would be if its layers remembered what nobody keeps; here, if states were not loaded."""
     rollout.check_model(tiny_qwen3())
+    rollout.check_model(tiny_qwen3(use_sliding_window=True, sliding_window=20, max_window_layers=1))
+    ignores_it = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        initializer_range=0.3, sliding_window=20)).eval()
+    with pytest.raises(ValueError, match="another distribution"):
+        rollout.check_model(ignores_it)
+    assert ignores_it.config.sliding_window == 20
     model = tiny_hybrid()
     rollout.check_model(model)
     monkeypatch.setattr(rollout.SlotCache, "load", lambda self, slots, prefilled, prompts: self.reserve(6))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import in_background, random_ids, tiny_hybrid, tiny_qwen3, train_arguments, train_here
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3ForCausalLM
 
 import family
 import lora
@@ -354,11 +354,32 @@ def main_fails(capsys, monkeypatch, *flags):
     ({"gamma": "nan"}, "--gamma"),
     ({"lr": "fast"}, "--lr"),
     ({"preset": "large"}, "--preset"),
-    ({"lora-targets": "up_proj"}, "the adapter covers nothing of the attention"),
+    ({"lora-targets": "up_proj"}, "the adapter would leave out all of the attention"),
     ({"sed": 1}, "--sed")])
 def test_mistakes_in_the_flags(tiny_toy, tmp_path, capsys, monkeypatch, changes, message):
     assert message in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_gradient_checkpointing_names_the_flag(tiny_toy, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise ValueError("CTRL does not support activation checkpointing.")
+    monkeypatch.setattr(Qwen3ForCausalLM, "activation_checkpointing_enable", refuse)
+    flags = train_arguments(tiny_toy, tmp_path / "run", **{"gradient-checkpointing": True})
+    assert "--no-gradient-checkpointing" in main_fails(capsys, monkeypatch, *flags)
+
+
+def test_a_run_from_before_lora_targets_has_the_seven_that_there_were(tiny_run, tmp_path):
+    config = json.loads((tiny_run / "config.json").read_text())
+    for targets, wanted in ((None, list(lora.TARGETS[:7])), (["q_proj"], ["q_proj"]), ([1], None)):
+        config["settings"].pop("lora_targets", None)
+        config["settings"] |= {"lora_targets": targets} if targets else {}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if wanted:
+            assert settings.read_config(tmp_path, family)[0].lora_targets == wanted
+        else:
+            with pytest.raises(train.InputError, match="lora_targets is"):
+                settings.read_config(tmp_path, family)
 
 
 def test_prompts_that_cannot_be_shared_equally(monkeypatch):

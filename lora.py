@@ -110,9 +110,9 @@ def short_name(name: str) -> str:
 
 def _untied_head(model: nn.Module) -> dict[str, nn.Module]:
     """The head, which may be adapted if asked for by name, unless its weight is that of the embedding, too."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     return {name: module for name, module in model.named_modules()
-            if module is head and head.weight is not embedding.weight}
+            if module is head and head.weight is not model.get_input_embeddings().weight}
 
 
 def disabled(model: nn.Module):

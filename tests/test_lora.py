@@ -195,6 +195,11 @@ def test_sampling_sees_the_weights_of_its_beginning(change):
     assert tokens() == first
 
 
+def test_any_module_will_do():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ModuleDict({"up_proj": torch.nn.Linear(8, 4)}))
+    assert lora.add_lora(model, 2, 4, ("up_proj",)) == ["1.up_proj"]
+
+
 def test_short_names():
     assert [lora.short_name(name) for name in ("lm_head", "model.layers.3.mlp.up_proj", "model.altup_projections.0",
                                                "layers.1.adapters.0.0")] == [

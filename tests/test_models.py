@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import lora
 import rollout
 import teacher
-from support.data import ATTENTION, add_adapter
+import toy
+from support.data import ATTENTION, add_adapter, load_model
 from support.errors import InputError
 
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
@@ -316,8 +317,8 @@ HEADER = """\
 
 For each model type a tiny random model was built with transformers {version} and tested: greedy sampling equals a loop
 without a cache, drawn log-probs equal those read, values and gradients of reading equal those of the whole logits, the
-adapter off is the base model, a trained adapter goes through files, PEFT and merging unchanged. No real checkpoint of
-any of them has been trained here. One needs a chat template, too. The table is made by
+adapter off is the base model, a trained adapter goes through files, PEFT 0.21.2 and merging unchanged. No real
+checkpoint of any of them has been trained here. One needs a chat template, too. The table is made by
 `python -m tests.test_models > docs/models.md`; `pytest -m slow` tests every row, and the usual tests some of them.
 
 Every model is tried out on a few tokens when it is loaded, by `check_model` of [rollout.py](../rollout.py) and
@@ -362,6 +363,44 @@ def test_what_does_not_work_is_refused(kind):
 def test_the_page_has_all_rows_and_no_other():
     listed = [line.split("`")[1] for line in DOCS.read_text().splitlines() if line.startswith("| `")]
     assert listed == [*MODELS, *REFUSED]
+
+
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+WITH_IMAGES = {  # (settings of the vision tower, of the whole)
+    "qwen3_5": (dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32,
+                     num_position_embeddings=16), {}),
+    "gemma3": (VISION | dict(image_size=16, patch_size=8, model_type="siglip_vision_model"),
+               dict(mm_tokens_per_image=1, image_token_index=60, boi_token_index=59, eoi_token_index=58)),
+    "gemma4": (VISION | dict(head_dim=8, num_key_value_heads=2), dict(audio_config=None, image_token_id=60)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WITH_IMAGES)
+def test_a_checkpoint_with_images_is_trained_on_text(kind, tmp_path):
+    """What the remarks say: loaded, only the text's layers adapted, exported, and loaded again."""
+    vision, whole = WITH_IMAGES[kind]
+    tokenizer, text = toy.make_tokenizer(), f"{kind}_text"
+    size = dict(vocab_size=len(tokenizer), model_type=text, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(AutoConfig.for_model(
+        kind, text_config=BASE | MODELS[text][1] | size, vision_config=vision, **whole)).save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    model, _ = load_model(str(tmp_path / "a"), torch.float32, torch.device("cpu"))
+    lora.add_lora(model, 4, 8, lora.ALL_LINEAR)
+    assert lora.lora_parameters(model) and not any("vision" in name for name, p in model.named_parameters()
+                                                   if p.requires_grad)
+    completions = [c.token_ids for c in draw(model)]
+    teacher.reading_mode(model)
+    gradients(model, read(model, completions).sum())
+    torch.optim.SGD(lora.lora_parameters(model), lr=1e-3).step()
+    model.eval()
+    student = whole_logits(model, completions).detach()
+    lora.merge(model)
+    model.save_pretrained(tmp_path / "b")
+    tokenizer.save_pretrained(tmp_path / "b")
+    model, _ = load_model(str(tmp_path / "b"), torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(whole_logits(model, completions).detach(), student, atol=1e-3, rtol=0)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def read_config(run: Path, family) -> tuple[Settings, int]:
     try:
         config = json.loads(path.read_text())
         values, world = dict(config["settings"]), config["world_size"]
-        values.setdefault("lora_targets", list(TARGETS[:7]))  # all that there was
+        values.setdefault("lora_targets", list(TARGETS[:7]))  # what a run adapted that does not name them
         values |= {"lookahead": {"gate": ""}, "entropy": {"gate": "", "window": 0}, "none": {"gate": "", "gamma": 0.0},
                    "position": {"window": 0}}.get(values.get("gate"), {})
         if values["method"] in METHODS:

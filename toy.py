@@ -41,6 +41,7 @@ UPDATES, LEARNING_RATE = 400, 5e-3
 KINDS = ((False, 16, {"wrong": 0.25, "repeat": 0.3, "muse": 0.6}),
          (True, 20, {"wrong": 0.01, "repeat": 0.1, "muse": 0.3}))
 MUSINGS = ("hmm ", "perhaps ", "maybe ", "actually ", "alternatively ", "seems ", "might ", "likely ")  # a token each
+DIGITS = "zero one two three four five six seven eight nine".split()
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -95,7 +96,8 @@ def make_trace(terms: list[int], rng: np.random.Generator, wrong=0.0, repeat=0.0
 def make_row(terms: list[int]) -> dict:
     """One line of a data file."""
     solution = make_trace(terms, np.random.default_rng(0))
-    return {"problem": f"What is {'+'.join(map(str, terms))}?", "solution": solution, "answer": str(sum(terms))}
+    return {"problem": f"What is {'+'.join(map(str, terms))}?", "solution": solution, "answer": str(sum(terms)),
+            "restated": f"What is {' plus '.join(' '.join(DIGITS[int(d)] for d in str(term)) for term in terms)}?"}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

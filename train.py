@@ -23,6 +23,7 @@ adapters are trained. family/ overrides some of Trainer's methods; without it th
 
 import importlib
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -276,17 +277,20 @@ class Trainer:
         return [self.problems[order[k // n][k % n]] for k in places]
 
     def sample(self, problems: list[Problem], sampling: Sampling, seed: int, first_row: int, show) -> list[Rollout]:
-        """Rollouts of this rank's problems, the first of which is row `first_row` of all ranks' rows. Stop, if raised,
-        is raised on every rank."""
-        rollouts = []
+        """Rollouts of this rank's problems, the first of which is row `first_row` of all ranks' rows."""
+        return self.until_stopped(sample, self.model, self.tokenizer, problems, sampling, seed=(self.s.seed, seed),
+                                  first_row=first_row, show=show, make_decoder=self.make_decoder)
+
+    def until_stopped(self, draw: Callable[..., list], *arguments, **more) -> list:
+        """draw(*arguments, **more), which samples; Stop, if raised, is raised on every rank."""
+        found = []
         try:
             with suppress(run.Interrupted), self.autocast():
-                rollouts = sample(self.model, self.tokenizer, problems, sampling, seed=(self.s.seed, seed),
-                                  first_row=first_row, show=show, make_decoder=self.make_decoder)
+                found = draw(*arguments, **more)
         except FloatingPointError as error:
             raise LocalError(self.not_finite(f"a log-prob ({error})")) from None
         self.stop.obey()
-        return rollouts
+        return found
 
     def most_tokens(self, prompts: list[list[int]]) -> int:
         """Of a forward pass: as many as --micro-batch completions of full length have."""

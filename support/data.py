@@ -2,7 +2,8 @@
 
 A data file has one JSON object per line: {"problem": "2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}.
 `question` or `prompt` may stand for `problem`; without an `answer` the last box of the solution is taken; evaluation
-does not need a solution. A user's mistake raises InputError, whose text is one line: file, line, field, and what to do.
+does not need a solution; `restated` may hold the problem in other words, for family/. A user's mistake raises
+InputError, whose text is one line: file, line, field, and what to do.
 """
 
 import hashlib
@@ -39,6 +40,7 @@ class Problem:
     solution: str
     answer: str
     line: int
+    restated: str = ""  # the problem in other words, where the file has it
 
 
 def load_problems(path: str | Path, need_solution: bool = True,
@@ -88,16 +90,17 @@ def _parse(path: Path, number: int, line: bytes, need_solution: bool) -> Problem
         raise InputError(f"{where}: a JSON {type(row).__name__} where an object is needed: write "
                          '{"problem": ..., "solution": ..., "answer": ...}')
     name = next((name for name in ("problem", "question", "prompt") if name in row), "problem")
-    problem, solution, answer = row.get(name), row.get("solution"), row.get("answer")
+    problem, solution, answer, restated = row.get(name), *map(row.get, ("solution", "answer", "restated"))
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = "" if answer in (math.inf, -math.inf) or answer != answer else str(answer)  # 1e400 is ungradable
-    for field, value, needed in (name, problem, True), ("solution", solution, need_solution), ("answer", answer, False):
+    for field, value, needed in ((name, problem, True), ("solution", solution, need_solution),
+                                 ("answer", answer, False), ("restated", restated, False)):
         _check_field(where, field, value, needed)
     if answer is None:
         if solution is None:
             raise InputError(f"{where}: field 'answer' is missing: add it, or a solution that ends in \\boxed{{...}}")
         answer = reward.extract_answer(solution) or ""  # without a box: ungradable
-    return Problem(problem, solution or "", answer, number)
+    return Problem(problem, solution or "", answer, number, restated or "")
 
 
 def _check_field(where: str, field: str, value, needed: bool) -> None:

@@ -204,7 +204,7 @@ class StepLog:
         self.phase, self.phase_began = phase, now
 
     def advice(self) -> str:  # for `name_lack_of_memory`
-        flag = "--slots" if self.phase in ("rollout", "evaluation") else "--micro-batch"
+        flag = "--slots" if self.phase in ("rollout", "ask", "evaluation") else "--micro-batch"
         return f"in the {self.phase or 'first'} phase: lower {flag} or --max-new-tokens"
 
     def add(self, loss: Tensor, values: dict[str, Tensor], batch) -> None:

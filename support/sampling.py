@@ -24,7 +24,7 @@ class Rollout(rollout.Completion):
     correct: bool = False  # finished, and the verifier says that the answer is right
     reward: float = 0.0
     advantage: float = 0.0
-    is_reference: bool = False  # the data's solution, not a sample: family/ may train on it
+    is_reference: bool = False  # not the student's: the data's solution, or the teacher's, from which family/ may learn
     has_context: bool = True  # the teacher had something to be shown: family/ may have nothing
 
     def grade(self) -> "Rollout":
@@ -94,7 +94,7 @@ def check_window(model, path: str, problems: Sequence[Problem], new_tokens: int,
     window = rollout.window(model)
     rest = max(map(len, prompts(Problem("", "", "", 0)))) + new_tokens
     for p in problems:
-        if len((p.problem + p.solution + p.answer).encode()) + rest <= window:
+        if len((p.problem + p.solution + p.answer + p.restated).encode()) + rest <= window:
             continue  # a token has at least one byte
         length = max(map(len, prompts(p)))
         if length + new_tokens > window:

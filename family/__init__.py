@@ -3,7 +3,8 @@
 train.py works without this package. It imports it to parse flags, and neighbour.py only when one of them is used.
 """
 
+from family.explain import explain
 from family.methods import METHODS
 from family.settings import FamilySettings, bring, check, is_used, without_effect
 
-__all__ = ["METHODS", "FamilySettings", "bring", "check", "is_used", "without_effect"]
+__all__ = ["METHODS", "FamilySettings", "bring", "check", "explain", "is_used", "without_effect"]

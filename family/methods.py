@@ -12,8 +12,9 @@ A_i is the advantage, d_t = log p_T(y_t) - log p_S(y_t) without gradient, H_t th
 from 1. A completion whose teacher has nothing to be shown has d = H = 0 and no divergence. `finite` bounds log 0.
 
 Grade of evidence in every docstring: P read in the paper or its authors' code, S second-hand notes that quote the
-equations. Optimizer, LoRA, sampling and length reward are those of the run, not of each source, and there is never an
-importance ratio or a PPO clip: rollouts are used once, so the ratio is 1. docs/family.md says what is left out.
+equations. What no source gives is called ours. Optimizer, LoRA, sampling and length reward are those of the run, not of
+each source, and there is never an importance ratio or a PPO clip: rollouts are used once, so the ratio is 1.
+docs/family.md says what is left out.
 """
 
 import math
@@ -33,9 +34,9 @@ class Batch(train.Batch):
     """What a method may use: the micro-batch of the training step, and these."""
 
     correct: Tensor  # bool [B], the verifier's word
-    is_reference: Tensor  # bool [B]: the reference solution, not a rollout
+    is_reference: Tensor  # bool [B]: not a rollout: the reference solution, or what the teacher wrote
     divergence: Callable[[Callable], Tensor]  # f(log p_T [n, V], log p_S [n, V]) -> [n], at every token: [B, T]
-    num_completions: float  # rollouts of the step
+    num_completions: float  # rollouts of the step, over all ranks
     step: int  # steps done before this one
     median_entropies: Sequence[float]  # of H in every step so far, this one included
     gamma: float = 0.3
@@ -43,6 +44,19 @@ class Batch(train.Batch):
     eps: float = 0.2
     floor: float = 0.1
     kept: Tensor | None = None  # bool [B, T]: the rollouts' tokens that the step's mean counts; a loss may keep fewer
+    weight: Tensor | None = None  # [B, T]: a loss may leave its weights here, which are reported as `gate`
+    num_reference: float | None = None  # tokens of the step that are no rollouts', over all ranks; None: no such rows
+    margin: Tensor | None = None  # [B]: log (p_S / p_T) of the teacher's solution minus that of the rollout, sums
+    marked: Tensor | None = None  # bool [B, T]: tokens of the segments that the student marked
+    success_rate: float = 0.0  # share of the step's rollouts that are correct
+    views: Tensor | None = None  # [B, T]: KL(p_T || the teacher without a text), normalised by running mean and std
+    anchor: Callable[[Callable], Tensor] | None = None  # as `divergence`, with the teacher without a text for p_T
+
+    @property
+    def per_completion(self) -> Tensor:
+        """[B, 1]: with this factor the step takes the mean over completions of sums over their tokens."""
+        tokens = torch.where(self.is_reference, self.num_reference or self.num_tokens, self.num_tokens)
+        return tokens.unsqueeze(-1) / self.num_completions
 
     @property
     def d(self) -> Tensor:  # [B, T] log p_T - log p_S, a constant
@@ -66,7 +80,10 @@ class Method:
     full_distributions: bool = False  # batch.divergence is available
     groups: bool = False  # several rollouts per problem
     rollouts: bool = True  # the student samples
-    reference: bool = False  # every problem's reference solution is one more completion
+    rows: str = ""  # reference, teacher: for every problem its solution, or one of the teacher's, is one more row
+    overlap: bool = False  # of the teacher's solutions the one most like the student's own next tokens is taken
+    margin: bool = False  # batch.margin is available: one more reading by the student
+    views: bool = False  # batch.views and batch.anchor are: one more reading by the teacher
 
 
 METHODS: dict[str, Method] = {}
@@ -85,10 +102,11 @@ def policy(batch: Batch, coefficient: Tensor) -> Tensor:
     return egrsd.policy_loss(batch.logp, coefficient.expand_as(batch.logp), batch.mask, reduction="none")
 
 
-@method("sft", "supervised: log-likelihood of the reference solution, no rollouts", rollouts=False, reference=True,
-        teacher=False)
+@method("sft", "supervised: log-likelihood of the reference solution, no rollouts", rollouts=False, rows="reference",
+        uses=("rows",), teacher=False)
 def sft(batch: Batch) -> Tensor:
-    """-log p_theta(s*_t) on the reference solution s* and a stop token. Grade P."""
+    """-log p_theta(s*_t) on the reference solution s* and a stop token. Grade P. With --rows teacher, s* is what the
+    teacher wrote when it was shown the solution, right or wrong (ours): the nearest thing here to TESSY, 2604.14164."""
     return -batch.logp
 
 
@@ -171,7 +189,7 @@ def eopd(batch: Batch, nats: float = 0.8) -> Tensor:
 
 
 @method("stable-opd", "StableOPD: the log-ratio, plus SFT, plus reverse KL to the base model; teacher sees no solution",
-        full_distributions=True, reference=True, needs=dict(teacher_context="none", teacher_schedule="frozen"))
+        full_distributions=True, rows="reference", needs=dict(teacher_context="none", teacher_schedule="frozen"))
 def stable_opd(batch: Batch, sft_weight: float = 0.1, kl_weight: float = 0.1) -> Tensor:
     """c = d, plus SFT on s*, plus reverse KL to the base model. 2604.08527. Grade S.
 
@@ -192,9 +210,7 @@ def opsd(batch: Batch) -> Tensor:
 @method("pw-opsd", "PW-OPSD: OPSD's divergence, weighted by position", full_distributions=True)
 def pw_opsd(batch: Batch) -> Tensor:
     """OPSD's divergence times `position_weight`, mean per completion, then over completions. 2605.21606. Grade P."""
-    lengths = batch.mask.sum(1, keepdim=True)
-    per_completion = batch.num_tokens / (batch.num_completions * lengths)  # the step divides by num_tokens
-    return position_weight(batch.mask) * per_completion * batch.divergence(clipped_forward_kl)
+    return position_weight(batch.mask) * mean_of_completions(batch, batch.divergence(clipped_forward_kl))
 
 
 @method("topk-opd", "top-k OPD: policy gradient on the student's 16 likeliest tokens", full_distributions=True)
@@ -212,6 +228,94 @@ def sdpo(batch: Batch) -> Tensor:
     2601.20802, of whose two divergences (JSD, reverse KL) it is the first; MOPD, 2605.12652. Simplified: the mean is
     over all tokens of the step, also those left out."""
     return batch.divergence(partial(jensen_shannon_top, k=100))
+
+
+@method("msd", "MSD: reverse KL where the teacher is sure and the student doubts; teacher sees another wording",
+        full_distributions=True, recipe=dict(teacher_context="restated"))
+def msd(batch: Batch) -> Tensor:
+    """Per completion sum_t w KL(p_S || p_T) / sum_t w, w = `dual_weight` held constant. 2605.02971. Grade S.
+
+    Ours: K = 20, mathematics instead of safety, that w is constant, and a loss of 0 where all w of a completion are 0.
+    """
+    batch.weight = batch.divergence(dual_weight).detach()
+    share = batch.weight / batch.weight.sum(1, keepdim=True).clamp(min=1e-30)
+    return share * batch.per_completion * batch.divergence(reverse_kl)
+
+
+@method("rp-opsd", "RP-OPSD: forward KL to the teacher where its solution changes its mind, to the base elsewhere",
+        full_distributions=True, views=True, needs=dict(teacher_schedule="frozen"))
+def rp_opsd(batch: Batch) -> Tensor:
+    """g KL(q+ || p) + 0.2 (1 - g) KL(ref || p), g = `two_view_gate` of KL(q+ || q-), q+ and q- the model with and
+    without the solution. 2608.06347. Grade S. Ours: q+ and q- are the frozen base model, not the current weights, so
+    that q- and ref are one reading; mean and deviation are those of all tokens so far, this step's included."""
+    batch.weight = g = two_view_gate(batch.views)
+    return g * batch.divergence(forward_kl) + 0.2 * (1 - g) * batch.anchor(forward_kl)
+
+
+@method("pbsd", "PBSD: prefers the teacher's solution to the student's, whatever the verifier says",
+        needs=dict(rollouts_per_prompt=1, teacher_rollouts=1), rows="teacher", margin=True)
+def pbsd(batch: Batch, beta: float = 0.1) -> Tensor:
+    """-log sigma(m), m = beta (log p_theta(y+) / p_T(y+) - log p_theta(y-) / p_T(y-)), y+ the teacher's solution, y-
+    the rollout, sums over tokens, mean over problems. 2605.05040. Grade S. Written as the policy gradient that it is: c
+    = beta sigma(-m) on y+ and -beta sigma(-m) on y-, so that `loss` is not -log sigma(m). Ours: beta = 0.1, and one
+    pair for each problem."""
+    c = beta * torch.sigmoid(-beta * batch.margin) * torch.where(batch.is_reference, 1.0, -1.0)
+    return policy(batch, c.unsqueeze(-1) * batch.per_completion)
+
+
+@method("brts", "BRTS: top-k OPD, plus forward KL on the best of the teacher's solutions", full_distributions=True,
+        needs=dict(rollouts_per_prompt=1), rows="teacher", overlap=True,
+        recipe=dict(teacher_rollouts=4, ask_temperature=0.7, ask_top_p=0.95))
+def brts(batch: Batch, weight: float = 10.0) -> Tensor:
+    """On the rollout `policy_top`, whose gradient is that of the code's PPO surrogate for KL(p_S || p_T) on the
+    student's top 16; plus 10 KL(p_T || p_S) on the teacher's top 16, weights softmax over the 16, log-probs not
+    renormalised, on one of 4 solutions of the teacher's; token means. 2605.09725. Grade P (code; no script of theirs
+    switches the second term on).
+
+    That one is correct, if any is, and of these has the most tokens among the student's top 16 at the same positions of
+    its rollout (as far as both reach). If none is correct: one more, by a teacher that sees the answer, if that is
+    correct, else the most alike of the 4. Ours: the teacher is the same model, shown the solution."""
+    rows = weight * batch.divergence(partial(forward_kl_top, k=16, renormalised=False))
+    return torch.where(batch.is_reference.unsqueeze(-1), rows, batch.divergence(partial(policy_top, k=16)))
+
+
+@method("resd", "RESD: clipped reverse KL to a teacher that sees the attempt and what the student says went wrong",
+        full_distributions=True, recipe=dict(teacher_context="reflection", teacher_schedule="ema",
+                                             teacher_decay=0.9999))
+def resd(batch: Batch) -> Tensor:
+    """Per completion the mean of `clipped_reverse_kl_top`, times 1 - s if solved and s if not, s the step's share of
+    solved ones, scaled to a mean of 1. 2605.12741. Grade P. Where all or none are solved the weight is 1 (ours, as is
+    the wording). Left out: playbook, buffer of solutions, inner updates; a verifier of mathematics says little."""
+    s = batch.success_rate
+    weight = torch.where(batch.correct, 1 - s, s) / (2 * s * (1 - s)) if 0 < s < 1 else torch.ones_like(batch.advantage)
+    return weight.unsqueeze(-1) * mean_of_completions(batch, batch.divergence(partial(clipped_reverse_kl_top, k=100)))
+
+
+@method("trace", "TRACE: group GRPO, at first clipped forward KL on the decisive segments of correct rollouts",
+        full_distributions=True, groups=True, needs=dict(advantage="group", teacher_context="label"),
+        uses=("advantage",), recipe=dict(teacher_schedule="copy", teacher_every=10))
+def trace(batch: Batch, errors: bool = False, warmup: int = 10, decay_steps: int = 30) -> Tensor:
+    """c = A, on the marked segments S of correct rollouts (1 - lam / 0.5) A; plus lam times OPSD's divergence, summed
+    over S, divided by the completion's length, mean over completions; lam = 0.5 for 10 steps, then to 0 in 30.
+    2605.10194. Grade S. Ours: the mean of c log p_theta is over tokens, as in grpo-group; the student itself marks (a
+    variant of the source); wording, kinds and segments (asking.py). Unmarked rollouts are those of grpo-group."""
+    lam = 0.5 * min(1.0, max(0.0, 1 - (batch.step - warmup) / decay_steps))
+    marked = batch.marked & (batch.correct != errors).unsqueeze(-1)
+    kl = mean_of_completions(batch, batch.divergence(reverse_kl if errors else clipped_forward_kl))
+    return policy(batch, batch.A * torch.where(marked, 1 - lam / 0.5, 1.0)) + lam * marked * kl
+
+
+@method("trace-errors", "TRACE for weaker models: group GRPO, at first reverse KL on the mistakes of wrong rollouts",
+        full_distributions=True, groups=True, needs=dict(advantage="group", teacher_context="label"),
+        uses=("advantage",), recipe=dict(teacher_schedule="copy", teacher_every=10))
+def trace_errors(batch: Batch) -> Tensor:
+    """`trace` with KL(p_S || p_T) on the marked segments of wrong rollouts, a variant of the source. Grade S."""
+    return trace(batch, errors=True)
+
+
+def mean_of_completions(batch: Batch, losses: Tensor) -> Tensor:
+    """[B, T] -> [B, T], scaled so that the step takes the mean per completion, and of completions."""
+    return losses * batch.per_completion / batch.mask.sum(1, keepdim=True)
 
 
 # Divergences: log p_T and log p_S [n, V] of the same n tokens -> [n] in nats, with the gradient by log p_S. Rows must
@@ -238,11 +342,18 @@ def student_entropy(teacher: Tensor, student: Tensor) -> Tensor:
     return -(student.exp() * finite(student)).sum(-1)
 
 
-def forward_kl_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
-    """KL(p_T || p_S) on the teacher's k likeliest tokens, only p_T renormalised: [n, V] twice -> [n], nats, >= 0."""
+def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(p_T || p_S): [n, V] twice -> [n], nats, >= 0."""
+    return (teacher.exp() * (finite(teacher) - finite(student))).sum(-1)
+
+
+def forward_kl_top(teacher: Tensor, student: Tensor, k: int, renormalised: bool = True) -> Tensor:
+    """KL(p_T || p_S) on the teacher's k likeliest tokens, p_T renormalised, p_S not: [n, V] twice -> [n], nats, >= 0.
+    renormalised=False: only as the weight of log p_T - log p_S, which may be negative then."""
     top = teacher.topk(min(k, teacher.shape[-1])).indices
-    p, q = finite(teacher.gather(-1, top)).log_softmax(-1), finite(student.gather(-1, top))
-    return (p.exp() * (p - q)).sum(-1)
+    p, q = finite(teacher.gather(-1, top)), finite(student.gather(-1, top))
+    weights = p.log_softmax(-1)
+    return (weights.exp() * ((weights if renormalised else p) - q)).sum(-1)
 
 
 def policy_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
@@ -256,15 +367,36 @@ def policy_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
 def jensen_shannon_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
     """JSD on the student's k likeliest tokens and one bucket for the rest: [n, V] twice -> [n], nats, in [0, log 2].
     2601.20802."""
-    top = student.topk(min(k, student.shape[-1])).indices
-
-    def with_rest(x):
-        x = finite(x.gather(-1, top))
-        return torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()], -1)  # [n, k + 1]
-
-    p, q = with_rest(teacher), with_rest(student)
+    p, q = _with_rest(teacher, student, k)
     middle = torch.logaddexp(p, q) - math.log(2)
     return (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1) / 2
+
+
+def clipped_reverse_kl_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
+    """KL(p_S || p_T'), p_T' = max(p_T, 0.2 p_S) held constant, on the student's k likeliest tokens and one bucket for
+    the rest: [n, V] twice -> [n], nats; may be negative. 2605.12741."""
+    p, q = _with_rest(teacher, student, k)
+    return (q.exp() * (q - torch.maximum(p, q.detach() + math.log(0.2)))).sum(-1)
+
+
+def _with_rest(teacher: Tensor, student: Tensor, k: int) -> list[Tensor]:  # log-probs [n, k + 1] each
+    top = student.topk(min(k, student.shape[-1])).indices
+    tops = [finite(x.gather(-1, top)) for x in (teacher, student)]
+    return [torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()], -1) for x in tops]
+
+
+def dual_weight(teacher: Tensor, student: Tensor, k: int = 20) -> Tensor:
+    """(1 - H / log k) (1 - p_S(y*)), H the entropy of p_T renormalised on its k likeliest tokens, y* the likeliest:
+    [n, V] twice -> [n], in [0, 1]. MSD, 2605.02971."""
+    values, top = teacher.topk(min(k, teacher.shape[-1]))
+    p = finite(values).log_softmax(-1)
+    sure = 1 + (p.exp() * p).sum(-1) / math.log(p.shape[-1])
+    return sure.clamp(min=0) * (1 - student.gather(-1, top[:, :1]).squeeze(-1).exp())
+
+
+def two_view_gate(views: Tensor) -> Tensor:
+    """0.05 + 0.95 sigmoid(2 z), z [B, T] how far a token's KL is above the mean, in deviations. RP-OPSD, 2608.06347."""
+    return 0.05 + 0.95 * torch.sigmoid(2 * views)
 
 
 def position_weight(mask: Tensor, least: float = 0.25, middle: float = 0.30, width: float = 0.10) -> Tensor:

@@ -23,8 +23,13 @@ class FamilySettings(Settings):
                                  "the student, or a copy of it from time to time", choices=("frozen", "ema", "copy"))
     teacher_decay: float = flag(0.99, "decay per step of --teacher-schedule ema", "[0, 1]")
     teacher_every: int = flag(20, "steps between copies of --teacher-schedule copy", "[1, inf)")
-    gate: str = flag("", "what takes the place of EGRSD's gate: position, the weight of PW-OPSD (default: EGRSD's own)",
-                     choices=("position",))
+    gate: str = flag("", "what takes the place of EGRSD's gate: position, the weight of PW-OPSD; two-view, RP-OPSD's; "
+                     "dual, MSD's (default: EGRSD's own)", choices=("position", "two-view", "dual"))
+    rows: str = flag("", "solutions to learn from: those of the data, or ones that the teacher writes (default: what "
+                     "the method says)", choices=("reference", "teacher"))
+    teacher_rollouts: int = flag(1, "solutions that the teacher writes of each problem, to choose from", "[1, 1e4]")
+    ask_temperature: float = flag(1.0, "sampling temperature of all texts but rollouts", "[0, inf)")
+    ask_top_p: float = flag(1.0, "top-p of all texts but rollouts", "(0, 1]")
 
 
 OWN = [f.name for f in fields(FamilySettings)[len(fields(Settings)):]]
@@ -33,6 +38,11 @@ OWN = [f.name for f in fields(FamilySettings)[len(fields(Settings)):]]
 def is_used(s: Settings) -> bool:
     """Whether these settings ask for what the core does not do."""
     return s.method in METHODS or any(getattr(s, name) != getattr(FamilySettings, name) for name in OWN)
+
+
+def rows(s: FamilySettings) -> str:
+    """Which solutions stand beside the rollouts: reference, teacher or none."""
+    return s.rows or (METHODS[s.method].rows if s.method in METHODS else "")
 
 
 def bring(name: str, preset: dict, given: dict) -> dict:
@@ -49,19 +59,24 @@ def bring(name: str, preset: dict, given: dict) -> dict:
 
 def without_effect(s: FamilySettings) -> dict[str, str]:
     """Settings that change nothing beside the others, with the reason."""
-    found = {}
+    found, method, writes = {}, METHODS.get(s.method), rows(s) == "teacher"
+    if not writes:
+        found["teacher_rollouts"] = "no solution of the teacher's is asked for"
+    if not writes and not CONTEXTS[s.teacher_context].question:
+        found |= dict.fromkeys(("ask_temperature", "ask_top_p"), "no text is asked for besides the rollouts")
+    if not method:
+        found["rows"] = f"--method {s.method} learns from rollouts only"
     if s.teacher_schedule != "ema":
         found["teacher_decay"] = "it belongs to --teacher-schedule ema"
     if s.teacher_schedule != "copy":
         found["teacher_every"] = "it belongs to --teacher-schedule copy"
     if s.gate:
         found |= dict.fromkeys(("gamma", "window", "floor"), f"--gate {s.gate} takes the place of the entropy's gate")
-    if s.method in METHODS:
-        method = METHODS[s.method]
-        unused = {"advantage", "gate", "gamma", "window", "eps", "floor"} - {*method.uses, *method.needs}
+    if method:
+        unused = {"advantage", "gate", "gamma", "window", "eps", "floor", "rows"} - {*method.uses, *method.needs}
         unused |= {"beta_length"} if "advantage" not in method.uses else set()
         unused |= {"rollouts_per_prompt", "temperature", "top_p", "top_k"} if not method.rollouts else set()
-        unused |= {name for name in OWN if name.startswith("teacher_")} if not method.teacher else set()
+        unused |= {name for name in OWN if name.startswith("teacher_")} if not method.teacher and not writes else set()
         found |= dict.fromkeys(unused, f"--method {s.method} makes no use of it")
     return found
 
@@ -75,7 +90,10 @@ def check(s: FamilySettings) -> None:
                              "flag out, or choose another method")
     if s.gate and s.method != "egrsd":
         raise InputError(f"--gate {s.gate} takes the place of EGRSD's gate: use it with --method egrsd")
-    compares = method and method.groups or s.advantage == "group" or s.teacher_context.startswith("peer")
+    if method and not method.rollouts and CONTEXTS[s.teacher_context].question:
+        raise InputError(f"--teacher-context {s.teacher_context} is about rollouts, which --method {s.method} has none "
+                         "of: choose another")
+    compares = method and method.groups or s.advantage == "group" or CONTEXTS[s.teacher_context].compares
     if compares and s.rollouts_per_prompt < 2:
         raise InputError(f"--method {s.method}, --advantage {s.advantage} and --teacher-context {s.teacher_context} "
                          "compare completions of one problem: set --rollouts-per-prompt to 2 or more")

@@ -85,11 +85,14 @@ def parse(argv: list[str], description: str, family=None) -> tuple[Settings, boo
     """(settings, resume) from the command line; with --resume the settings of the run in --out, which flags may repeat
     but not change."""
     given = vars(_parser(description, family).parse_args(argv))
-    resume = given.pop("resume", False)
+    resume, explain = given.pop("resume", False), given.pop("explain", False)
     implied = [] if resume else ["toy"] if given.get("model", "toy") == "toy" else ["paper-4b"]
     preset = {key: value for name in given.pop("preset", implied) for key, value in PRESETS[name].items()}
     if "data" in given:
         preset.pop("eval_data", None)  # a preset's held-out problems belong to its training problems
+    if explain:
+        print(family.explain(_resolve(preset, given, family)))
+        raise SystemExit(0)
     if not resume:
         return _resolve(preset, given, family), False
     out = given.get("out", Settings.out)
@@ -118,6 +121,7 @@ def _parser(description: str, family) -> Parser:
     add_flags(parser, fields(Settings), {"method": tuple(methods)})
     if family:
         group = parser.add_argument_group("neighbouring methods and ablations (family/)")
+        group.add_argument("--explain", action="store_true", help="print what --method is, brings and costs, and end")
         add_flags(group, fields(family.FamilySettings)[len(fields(Settings)):])
     return parser
 

@@ -20,15 +20,14 @@ from transformers import AutoModelForCausalLM
 import egrsd
 import family
 import lora
+import rollout
 import teacher
 import train
-from family import METHODS, contexts, methods, neighbour
-from family.contexts import CONTEXTS
+from family import METHODS, asking, contexts, methods, neighbour
 from family.methods import Batch
 from support import settings as support_settings
-from support.data import InputError, Problem
+from support.data import InputError
 from support.distributed import Ranks
-from support.sampling import Rollout
 from support.settings import check
 
 LENGTHS = [7, 4, 1, 6]
@@ -57,7 +56,11 @@ def make_batch(teacher_logits=None, student_logits=None, **changes):
         is_reference=torch.tensor([False, False, False, True]),
         divergence=lambda f: f(log_t.flatten(0, 1), log_s.flatten(0, 1)).view(B, T) * mask,
         max_entropy=entropy.max().item(), num_tokens=float(sum(LENGTHS)), num_completions=4.0, step=10,
-        median_entropies=[0.5, 0.6, 0.4, 0.7, 0.5, 0.55], **changes)
+        median_entropies=[0.5, 0.6, 0.4, 0.7, 0.5, 0.55], num_reference=11.0, success_rate=0.4,
+        margin=torch.tensor([3.0, -20.0, 0.0, 1.0], dtype=torch.float64),
+        marked=torch.rand(B, T, generator=generator) < 0.6,
+        views=torch.randn(B, T, generator=generator, dtype=torch.float64),
+        anchor=lambda f: f(log_t.flip(-1).flatten(0, 1), log_s.flatten(0, 1)).view(B, T) * mask, **changes)
     return batch, log_t, log_s
 
 
@@ -86,20 +89,32 @@ def position(t, T):  # t from 1
     return 0.25 + 0.75 / (1 + math.exp(-((t - 0.5) / T - 0.30) / 0.10))
 
 
-def tokens_of(log_t, log_s, ids, A, correct, is_reference=False, shown=True, step=10, per_completion=1.0):
+def dual(p, q, n=20):
+    """MSD's weight of a token."""
+    P = renormalised(p, top(p, n))
+    return (1 + sum(a * math.log(a) for a in P if a) / math.log(n)) * (1 - math.exp(q[top(p, 1)[0]]))
+
+
+def tokens_of(log_t, log_s, ids, A, correct, is_reference=False, shown=True, step=10, per_completion=1.0, log_r=None,
+              views=None, marked=None, **more):
     """All that the formulas below may use of each token of a completion, in plain numbers.
 
-    log_t, log_s: log p_T and log p_S over the vocabulary at every token; a probability of 0 counts as 2^-149.
+    log_t, log_s, log_r: log p_T, log p_S and those of the teacher without a text, over the vocabulary at every token; a
+    probability of 0 counts as 2^-149.
     """
-    log_t, log_s = ([[max(x, -149 * math.log(2)) for x in logs] for logs in rows] for rows in (log_t, log_s))
+    log_t, log_s, log_r = ([[max(x, -149 * math.log(2)) for x in logs] for logs in rows]
+                           for rows in (log_t, log_s, log_r or log_t))
     T = len(ids)
+    duals = [dual(p, q) for p, q in zip(log_t, log_s, strict=True)]
     uncertain = sorted(range(T), key=lambda t: -entropy_of(log_s[t]))[:math.ceil(0.2 * T)]
     for t, (p, q, y) in enumerate(zip(log_t, log_s, ids, strict=True)):
         d = p[y] - q[y] if shown else 0.0
         yield SimpleNamespace(
             p=p, q=q, y=y, d=d, A=A, H=entropy_of(p) if shown else 0.0, correct=correct, is_reference=is_reference,
             w=clip(math.exp(sign(A) * d), 0.8, 1.2) if A else 1.0, step=step, shown=shown, uncertain=t in uncertain,
-            w_reversed=clip(math.exp(-sign(A) * d), 0.8, 1.2) if A else 1.0, weight=position(t + 1, T) * per_completion)
+            w_reversed=clip(math.exp(-sign(A) * d), 0.8, 1.2) if A else 1.0, weight=position(t + 1, T) * per_completion,
+            per_completion=per_completion, T=T, dual_share=duals[t] / sum(duals), r=log_r[t],
+            z=views[t] if views else 0.0, marked=marked[t] if marked else False, **more)
 
 
 # Divergences: the value, and its slope by log p_S(v) for each v that it depends on.
@@ -138,6 +153,43 @@ def jensen_shannon(k, n=100):
                    for v, b, x in zip(indices, Q[:-1], by_q[:-1], strict=True)}
 
 
+def clipped_reverse(k, n=100):
+    indices = top(k.q, n)
+    P, Q = ([math.exp(x[v]) for v in indices] for x in (k.p, k.q))
+    rest = 1 - sum(Q)
+    P, Q = (x + [max(1 - sum(x), 1e-7)] for x in (P, Q))
+    by_q = [math.log(b) - max(math.log(a), math.log(0.2 * b)) if a else math.log(5)
+            for a, b in zip(P, Q, strict=True)]
+    return sum(b * x for b, x in zip(Q, by_q, strict=True)), {
+        v: b * (x + 1 - (by_q[-1] + 1) * (rest > 1e-7)) for v, b, x in zip(indices, Q[:-1], by_q[:-1], strict=True)}
+
+
+def forward(p):
+    return lambda q: (sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)),
+                      {v: -math.exp(a) for v, a in enumerate(p)})
+
+
+def two_views(k):
+    g = 0.05 + 0.95 / (1 + math.exp(-2 * k.z))
+    near, far = times(g * k.shown, forward(k.p)(k.q)), times(0.2 * (1 - g), forward(k.r)(k.q))
+    return near[0] + far[0], {v: near[1][v] + far[1][v] for v in far[1]}
+
+
+def forward_top_as_it_is(k, n=16):
+    indices = top(k.p, n)
+    P = dict(zip(indices, renormalised(k.p, indices), strict=True))
+    return sum(a * (k.p[v] - k.q[v]) for v, a in P.items()), {v: -a for v, a in P.items()}
+
+
+def routed(k, on, divergence):
+    lam = {10: 0.5, 25: 0.25}[k.step]
+    return (k.A * (1 - lam / 0.5), times(lam * k.shown * k.per_completion, divergence(k))) if on else policy(k.A)
+
+
+def solved_weight(k):  # mean 1 over s solved and 1 - s not
+    return (1 - k.s if k.correct else k.s) / (k.s * (1 - k.s) + (1 - k.s) * k.s) if 0 < k.s < 1 else 1.0
+
+
 def policy(c):
     return c, (0.0, {})
 
@@ -163,7 +215,16 @@ FORMULAS = {  # (coefficient, divergence) of a token: one formula of family.md e
     "topk-opd": lambda k: (0.0, advantage_top(k)),
     "sdpo": lambda k: (0.0, times(k.shown, jensen_shannon(k))),
     "mopd": lambda k: (0.0, times(k.shown, jensen_shannon(k))),
+    "msd": lambda k: (0.0, times(k.shown * k.dual_share * k.T * k.per_completion, reverse(k))),
+    "rp-opsd": lambda k: (0.0, two_views(k)),
+    "pbsd": lambda k: policy((0.1 if k.is_reference else -0.1) / (1 + math.exp(0.1 * k.margin)) * k.T
+                             * k.per_completion),
+    "brts": lambda k: (0.0, times(10, forward_top_as_it_is(k)) if k.is_reference else advantage_top(k)),
+    "resd": lambda k: (0.0, times(solved_weight(k) * k.per_completion, clipped_reverse(k))),
+    "trace": lambda k: routed(k, k.marked and k.correct, clipped_forward),
+    "trace-errors": lambda k: routed(k, k.marked and not k.correct, reverse),
 }
+CASES = [*((name, 10) for name in METHODS), ("reopold", 50), ("trace", 25)]
 
 
 def kept(k, name):
@@ -175,7 +236,9 @@ def tokens_of_batch(s, log_t, log_s):
     for i, length in enumerate(LENGTHS):
         tokens = tokens_of(log_t[i, :length].tolist(), log_s[i, :length].tolist(), s.rows[i].token_ids,
                            s.advantage[i].item(), s.correct[i].item(), s.is_reference[i].item(), step=s.step,
-                           per_completion=s.num_tokens / (4 * length))
+                           per_completion=(s.num_reference if s.is_reference[i] else s.num_tokens) / (4 * length),
+                           log_r=log_t[i, :length].flip(-1).tolist(), views=s.views[i].tolist(), s=s.success_rate,
+                           marked=s.marked[i].tolist(), margin=s.margin[i].item())
         for t, k in enumerate(tokens):
             yield i, t, k
 
@@ -189,7 +252,7 @@ def logits_with_zeros():
 
 
 @pytest.mark.parametrize("zeros", [False, True], ids=["", "with probabilities of zero"])
-@pytest.mark.parametrize("name,step", [*((name, 10) for name in METHODS), ("reopold", 50)])
+@pytest.mark.parametrize("name,step", CASES)
 def test_every_method_equals_a_loop(name, step, zeros):
     """Values, and gradients by every log p_S: a probability taken for a constant changes what is learned, no value."""
     s, log_t, log_s = make_batch(*(logits_with_zeros() if zeros else ()), eps=0.7)
@@ -206,8 +269,8 @@ def test_every_method_equals_a_loop(name, step, zeros):
         assert name != "reopold" or s.kept[i, t] == kept(k, name)
 
 
-@pytest.mark.parametrize("name,step", [*((name, 10) for name in METHODS), ("reopold", 50)])
-def test_a_step_equals_plain_logits(tiny_toy, tmp_path, name, step):
+@pytest.mark.parametrize("name,step", CASES)
+def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step):
     """Loss and gradient norm of metrics.jsonl, from the whole logits of one row at a time and the loops above: the mean
     is one over the micro-batches of the step, and over the tokens that the method keeps."""
     (tmp_path / "few.jsonl").write_text("".join((tiny_toy / "train.jsonl").open().readlines()[:20]))
@@ -218,20 +281,39 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, name, step):
     torch.manual_seed(0)
     for parameter in t.parameters:  # a student that is not the teacher
         torch.nn.init.normal_(parameter, std=0.1)
-    rows, read = [], t.read_as_teacher
+    rows, read, ask = [], t.read_as_teacher, asking.ask
     t.read_as_teacher = lambda some: rows.extend(some) or read(some)
+    monkeypatch.setattr(contexts, "MOST_MARKED", 0.8)
+    monkeypatch.setattr(contexts, "segments", lambda row, _: [range(3), range(3, len(row.token_ids))])
+    monkeypatch.setattr(train, "grade_rollouts", every_other_one_is_correct(train.grade_rollouts))
+    marks = [t.tokenizer.encode(f"Segments: {i % 4 // 2}, 7. Kind: idea") for i in range(8)]
+    monkeypatch.setattr(asking, "ask", lambda t, prompts, what, **more: ask(t, prompts, what, **more) if (
+        what != "marks") else [rollout.Completion(ids, [], True) for ids in marks])
     t.step, t.median_entropies = step, [0.0] * 5  # at most every median: g = 1
     metrics = t.train_step()
     t.model.eval()
     with torch.no_grad(), t.as_teacher():
         log_ts = [whole_logits(t.model, prompt, row) for prompt, row in zip(t.teacher_prompts(rows), rows, strict=True)]
-    num_tokens = sum(len(row.token_ids) for row in rows if not row.is_reference)
+        log_rs = [whole_logits(t.model, row.prompt, row) for row in rows]
+    num_tokens, num_reference = (sum(len(r.token_ids) for r in rows if r.is_reference == it) for it in (False, True))
+    n, margins = s.prompts_per_step * s.rollouts_per_prompt, [0.0] * len(rows)
+    if name == "pbsd":
+        with torch.no_grad():
+            ratios = [(whole_logits(t.model, row.prompt, row) - log_t)[range(len(row.token_ids)), row.token_ids].sum()
+                      for row, log_t in zip(rows, log_ts, strict=True)]
+        margins = [(ratios[i + n] - ratios[i]).item() for i in range(n)] * 2
+    views = [(log_t.exp() * (log_t - log_r)).sum(-1) for log_t, log_r in zip(log_ts, log_rs, strict=True)]
+    seen = torch.cat([v for v, row in zip(views, rows, strict=True) if not row.is_reference] or [torch.zeros(2)])
+    views = [((v - seen.mean()) / (seen.std(correction=0) + 1e-6)).tolist() for v in views]
+    solved = sum(row.correct for row in rows[:n]) / n
     sums, counts = [0.0, 0.0], [0, 0]  # of rollouts and of reference solutions
-    for row, log_t in zip(rows, log_ts, strict=True):
+    for row, log_t, log_r, z, margin in zip(rows, log_ts, log_rs, views, margins, strict=True):
         log_s, T = whole_logits(t.model, row.prompt, row), len(row.token_ids)
         tokens = list(tokens_of(
             log_t.tolist(), log_s.tolist(), row.token_ids, row.advantage, row.correct, row.is_reference, step=step,
-            shown=row.has_context, per_completion=num_tokens / (s.prompts_per_step * s.rollouts_per_prompt * T)))
+            shown=row.has_context, per_completion=(num_reference if row.is_reference else num_tokens) / (n * T),
+            log_r=log_r.tolist(), views=z, s=solved, margin=margin,
+            marked=row.marked.tolist() if name.startswith("trace") else None))
         weights = torch.zeros_like(log_s)
         for place, k in enumerate(tokens):
             c, (divergence, slope) = FORMULAS[name](k)
@@ -246,6 +328,16 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, name, step):
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-3)
     assert metrics["grad_norm"] > 0 and (name == "reopold") == (0 < counts[0] < num_tokens)
+    if name.startswith("trace"):
+        assert 0 < sum(row.marked.sum().item() for row in rows) < num_tokens and 0 < metrics["unmarked"] < 1
+
+
+def every_other_one_is_correct(grade):
+    def graded(tokenizer, rows):
+        for i, row in enumerate(grade(tokenizer, rows)):
+            row.correct = i % 2 == 0
+        return rows
+    return graded
 
 
 def whole_logits(model, prompt, row):
@@ -255,9 +347,10 @@ def whole_logits(model, prompt, row):
 
 
 def test_the_table_of_methods_is_complete():
-    """The list of the issue that brought them, each with its source or what it is, and a grade, in the docstring."""
+    """The lists of the issues that brought them, each with its source or what it is, and a grade, in the docstring."""
     assert set(METHODS) == {"sft", "grpo", "grpo-group", "rlsd", "opsd", "pw-opsd", "eopd", "reopold", "rlrt", "vopd",
-                            "antisd", "sdpo", "mopd", "topk-opd", "stable-opd"}
+                            "antisd", "sdpo", "mopd", "topk-opd", "stable-opd", "msd", "rp-opsd", "pbsd", "brts",
+                            "resd", "trace", "trace-errors"}
     for m in METHODS.values():
         assert "Grade " in inspect.getdoc(m.loss) and m.summary
 
@@ -375,7 +468,7 @@ def test_antisd_ascends_the_jensen_shannon_divergence(logits):
 def test_a_teacher_that_is_the_student_teaches_nothing(name):
     logits = 3 * torch.randn(4, 7, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     s, _, _ = make_batch(logits, logits)
-    s.is_reference[:] = False
+    s.is_reference[:], s.advantage[:], s.anchor = False, 0.0, s.divergence
     expected = torch.zeros(4, 7, dtype=torch.float64)
     if name == "eopd":  # its student is not renormalised: what it gives to the top 16 should be all
         expected = (s.entropy > 0.8) * -logits.softmax(-1).topk(16).values.sum(-1).log()
@@ -426,42 +519,6 @@ def test_per_token_divergence_never_holds_whole_logits(monkeypatch):
     own = teacher.read(model, random_ids([5, 9]), completions, hidden=True)
     teacher.per_token_divergence(model.lm_head, own.hidden, own.hidden, own.mask, watched).sum().backward()
     assert max(shape[0] for shape in seen) == 5 and len(seen) == 8  # 17 tokens in chunks of 5, forward and backward
-
-
-# ---- what the teacher is shown
-
-
-@pytest.mark.parametrize("context,i,expected", [
-    ("solution", 0, "S"),
-    ("answer", 0, "The final answer is \\boxed{7}."),
-    ("peer", 0, "c"),
-    ("peer", 2, "a"),
-    ("peers", 1, "Correct attempt:\na\n\nCorrect attempt:\nc\n\nFailed attempt:\nd"),
-    ("peers", 0, "Correct attempt:\nc\n\nFailed attempt:\nb"),
-    ("feedback", 0, "c\n\nYour answer is correct."),
-    ("feedback", 1, "a\n\nYour answer is incorrect.")])
-def test_contexts(tmp_path, context, i, expected):
-    assert shown(context, ["a", "b", "c", "d"], [True, False, True, False], i) == expected
-
-
-def shown(context, texts, correct, i):
-    """What the teacher of rollout i is shown, as Neighbour.teacher_prompts asks for it."""
-    problem, asked = Problem("P", "S", "7", 1), []
-    rows = [Rollout([2], [0.0], True, problem, [3], text, "7", ok) for text, ok in zip(texts, correct, strict=True)]
-    this = SimpleNamespace(s=SimpleNamespace(rollouts_per_prompt=len(rows)), method=METHODS["sdpo"],
-                           context=CONTEXTS[context], teacher_prompt=lambda problem, text: text)
-    asked = neighbour.Neighbour.teacher_prompts(this, rows)
-    return None if asked[i] == [3] and not rows[i].has_context else asked[i]
-
-
-def test_at_most_two_correct_peers_and_one_failed_are_shown():
-    assert shown("peers", list("abcdef"), [True] * 4 + [False] * 2, 5) == \
-        "Correct attempt:\na\n\nCorrect attempt:\nb\n\nFailed attempt:\ne"
-
-
-def test_contexts_without_a_correct_peer():
-    for context, expected in (("peer", None), ("peers", None), ("feedback", "S\n\nYour answer is correct.")):
-        assert shown(context, ["a", "b"], [True, False], 0) == expected
 
 
 # ---- settings
@@ -533,6 +590,16 @@ def test_groups_are_shared_by_all_processes(monkeypatch):
     (["--teacher-context", "peer"], "--rollouts-per-prompt"),
     (["--teacher-every", "5"], "--teacher-every: it belongs to --teacher-schedule copy"),
     (["--method", "stable-opd", "--teacher-context", "solution"], "needs --teacher-context none"),
+    (["--method", "pbsd", "--rollouts-per-prompt", "2"], "needs --rollouts-per-prompt 1"),
+    (["--method", "rp-opsd", "--teacher-schedule", "ema"], "needs --teacher-schedule frozen"),
+    (["--method", "trace", "--teacher-context", "solution"], "needs --teacher-context label"),
+    (["--method", "brts", "--rows", "reference"], "--rows: --method brts makes no use of it"),
+    (["--rows", "teacher"], "--rows: --method cl-egrsd learns from rollouts only"),
+    (["--method", "sft", "--teacher-rollouts", "2"], "--teacher-rollouts: --method sft makes no use of it"),
+    (["--method", "msd", "--ask-temperature", "0.5"], "--ask-temperature: no text is asked for"),
+    (["--method", "sft", "--rows", "teacher", "--teacher-context", "reflection"], "is about rollouts"),
+    (["--method", "egrsd", "--gate", "dual", "--floor", "0.5"], "--floor: --gate dual takes the place"),
+    (["--gate", "two-view"], "use it with --method egrsd"),
     (["--method", "egrds"], "--method")])
 def test_contradictions_are_refused(flags, complaint):
     with pytest.raises(InputError, match=complaint) as error:
@@ -569,10 +636,10 @@ def test_every_method_trains(tiny_toy, tmp_path, name):
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[1]["grad_norm"] > 0 or METHODS[name].groups  # no peer is correct, or all rewards are alike
     derived = json.loads((tmp_path / "run" / "config.json").read_text())["derived"]
-    assert derived["completions_per_step"] == (16 if name == "stable-opd" else 8)  # rollouts and reference solutions
+    assert derived["completions_per_step"] == (16 if METHODS[name].rollouts and METHODS[name].rows else 8)
 
 
-@pytest.mark.parametrize("name", ["mopd", "pw-opsd", "reopold", "stable-opd"])
+@pytest.mark.parametrize("name", ["mopd", "pw-opsd", "reopold", "stable-opd", "brts", "pbsd", "resd", "rp-opsd"])
 def test_micro_batches_change_nothing(tiny_toy, tmp_path, name):
     for out, micro_batch in (("whole", 16), ("parts", 2)):
         train_here(*arguments(tiny_toy, tmp_path / out, name, steps=2, **{"micro-batch": micro_batch}))
@@ -621,7 +688,8 @@ def by_two_processes(flags_of_runs, directory):
     return [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(directory / "several.py"), flags]
 
 
-TWICE = ("antisd", "mopd", "reopold", "sdpo", "stable-opd", "sft")  # by one process and by two
+# by one process and by two
+TWICE = ("antisd", "mopd", "reopold", "sdpo", "stable-opd", "sft", "brts", "pbsd", "resd", "rp-opsd", "trace")
 
 
 @pytest.fixture(scope="module", autouse=True)

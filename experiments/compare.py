@@ -7,7 +7,8 @@
 
 The learning rate of every method: train with --choose-seed at each of --rates, take the rate of the highest accuracy on
 the validation split, of equals the smallest; while it is at an edge, try the next one of LADDER too. Variants of
-CL-EGRSD take CL-EGRSD's rate. Then --seeds are trained and measured on the test split; docs/evidence.md says more.
+CL-EGRSD take CL-EGRSD's rate, those of a neighbour the neighbour's. Then --seeds are trained and measured on the test
+split; docs/evidence.md says more.
 Every run is an ordinary `python train.py ...` in --work/<name>/lr<rate>-seed<seed>, with samples and figures of its
 evaluation beside it. What was done with the same command, data and settings is not repeated.
 
@@ -112,14 +113,24 @@ def variants() -> dict[str, list[str]]:
         named[f"no gate, eps {eps}"] = ["--gamma", "0", "--eps", eps]
     for gamma, window, eps in (("1", "0", "0"), ("1", "0", "0.8"), ("3", "0", "0.8"), ("3", "3", "0.8")):
         named[f"gamma {gamma}.0 W {window}, eps {eps}"] = ["--gamma", gamma, "--window", window, "--eps", eps]
-    for method in ("direction-aware", "egrsd", "cl-egrsd"):
-        named[f"{method}, answer only"] = ["--method", method, "--teacher-context", "answer"]
+    for context, shown in ("answer", "answer only"), ("other", "other problem"):
+        for method in ("direction-aware", "egrsd", "cl-egrsd"):
+            named[f"{method}, {shown}"] = ["--method", method, "--teacher-context", context]
+    for gate in ("two-view", "dual"):
+        named[f"{gate} gate"] = ["--method", "egrsd", "--gate", gate]
+    named["sft, teacher's rows"] = ["--method", "sft", "--rows", "teacher"]
     return named
+
+
+def method_of(name: str) -> str:
+    """The method of a row of the table."""
+    given = variants()[name]
+    return given[given.index("--method") + 1] if "--method" in given else PARENT
 
 
 def flags(name: str, a) -> list[str]:
     """All of train.py's flags of a variant, but for rate, seed and output."""
-    neighbour = family.METHODS.get(name)
+    neighbour = family.METHODS.get(method_of(name))
     group = GROUP if neighbour and neighbour.groups else 1
     groups = ["--rollouts-per-prompt", str(group)] if not neighbour or neighbour.rollouts else []
     return ["--preset", "toy", "--model", a.model, "--data", str(a.work / "train.jsonl"), "--eval-data", "",
@@ -350,7 +361,8 @@ def compare(a) -> None:
     derived = [name for name in names if name not in methods()]
     rates, chosen = choose_rates(compared + ([PARENT] if derived and PARENT not in compared else []), a)
     asked = {BASE, *(name for pairs in QUESTIONS.values() for pair in pairs for name in pair)}
-    rates |= {name: rates[PARENT] for name in derived} | {BASE: 0.0}
+    rates |= {name: rates[method_of(name) if {method_of(name)} <= rates.keys() & family.METHODS.keys() else PARENT]
+              for name in derived} | {BASE: 0.0}
     jobs = [(name, rates[name], seed, "test") for place, seed in enumerate(a.seeds) for name in [BASE, *names]
             if name in asked or place < a.other_seeds]
     results = run_all(jobs, a, "seeds")

@@ -14,6 +14,9 @@ mean length - length, which is `shorter`.
     signal     |E s|^2 / E |s|^2, by the same products; norm: sqrt(E |s|^2 / E |p|^2)
     momentum   cos(mean of s over 19 batches, E p): AdamW's momentum averages over (1 + beta1) / (1 - beta1) = 19
 
+--also adds rows of experiments.compare, such as msd: the gradients of their own training step on the same rollouts, its
+advantages the same, too, but for groups (--samples 8 --batch 8).
+
 Behind +- is the standard error by a jackknife over batches, which pairs differences; "-": noise made the estimate of a
 square negative. A gradient is kept as a count-sketch of --sketch numbers (Charikar, Chen, Farach-Colton 2002), which is
 linear and has unbiased inner products; the standard error of a cosine is at most about 1 / sqrt(--sketch), 0 if all
@@ -23,6 +26,7 @@ coordinates have room. Policy gradient itself is unbiased only with --temperatur
 import itertools
 import os
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,13 +35,18 @@ import torch
 from tqdm import tqdm
 
 import egrsd
+import family
 import lora
 import teacher
 import toy
+import train
+from experiments import compare
 from experiments.diagnostics import ReadingSettings, sample_student, teacher_prompt
 from family.contexts import CONTEXTS
+from family.neighbour import Neighbour
 from support.checkpoint import write_json
 from support.data import add_adapter, load_adapter, load_model, load_problems
+from support.distributed import Ranks
 from support.errors import InputError
 from support.flags import flag, parse
 from support.run import name_lack_of_memory, one_line_errors, say
@@ -62,6 +71,7 @@ class Settings(ReadingSettings):
     window: list = flag([0, 3, 5], "lookaheads of the gate in tokens", "[0, inf)")
     eps: list = flag([0.0, 0.2, 0.4, 0.8], "clips of the magnitude; 0 is always among them", "[0, 1)")
     sketch: int = flag(2**17, "numbers kept of a gradient", "[1, inf)")
+    also: list = flag([], "rows of experiments.compare, each with a step of its own")
     pass_tokens: int = flag(2**14, "tokens per pass through the model; lower it to save memory", "[1, inf)")
 
 
@@ -104,6 +114,36 @@ def batch_sketches(model, tokenizer, rows: list[Rollout], s: Settings) -> torch.
             gradient = torch.autograd.grad(loss, parameters, retain_graph=name != "shorter")  # that is the last one
             found[name] = found.get(name, 0) + sketch(torch.cat([g.flatten() for g in gradient]), s.sketch, s.seed)
     return torch.stack([found[name] for name in grid])
+
+
+def step_sketches(name: str, model, batches: list[list[Rollout]], s: Settings) -> torch.Tensor:
+    """The gradients [N, m] of a row of experiments.compare: those of its training step, whose rollouts are these."""
+    with tempfile.TemporaryDirectory() as out:
+        layers = {lora.short_name(key): m for key, m in model.named_modules() if isinstance(m, lora.LoRALinear)}
+        adapter = next(iter(layers.values()))
+        values = {"model": s.model, "data": s.data, "out": out, "seed": s.seed, "lr": 0, "lora-rank": adapter.rank,
+                  "lora-alpha": adapter.alpha, "prompts-per-step": s.batch, "max-new-tokens": s.max_new_tokens,
+                  "rollouts-per-prompt": s.samples, "micro-batch": max(1, s.pass_tokens // s.max_new_tokens),
+                  "slots": s.slots, "eval-data": ""}
+        settings, _ = train.parse_arguments([*compare.variants()[name], "--lora-targets", *layers, *(
+            text for key, value in values.items() for text in (f"--{key}", str(value)))])
+        family.check(settings)
+        t, found = Neighbour(settings, Ranks.alone()), []
+        t.log.bar, clip = tqdm(disable=True), t.before_clipping
+        for own, parameter in zip(t.parameters, lora.lora_parameters(model), strict=True):
+            own.data.copy_(parameter)
+
+        def before_clipping(num_tokens: float) -> None:
+            clip(num_tokens)
+            found.append(sketch(torch.cat([p.grad.flatten() for p in t.parameters]), s.sketch, s.seed))
+        t.before_clipping = before_clipping
+        for rows in tqdm(batches, desc=name, unit=" batches"):
+            t.step, t.next_problems = 0, lambda rows=rows: [row.problem for row in rows[::s.samples]]
+            t.sample = lambda *_, rows=rows: [replace(row) for row in rows]
+            if settings.advantage == "running":
+                t.baseline.advantage = lambda _, rows=rows: torch.tensor([row.advantage for row in rows])
+            t.train_step()
+    return torch.stack(found)
 
 
 def alignments(own: np.ndarray, cross: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -154,18 +194,23 @@ def measure(s: Settings) -> dict:
     model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, torch.device(device))
     torch.manual_seed(s.seed)
     load_adapter(model, s.adapter) if s.adapter else add_adapter(model, rank=16, alpha=32.0)
+    if unknown := {*s.also} - (compare.variants().keys() - configurations(s).keys()):
+        raise InputError(f"--also {min(unknown)}: no other row of experiments.compare: choose one from its --help")
     path, context = toy.resolve(s.data, "train.jsonl"), CONTEXTS[s.teacher_context]
-    problems = [replace(p, solution=context.text(p, [], [], False))
-                for p in load_problems(path, context.needs_solution, s.skip_ungradable)[0]]
+    problems = [replace(p, solution=context.text(Rollout([], [], False, p, []), [], [], p))
+                for p in load_problems(path, "solution" in context.needs, s.skip_ungradable)[0]]
     check_window(model, path, problems, s.max_new_tokens, lambda p: [teacher_prompt(tokenizer, p, s.thinking)])
     order = np.resize(np.random.default_rng(s.seed).permutation(len(problems)), s.batches * s.batch)
     rollouts = sample_student(model, tokenizer, s, [problems[i] for i in order])
     batches = tqdm(np.split(np.array(rollouts), s.batches), desc="gradients", unit=" batches")
     sketches = torch.stack([batch_sketches(model, tokenizer, rows, s) for rows in batches], 1)  # [C, N, m]
+    also = [step_sketches(name, model, np.split(np.array(rollouts), s.batches), s) for name in s.also]
+    sketches = torch.cat([sketches, *(x.unsqueeze(0) for x in also)])
     size = sum(parameter.numel() for parameter in lora.lora_parameters(model))
     return {"settings": asdict(s), "coordinates": size, "sketch_error": s.sketch ** -0.5 if s.sketch < size else 0.0,
             "accuracy": np.mean([r.correct for r in rollouts]), "length": np.mean([len(r.token_ids) for r in rollouts]),
-            "rows": summarise(sketches, configurations(s), exact=s.sketch >= size)}
+            "rows": summarise(sketches, configurations(s) | dict.fromkeys(s.also, (0.0, 0, 0.0)),
+                              exact=s.sketch >= size)}
 
 
 def table(result: dict) -> str:
@@ -211,7 +256,8 @@ def main() -> None:
             result = measure(s)
         if s.out:
             write_json(Path(s.out), result)
-        say(f"{table(result)}\n\n{recommendation(result['rows'])}")
+        own = {name: row for name, row in result["rows"].items() if name not in s.also}
+        say(f"{table(result)}\n\n{recommendation(own)}")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ class Method:
     rows: str = ""  # reference, teacher: for every problem its solution, or one of the teacher's, is one more row
     overlap: bool = False  # of the teacher's solutions the one most like the student's own next tokens is taken
     margin: bool = False  # batch.margin is available: one more reading by the student
+    marks: bool = False  # batch.marked is available, with --teacher-context label
     views: bool = False  # batch.views and batch.anchor are: one more reading by the teacher
 
 
@@ -293,12 +294,12 @@ def resd(batch: Batch) -> Tensor:
 
 @method("trace", "TRACE: group GRPO, at first clipped forward KL on the decisive segments of correct rollouts",
         full_distributions=True, groups=True, needs=dict(advantage="group", teacher_context="label"),
-        uses=("advantage",), recipe=dict(teacher_schedule="copy", teacher_every=10))
+        uses=("advantage",), marks=True, recipe=dict(teacher_schedule="copy", teacher_every=10))
 def trace(batch: Batch, errors: bool = False, warmup: int = 10, decay_steps: int = 30) -> Tensor:
     """c = A, on the marked segments S of correct rollouts (1 - lam / 0.5) A; plus lam times OPSD's divergence, summed
     over S, divided by the completion's length, mean over completions; lam = 0.5 for 10 steps, then to 0 in 30.
     2605.10194. Grade S. Ours: the mean of c log p_theta is over tokens, as in grpo-group; the student itself marks (a
-    variant of the source); wording, kinds and segments (asking.py). Unmarked rollouts are those of grpo-group."""
+    variant of the source); wording, kinds and segments (contexts.py). Unmarked rollouts are those of grpo-group."""
     lam = 0.5 * min(1.0, max(0.0, 1 - (batch.step - warmup) / decay_steps))
     marked = batch.marked & (batch.correct != errors).unsqueeze(-1)
     kl = mean_of_completions(batch, batch.divergence(reverse_kl if errors else clipped_forward_kl))
@@ -307,7 +308,7 @@ def trace(batch: Batch, errors: bool = False, warmup: int = 10, decay_steps: int
 
 @method("trace-errors", "TRACE for weaker models: group GRPO, at first reverse KL on the mistakes of wrong rollouts",
         full_distributions=True, groups=True, needs=dict(advantage="group", teacher_context="label"),
-        uses=("advantage",), recipe=dict(teacher_schedule="copy", teacher_every=10))
+        uses=("advantage",), marks=True, recipe=dict(teacher_schedule="copy", teacher_every=10))
 def trace_errors(batch: Batch) -> Tensor:
     """`trace` with KL(p_S || p_T) on the marked segments of wrong rollouts, a variant of the source. Grade S."""
     return trace(batch, errors=True)

@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import egrsd
 import lora
@@ -27,6 +27,9 @@ from support.sampling import Rollout, check_window
 EGRSD = Method(train.Trainer.loss, "with a flag of the family", uses=("advantage", "gamma", "window", "eps", "floor"))
 
 
+PAD = partial(nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] each -> [B, T]
+
+
 class GroupAdvantage(egrsd.RunningAdvantage):
     """GRPO, arXiv 2402.03300: A = (r - mean) / (std + 1e-4) within a problem's `group` rollouts; ValueError if < 2."""
 
@@ -45,16 +48,6 @@ class GroupAdvantage(egrsd.RunningAdvantage):
         groups = rewards.double().view(-1, self.group)
         centred = groups - groups.mean(1, keepdim=True)
         return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten().to(rewards.dtype)
-
-
-def padded(values: list[Tensor | None], mask: Tensor) -> Tensor:
-    """[T_i] each, or None for zeros -> [B, T], 0 outside."""
-    dtype = next((value.dtype for value in values if value is not None), torch.bool)
-    found = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    for row, value in zip(found, values, strict=True):
-        if value is not None:
-            row[:len(value)] = value
-    return found
 
 
 class Neighbour(train.Trainer):
@@ -266,8 +259,8 @@ class Neighbour(train.Trainer):
             gamma=s.gamma, window=s.window, eps=s.eps, floor=s.floor, kept=batch.mask & ~is_reference.unsqueeze(-1),
             num_reference=self.num_reference, success_rate=self.success_rate, anchor=self.divergence(batch, bare=True),
             margin=torch.tensor([row.margin for row in batch.rows], device=device),
-            marked=padded([row.marked for row in batch.rows], batch.mask),
-            views=self.views(batch) if self.two_views else None)
+            views=self.views(batch) if self.two_views else None,
+            marked=PAD([row.marked for row in batch.rows]).to(device) if self.method.marks else None)
         losses = self.method.loss(own)
         self.gate = own.weight
         self.num_kept += own.kept.sum().item()
@@ -296,7 +289,7 @@ class Neighbour(train.Trainer):
         count, total, squares = self.view_sums
         mean = total / max(1, count)
         deviation = max(0.0, squares / max(1, count) - mean ** 2) ** 0.5
-        return (padded([row.views for row in batch.rows], batch.mask) - mean) / (deviation + 1e-6)
+        return (PAD([row.views for row in batch.rows]) - mean) / (deviation + 1e-6)
 
     def other_gate(self, batch: train.Batch) -> Tensor:
         """What --gate says, [B, T]; 1 where the teacher had nothing to be shown."""

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +16,7 @@ import pytest
 import torch
 from conftest import train_here
 from test_family import adapter, arguments, every_other_one_is_correct, metrics
-from test_train import assert_same_run
+from test_train import ENVIRONMENT, ROOT, TORCHRUN, assert_same_run
 
 import family
 import rollout
@@ -223,6 +228,30 @@ def test_a_resumed_run_is_the_same(tiny_toy, tmp_path, name):
     train_here(*arguments(tiny_toy, parts, name, steps=2, **NEW[name]))
     train_here("--out", parts, "--resume", "--steps", 4)
     assert_same_run(whole, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEW)
+def test_twenty_steps_with_a_kill_by_one_and_two_processes(tiny_toy, tmp_path, name):
+    """Killed without warning while it works, then resumed: by one process the same to the last bit."""
+    train_here(*arguments(tiny_toy, tmp_path / "whole", name, steps=20, **NEW[name]))
+    for place, command in (("one", [sys.executable]), ("two", [*TORCHRUN, "--standalone", "--nproc-per-node=2"])):
+        out = tmp_path / place
+        flags = arguments(tiny_toy, out, name, steps=20, **NEW[name])
+        with open(tmp_path / "log", "a") as log:
+            process = subprocess.Popen([*command, str(ROOT / "train.py"), *flags], stdout=log, stderr=log,
+                                       env=ENVIRONMENT, start_new_session=True)
+            deadline = time.time() + 100
+            while time.time() < deadline and not (out / "checkpoints" / "step-000006").exists():
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+            assert process.wait() != 0 and not (out / "model").exists()
+            subprocess.run([*command, str(ROOT / "train.py"), "--out", str(out), "--resume"], env=ENVIRONMENT,
+                           check=True, timeout=200, stdout=log, stderr=log)
+    assert_same_run(tmp_path / "whole", tmp_path / "one", step=20)
+    assert len(metrics(tmp_path / "two")) == 20
+    for key, tensor in adapter(tmp_path / "whole", 20).items():
+        torch.testing.assert_close(adapter(tmp_path / "two", 20)[key], tensor, atol=1e-3, rtol=0)
 
 
 def samples(run):

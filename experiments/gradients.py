@@ -127,7 +127,10 @@ def step_sketches(name: str, model, batches: list[list[Rollout]], s: Settings) -
                   "slots": s.slots, "eval-data": ""}
         settings, _ = train.parse_arguments([*compare.variants()[name], "--lora-targets", *layers, *(
             text for key, value in values.items() for text in (f"--{key}", str(value)))])
-        family.check(settings)
+        try:
+            family.check(settings)
+        except InputError as error:
+            raise InputError(f"--also {name}: {error} (here it is --samples)") from None
         t, found = Neighbour(settings, Ranks.alone()), []
         t.log.bar, clip = tqdm(disable=True), t.before_clipping
         for own, parameter in zip(t.parameters, lora.lora_parameters(model), strict=True):

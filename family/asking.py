@@ -38,12 +38,23 @@ def ask(t, prompts: list[list[int] | None], what: str, by_teacher: bool = False)
 
 
 def ask_about(t, rows: list[Row]) -> None:
-    """The question of --teacher-context, about these rollouts."""
-    question = t.context.question
-    texts = [question.text(row, t.tokenizer) for row in rows]
-    for row, answer in zip(rows, ask(t, [text and t.encode(text) for text in texts], question.name), strict=True):
+    """The question of --teacher-context, about those rollouts for which the method has a use. None is asked whose
+    quotations, encoded anew, have become too long for the model's window."""
+    question, room = t.context.question, rollout.window(t.model) - t.s.max_new_tokens
+    texts = [question.text(row, t.tokenizer) if not t.method.marks or t.method.marks(row.correct, t.step) else None
+             for row in rows]
+    prompts = [text and t.encode(text) for text in texts]
+    answers = ask(t, [prompt if prompt and len(prompt) <= room else None for prompt in prompts], question.name)
+    for row, answer in zip(rows, answers, strict=True):
         if answer:
             question.take(row, t.tokenizer.decode(answer.token_ids, skip_special_tokens=True), t.tokenizer)
+    if question.name == "marks":
+        t.note("unmarked", [not row.label for row, text in zip(rows, texts, strict=True) if text])
+
+
+def hinted(t, problem: Problem) -> list[int]:
+    """The prompt of a teacher that is shown the answer."""
+    return t.teacher_prompt(problem, CONTEXTS["answer"].text(Row([], [], False, problem, []), [], [], problem))
 
 
 def solutions(t, problems: list[Problem], rollouts: list[Row]) -> list[Row]:
@@ -65,9 +76,8 @@ def solutions(t, problems: list[Problem], rollouts: list[Row]) -> list[Row]:
     tops = [None] * len(problems)
     if t.method.overlap:
         tops = top_tokens(t, rollouts)
-        hints = [None if any(row.correct for row in rows) else
-                 t.teacher_prompt(problem, CONTEXTS["answer"].text(first, [], [], problem))
-                 for problem, first, rows in zip(problems, firsts, written, strict=True)]
+        hints = [None if any(row.correct for row in rows) else hinted(t, problem)
+                 for problem, rows in zip(problems, written, strict=True)]
         for i, c in enumerate(ask(t, hints, "solutions, shown the answer", by_teacher=True)):
             written[i] += [row for row in ([graded(i, c)] if c else []) if row.correct]
     chosen = []

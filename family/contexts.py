@@ -57,7 +57,13 @@ def verdict(row: Row) -> str:
     """What the verifier says of a failed rollout, without the gold answer."""
     if not row.finished:
         return "The attempt was cut off before its end."
-    return "The attempt has no boxed answer." if row.answer is None else f"The answer {row.answer} is wrong."
+    return "The attempt has no boxed answer." if row.answer is None else f"The answer {row.answer[:200]} is wrong."
+
+
+def _said(answer: str) -> str:
+    """Without the thought before it; nothing, if that has no end."""
+    said = answer.rpartition("</think>")[2]
+    return "" if "<think>" in said else said
 
 
 def _ask_for_reflection(row: Row, tokenizer) -> str | None:
@@ -67,12 +73,14 @@ def _ask_for_reflection(row: Row, tokenizer) -> str | None:
 
 
 def _take_reflection(row: Row, answer: str, tokenizer) -> None:
-    row.asked["reflection"] = answer.rpartition("</think>")[2].strip()
+    row.asked["reflection"] = _said(answer).strip()
 
 
 def segments(row: Row, tokenizer) -> list[range]:
     """The lines and sentences of a rollout as ranges of its tokens: a sentence ends in . ! or ? before a space."""
-    texts = [tokenizer.decode([token]) for token in row.token_ids]
+    ids = row.token_ids  # a token's text is what it adds to the one before it: alone, some lose the space before them
+    texts = [tokenizer.decode(ids[max(0, i - 1):i + 1])[len(tokenizer.decode(ids[max(0, i - 1):i])):]
+             for i in range(len(ids))]
     ends = [i + 1 for i, (text, after) in enumerate(zip(texts, [*texts[1:], ""], strict=False))
             if re.search(r"\n|[.!?]\s", text + after[:1])]
     found, start = [], 0
@@ -97,10 +105,11 @@ def _take_marks(row: Row, answer: str, tokenizer) -> None:
     """Segments in the order named, without those that would make it more than MOST_MARKED of the tokens. An answer of
     another form, or with nothing to mark, leaves no label, and the teacher has no say."""
     row.asked["marks"] = answer
-    form = rf"Segments?:\s*(\d[\d,\s]*)\.\s*Kind:\s*({'|'.join(LABELS)})\b"
-    said, parts = re.findall(form, answer.rpartition("</think>")[2], re.IGNORECASE), segments(row, tokenizer)
+    form = rf"Segments?:((?:[\d,\s]|and)*\d)\s*[.,;]?\s*Kinds?:\s*({'|'.join(LABELS)})s?\b"
+    said = re.findall(form, re.sub(r"[*\[\]`]", "", _said(answer)), re.IGNORECASE)
+    parts = segments(row, tokenizer)
     row.marked = torch.zeros(len(row.token_ids), dtype=torch.bool)
-    for number in re.findall(r"\d{1,6}", said[-1][0]) if said else ():
+    for number in re.findall(r"(?<!\d)\d{1,6}(?!\d)", said[-1][0]) if said else ():
         part = parts[int(number) - 1] if 1 <= int(number) <= len(parts) else range(0)
         if row.marked.sum() + len(part) <= MOST_MARKED * len(row.marked):
             row.marked[part.start:part.stop] = True

@@ -6,7 +6,7 @@ from textwrap import indent
 import egrsd
 from family.contexts import CONTEXTS
 from family.methods import METHODS
-from family.settings import FamilySettings, bring, rows
+from family.settings import FamilySettings, bring, rows, without_effect
 from support import settings
 from support.flags import flag_name
 
@@ -18,7 +18,8 @@ def explain(s: FamilySettings) -> str:
     method, core = METHODS.get(s.method), settings.METHODS.get(s.method)
     summary, text = (method.summary, inspect.getdoc(method.loss)) if method else (core[1], inspect.getdoc(egrsd))
     fixed = method.needs if method else {}
-    brought = {key: getattr(s, key) for key in (bring(s.method, {}, {}) if method else core[0])}
+    brought = {key: getattr(s, key) for key in (bring(s.method, {}, {}) if method else core[0])
+               if key not in without_effect(s)}
     shown = {"fixed": fixed, "unless a flag says otherwise": {k: v for k, v in brought.items() if k not in fixed}}
     lines = [f"{s.method}: {summary}", "", indent(text, "    "), ""]
     lines += [f"it sets, {kind}: " + " ".join(f"{flag_name(key)} {value}" for key, value in some.items())

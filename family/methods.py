@@ -83,7 +83,7 @@ class Method:
     rows: str = ""  # reference, teacher: for every problem its solution, or one of the teacher's, is one more row
     overlap: bool = False  # of the teacher's solutions the one most like the student's own next tokens is taken
     margin: bool = False  # batch.margin is available: one more reading by the student
-    marks: bool = False  # batch.marked is available, with --teacher-context label
+    marks: Callable[[bool, int], bool] | None = None  # (correct?, step): those to be marked; batch.marked
     views: bool = False  # batch.views and batch.anchor are: one more reading by the teacher
 
 
@@ -103,7 +103,7 @@ def policy(batch: Batch, coefficient: Tensor) -> Tensor:
     return egrsd.policy_loss(batch.logp, coefficient.expand_as(batch.logp), batch.mask, reduction="none")
 
 
-@method("sft", "supervised: log-likelihood of the reference solution, no rollouts", rollouts=False, rows="reference",
+@method("sft", "supervised: log-likelihood of solutions, no rollouts", rollouts=False, rows="reference",
         uses=("rows",), teacher=False)
 def sft(batch: Batch) -> Tensor:
     """-log p_theta(s*_t) on the reference solution s* and a stop token. Grade P. With --rows teacher, s* is what the
@@ -294,7 +294,8 @@ def resd(batch: Batch) -> Tensor:
 
 @method("trace", "TRACE: group GRPO, at first clipped forward KL on the decisive segments of correct rollouts",
         full_distributions=True, groups=True, needs=dict(advantage="group", teacher_context="label"),
-        uses=("advantage",), marks=True, recipe=dict(teacher_schedule="copy", teacher_every=10))
+        uses=("advantage",), marks=lambda correct, step: correct and step < 40,
+        recipe=dict(teacher_schedule="copy", teacher_every=10))
 def trace(batch: Batch, errors: bool = False, warmup: int = 10, decay_steps: int = 30) -> Tensor:
     """c = A, on the marked segments S of correct rollouts (1 - lam / 0.5) A; plus lam times OPSD's divergence, summed
     over S, divided by the completion's length, mean over completions; lam = 0.5 for 10 steps, then to 0 in 30.
@@ -308,7 +309,8 @@ def trace(batch: Batch, errors: bool = False, warmup: int = 10, decay_steps: int
 
 @method("trace-errors", "TRACE for weaker models: group GRPO, at first reverse KL on the mistakes of wrong rollouts",
         full_distributions=True, groups=True, needs=dict(advantage="group", teacher_context="label"),
-        uses=("advantage",), marks=True, recipe=dict(teacher_schedule="copy", teacher_every=10))
+        uses=("advantage",), marks=lambda correct, step: not correct and step < 40,
+        recipe=dict(teacher_schedule="copy", teacher_every=10))
 def trace_errors(batch: Batch) -> Tensor:
     """`trace` with KL(p_S || p_T) on the marked segments of wrong rollouts, a variant of the source. Grade S."""
     return trace(batch, errors=True)

@@ -89,6 +89,8 @@ class Neighbour(train.Trainer):
         if question:
             check_window(self.model, data, self.problems, (1 + self.context.quoted) * self.s.max_new_tokens,
                          lambda p: [self.encode(question.text(Row([], [], False, p, []), self.tokenizer))])
+        if self.method.overlap:
+            check_window(self.model, data, self.problems, self.s.max_new_tokens, lambda p: [asking.hinted(self, p)])
 
     def train_step(self) -> dict:
         """The step, with what was noted in it on all ranks."""
@@ -114,11 +116,9 @@ class Neighbour(train.Trainer):
     def make_rollouts(self, problems: list[Problem]) -> list[Row]:
         """Also asks about them what the teacher's prompts need."""
         rollouts = super().make_rollouts(problems) if self.method.rollouts else []
-        self.rollouts = [Row(**vars(row)) for row in rollouts]
+        self.rollouts = [Row(**vars(row), marked=torch.zeros(len(row.token_ids), dtype=torch.bool)) for row in rollouts]
         if self.context.question and self.rollouts:
             asking.ask_about(self, self.rollouts)
-            if self.s.teacher_context == "label":
-                self.note("unmarked", [not row.label for row in self.rollouts])
         return self.rollouts
 
     def other_rows(self, problems: list[Problem]) -> list[Row]:
@@ -141,7 +141,7 @@ class Neighbour(train.Trainer):
         """What --teacher-context says. A row whose teacher has nothing to be shown gets the student's prompt."""
         group, prompts = self.s.rollouts_per_prompt, []
         for i, row in enumerate(rows):
-            is_taught = self.method.teacher and (self.rows == "teacher" or not row.is_reference)
+            is_taught = self.rows == "teacher" or self.method.teacher and not row.is_reference
             if getattr(row, "teacher_prompt", None) is None:
                 row.teacher_prompt = self.prompt_of(row, rows[i - i % group:i - i % group + group], i) if (
                     is_taught) else row.prompt
@@ -228,6 +228,8 @@ class Neighbour(train.Trainer):
 
     def after_update(self) -> None:
         """What --teacher-schedule says. An average is one of the matrices A and of the B, not of their product."""
+        for row in self.rollouts:
+            row.views = row.bare_hidden = None  # they would stay in memory while the next step samples
         for old, new in zip(self.teacher_adapter, self.parameters, strict=False):  # the first is empty for `frozen`
             if self.s.teacher_schedule == "ema":
                 old.lerp_(new.detach(), 1 - self.s.teacher_decay)

@@ -25,8 +25,8 @@ class FamilySettings(Settings):
     teacher_every: int = flag(20, "steps between copies of --teacher-schedule copy", "[1, inf)")
     gate: str = flag("", "what takes the place of EGRSD's gate: position, the weight of PW-OPSD; two-view, RP-OPSD's; "
                      "dual, MSD's (default: EGRSD's own)", choices=("position", "two-view", "dual"))
-    rows: str = flag("", "solutions to learn from: those of the data, or ones that the teacher writes (default: what "
-                     "the method says)", choices=("reference", "teacher"))
+    rows: str = flag("", "what --method sft learns from: solutions of the data, or those that the teacher writes "
+                     "(default: of the data)", choices=("reference", "teacher"))
     teacher_rollouts: int = flag(1, "solutions that the teacher writes of each problem, to choose from", "[1, 1e4]")
     ask_temperature: float = flag(1.0, "sampling temperature of all texts but rollouts", "[0, inf)")
     ask_top_p: float = flag(1.0, "top-p of all texts but rollouts", "(0, 1]")
@@ -90,10 +90,17 @@ def check(s: FamilySettings) -> None:
                              "flag out, or choose another method")
     if s.gate and s.method != "egrsd":
         raise InputError(f"--gate {s.gate} takes the place of EGRSD's gate: use it with --method egrsd")
-    if method and not method.rollouts and CONTEXTS[s.teacher_context].question:
+    context = CONTEXTS[s.teacher_context]
+    if method and not method.rollouts and (context.question or context.compares):
         raise InputError(f"--teacher-context {s.teacher_context} is about rollouts, which --method {s.method} has none "
                          "of: choose another")
-    compares = method and method.groups or s.advantage == "group" or CONTEXTS[s.teacher_context].compares
+    if rows(s) == "teacher" and s.teacher_context == "label":
+        raise InputError(f"--method {s.method} needs a text for every problem, --teacher-context label has none where "
+                         "nothing is marked: choose another")
+    if (s.gate == "two-view" or method and method.views) and context.is_bare:
+        raise InputError(f"--teacher-context {s.teacher_context} leaves no difference between the teacher's two views: "
+                         "choose another")
+    compares = method and method.groups or s.advantage == "group" or context.compares
     if compares and s.rollouts_per_prompt < 2:
         raise InputError(f"--method {s.method}, --advantage {s.advantage} and --teacher-context {s.teacher_context} "
                          "compare completions of one problem: set --rollouts-per-prompt to 2 or more")

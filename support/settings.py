@@ -91,7 +91,8 @@ def parse(argv: list[str], description: str, family=None) -> tuple[Settings, boo
     if "data" in given:
         preset.pop("eval_data", None)  # a preset's held-out problems belong to its training problems
     if explain:
-        print(family.explain(_resolve(preset, given, family)))
+        family.check(s := _resolve(preset, given, family))
+        print(family.explain(s))
         raise SystemExit(0)
     if not resume:
         return _resolve(preset, given, family), False

@@ -109,6 +109,14 @@ def test_segments_are_lines_and_sentences(tokenizer):
     assert contexts.segments(row_of(tokenizer, ""), tokenizer) == []
 
 
+def test_sentences_end_where_a_tokenizer_hides_spaces():
+    """As SentencePiece's: a token decoded alone has no space before it."""
+    words = dict(enumerate("First we add seven . Then we take nine away . It is two .".split()))
+    hiding = SimpleNamespace(decode=lambda ids, **_: " ".join(words[i] for i in ids).replace(" .", "."))
+    parts = contexts.segments(Row(list(words), [], True, PROBLEMS[0], []), hiding)
+    assert [(part.start, part.stop) for part in parts] == [(0, 5), (5, 11), (11, 15)]
+
+
 LONG = "Let us count. " + "1+2=3 and then it is also so that 3+4=7. " * 3 + "So it is 7. \\boxed{7}"
 
 
@@ -118,7 +126,8 @@ LONG = "Let us count. " + "1+2=3 and then it is also so that 3+4=7. " * 3 + "So 
     ("<think>Segments: 2. Kind: idea</think>Segments: 1. Kind: setup", [1], "setup"),
     ("Segments: 2, 2, 99, 0. Kind: idea", [2], "idea"),
     ("Segments: 2, 3, 1. Kind: idea", [2, 1], "idea"),  # 3 as well would be more than a quarter
-    ("Segments: 99999999999999999999. Kind: idea", [], ""),
+    ("**Segments:** [2] and 1; **Kinds:** calculations", [2, 1], "calculation"),
+    ("Segments: 99999999999999999999. Kind: idea", [], ""), ("<think>Segments: 1. Kind: setup", [], ""),
     ("Segments: 1. Kind: magic", [], ""), ("Segments: . Kind: idea", [], ""), ("7+5=12. \\boxed{12}", [], "")])
 def test_marks(tokenizer, monkeypatch, answer, marked, label):
     row = row_of(tokenizer, LONG)
@@ -259,14 +268,14 @@ def samples(run):
 
 
 @pytest.mark.parametrize("name, key", [("pbsd", "solutions"), ("brts", "solutions"), ("resd", "reflection"),
-                                       ("trace", "marks"), ("sft", "solutions")])
+                                       ("trace-errors", "marks"), ("sft", "solutions")])
 def test_what_is_asked_for_is_written_down(tiny_toy, tmp_path, name, key):
     out = tmp_path / "run"
-    train_here(*arguments(tiny_toy, out, name, steps=1, **NEW[name]))
+    train_here(*arguments(tiny_toy, out, name, steps=1, **NEW.get(name, {})))
     rows, (row,) = samples(out), metrics(out)
-    assert len(rows) == 4 and all(row["correct"] and key == "reflection" or key in row["asked"] for row in rows)
+    assert len(rows) == 4 and all(row["correct"] and key != "solutions" or key in row["asked"] for row in rows)
     assert row["asked_tokens"] > 0 and 0 < row["ask_s"] < row["step_s"]
-    figures = {"solutions": {"teacher_accuracy", "teacher_truncated"}, "marks": {"unmarked"}}.get(key, set())
+    figures = {"solutions": {"teacher_accuracy", "teacher_truncated"}}.get(key, set())
     assert figures <= row.keys() and ("margin" in row) == (name == "pbsd")
     assert ("teacher_likeness" in row) == (name == "brts")
     if name == "brts":
@@ -304,8 +313,9 @@ def test_degenerate_steps(tiny_toy, tmp_path, monkeypatch, name, kind):
         if name in ("pbsd", "brts", "sft"):
             assert row["teacher_accuracy"] == (kind == "all right")
             assert row["teacher_truncated"] == 1 or kind != "truncated"
-        if name == "trace":  # all rewards alike, nothing can be parsed: nothing is learned
-            assert row["unmarked"] == 1 and row["grad_norm"] == 0 or kind == "all right"
+        if name == "trace":  # only correct ones are asked about; all rewards alike, nothing can be parsed
+            assert row.get("unmarked") == (1 if kind == "all right" else None)
+            assert row["grad_norm"] == 0 or kind == "all right"
         if name == "resd" and kind == "all right":
             assert row["asked_tokens"] == 0
         if name in ("msd", "rp-opsd", "pbsd", "brts"):
@@ -344,15 +354,16 @@ def test_the_two_view_gate_uses_running_statistics(tiny_toy, tmp_path):
     t = trainer(tiny_toy, tmp_path / "run", "egrsd", gate="two-view")
     t.log.bar, seen = SimpleNamespace(set_postfix_str=lambda *_, **__: None, update=lambda *_: None), []
     t.out.mkdir()
+    before_clipping, rows = t.before_clipping, []
+    t.before_clipping = lambda n: (before_clipping(n), rows.append([replace(row) for row in t.rollouts]))
     for _ in range(2):
         t.train_step()
-        seen += [value for row in t.rollouts for value in row.views.tolist()]
+        seen += [value for row in rows[-1] for value in row.views.tolist()]
     assert t.view_sums == pytest.approx([len(seen), sum(seen), sum(x ** 2 for x in seen)])
-    rows = t.rollouts[:2]
-    mask = torch.arange(12) < torch.tensor([[len(row.token_ids)] for row in rows])
-    expected = (torch.tensor(rows[0].views.tolist()) - np.mean(seen)) / np.std(seen)
-    torch.testing.assert_close(t.views(SimpleNamespace(rows=rows, mask=mask))[0, :len(expected)], expected.float(),
+    expected = (torch.tensor(rows[1][0].views.tolist()) - np.mean(seen)) / np.std(seen)
+    torch.testing.assert_close(t.views(SimpleNamespace(rows=rows[1][:2]))[0, :len(expected)], expected.float(),
                                atol=1e-4, rtol=1e-4)
+    assert all(row.views is row.bare_hidden is None for row in t.rollouts)  # not kept while the next step samples
     tensors, numbers = t.state()
     t.view_sums = [0.0] * 3
     t.load_state({"teacher": []}, json.loads(json.dumps(numbers)))
@@ -388,6 +399,29 @@ def test_questions_must_fit_the_window(tiny_toy, tmp_path, name, context, most):
     """The toy's window of 4,096 tokens holds question, quoted attempts and answer."""
     with pytest.raises(InputError, match="beyond the model's window"):
         train_here(*arguments(tiny_toy, tmp_path / "run", name, **{"teacher-context": context, "max-new-tokens": most}))
+
+
+@pytest.mark.parametrize("name, changes, field", [
+    ("sft", {"rows": "teacher"}, "solution"), ("brts", {"teacher-context": "none"}, "answer")])
+def test_what_the_teacher_is_asked_must_fit_the_window(tiny_toy, tmp_path, name, changes, field):
+    lines = (tiny_toy / "train.jsonl").read_text().splitlines(keepends=True)[:9]
+    lines[3] = json.dumps(json.loads(lines[3]) | {field: "12345 " * 900}) + "\n"
+    (tmp_path / "long.jsonl").write_text("".join(lines))
+    with pytest.raises(InputError, match="line 4: .* beyond the model's window"):
+        train_here(*arguments(tiny_toy, tmp_path / "run", name, data=tmp_path / "long.jsonl", **changes,
+                              **{"skip-ungradable": False}))
+
+
+def test_what_does_not_fit_is_not_asked(tiny_toy, tmp_path, monkeypatch):
+    """Quotations may become longer when they are encoded anew: then there is no reflection."""
+    monkeypatch.setattr(rollout, "window", lambda model: 60)
+    t = SimpleNamespace(s=SimpleNamespace(max_new_tokens=20), context=CONTEXTS["reflection"], tokenizer=None, step=0,
+                        method=METHODS["resd"], model=None, encode=lambda text: [0] * (39 + len(text.split("x"))))
+    rows = [Row([1], [], True, PROBLEMS[0], [], "", "8"), Row([1], [], True, PROBLEMS[0], [], "x" * 9, "8")]
+    asked = []
+    monkeypatch.setattr(asking, "ask", lambda t, prompts, what: asked.extend(prompts) or [None] * len(prompts))
+    asking.ask_about(t, rows)
+    assert [prompt is not None for prompt in asked] == [True, False]
 
 
 @pytest.mark.parametrize("name", ["cl-egrsd", "direction-aware", *METHODS])

@@ -288,7 +288,7 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
     monkeypatch.setattr(train, "grade_rollouts", every_other_one_is_correct(train.grade_rollouts))
     marks = [t.tokenizer.encode(f"Segments: {i % 4 // 2}, 7. Kind: idea") for i in range(8)]
     monkeypatch.setattr(asking, "ask", lambda t, prompts, what, **more: ask(t, prompts, what, **more) if (
-        what != "marks") else [rollout.Completion(ids, [], True) for ids in marks])
+        what != "marks") else [p and rollout.Completion(ids, [], True) for p, ids in zip(prompts, marks, strict=True)])
     t.step, t.median_entropies = step, [0.0] * 5  # at most every median: g = 1
     metrics = t.train_step()
     t.model.eval()
@@ -598,6 +598,10 @@ def test_groups_are_shared_by_all_processes(monkeypatch):
     (["--method", "sft", "--teacher-rollouts", "2"], "--teacher-rollouts: --method sft makes no use of it"),
     (["--method", "msd", "--ask-temperature", "0.5"], "--ask-temperature: no text is asked for"),
     (["--method", "sft", "--rows", "teacher", "--teacher-context", "reflection"], "is about rollouts"),
+    (["--method", "sft", "--rows", "teacher", "--teacher-context", "peer"], "is about rollouts"),
+    (["--method", "pbsd", "--teacher-context", "label"], "needs a text for every problem"),
+    (["--method", "rp-opsd", "--teacher-context", "none"], "leaves no difference between the teacher's two views"),
+    (["--method", "egrsd", "--gate", "two-view", "--teacher-context", "none"], "leaves no difference"),
     (["--method", "egrsd", "--gate", "dual", "--floor", "0.5"], "--floor: --gate dual takes the place"),
     (["--gate", "two-view"], "use it with --method egrsd"),
     (["--method", "egrds"], "--method")])

@@ -85,7 +85,8 @@ def solutions(t, problems: list[Problem], rollouts: list[Row]) -> list[Row]:
         likes = [likeness(row, top) for row in rows]
         best = max(range(len(rows)), key=lambda i: (rows[i].correct, likes[i]))
         chosen.append(rows[best])
-        (first if rollouts else rows[best]).asked |= {"solutions": [row.text for row in rows], "chosen": best}
+        (first if rollouts else rows[best]).asked |= {
+            "solutions": [row.text for row in rows], "correct": [row.correct for row in rows], "chosen": best}
         t.note("teacher_likeness", likes[best:best + 1] if top is not None else [])
     t.note("teacher_accuracy", [row.correct for row in chosen])
     t.note("teacher_truncated", [not row.finished for row in chosen])

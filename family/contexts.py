@@ -113,7 +113,7 @@ def _take_marks(row: Row, answer: str, tokenizer) -> None:
         part = parts[int(number) - 1] if 1 <= int(number) <= len(parts) else range(0)
         if row.marked.sum() + len(part) <= MOST_MARKED * len(row.marked):
             row.marked[part.start:part.stop] = True
-    row.label = said[-1][1].lower() if row.marked.any() else ""
+    row.asked["label"] = row.label = said[-1][1].lower() if row.marked.any() else ""
 
 
 REFLECTION = Question("reflections", _ask_for_reflection, _take_reflection)

@@ -75,7 +75,7 @@ class Method:
     summary: str
     needs: dict = field(default_factory=dict)  # settings it is defined by: other values are refused
     recipe: dict = field(default_factory=dict)  # settings its source uses: flags may change them
-    uses: tuple[str, ...] = ()  # which of advantage, eps, gamma, window, floor its formula reads
+    uses: tuple[str, ...] = ()  # which of advantage, eps, gamma, window, floor, rows its formula reads
     teacher: bool = True  # the teacher's pass is made
     full_distributions: bool = False  # batch.divergence is available
     groups: bool = False  # several rollouts per problem
@@ -210,7 +210,7 @@ def opsd(batch: Batch) -> Tensor:
 
 @method("pw-opsd", "PW-OPSD: OPSD's divergence, weighted by position", full_distributions=True)
 def pw_opsd(batch: Batch) -> Tensor:
-    """OPSD's divergence times `position_weight`, mean per completion, then over completions. 2605.21606. Grade P."""
+    """`clipped_forward_kl` times `position_weight`, mean per completion, then over completions. 2605.21606. Grade P."""
     return position_weight(batch.mask) * mean_of_completions(batch, batch.divergence(clipped_forward_kl))
 
 
@@ -243,7 +243,7 @@ def msd(batch: Batch) -> Tensor:
     return share * batch.per_completion * batch.divergence(reverse_kl)
 
 
-@method("rp-opsd", "RP-OPSD: forward KL to the teacher where its solution changes its mind, to the base elsewhere",
+@method("rp-opsd", "RP-OPSD: forward KL to the teacher where the solution matters to it, to the base model elsewhere",
         full_distributions=True, views=True, needs=dict(teacher_schedule="frozen"))
 def rp_opsd(batch: Batch) -> Tensor:
     """g KL(q+ || p) + 0.2 (1 - g) KL(ref || p), g = `two_view_gate` of KL(q+ || q-), q+ and q- the model with and
@@ -256,9 +256,9 @@ def rp_opsd(batch: Batch) -> Tensor:
 @method("pbsd", "PBSD: prefers the teacher's solution to the student's, whatever the verifier says",
         needs=dict(rollouts_per_prompt=1, teacher_rollouts=1), rows="teacher", margin=True)
 def pbsd(batch: Batch, beta: float = 0.1) -> Tensor:
-    """-log sigma(m), m = beta (log p_theta(y+) / p_T(y+) - log p_theta(y-) / p_T(y-)), y+ the teacher's solution, y-
-    the rollout, sums over tokens, mean over problems. 2605.05040. Grade S. Written as the policy gradient that it is: c
-    = beta sigma(-m) on y+ and -beta sigma(-m) on y-, so that `loss` is not -log sigma(m). Ours: beta = 0.1, and one
+    """-log sigma(m), m = beta (log [p_theta(y+) / p_T(y+)] - log [p_theta(y-) / p_T(y-)]), y+ the teacher's solution,
+    y- the rollout, sums over tokens, mean over problems. 2605.05040. Grade S. Written as the policy gradient it is:
+    c = beta sigma(-m) on y+ and -beta sigma(-m) on y-, so that `loss` is not -log sigma(m). Ours: beta = 0.1, and one
     pair for each problem."""
     c = beta * torch.sigmoid(-beta * batch.margin) * torch.where(batch.is_reference, 1.0, -1.0)
     return policy(batch, c.unsqueeze(-1) * batch.per_completion)
@@ -273,9 +273,9 @@ def brts(batch: Batch, weight: float = 10.0) -> Tensor:
     renormalised, on one of 4 solutions of the teacher's; token means. 2605.09725. Grade P (code; no script of theirs
     switches the second term on).
 
-    That one is correct, if any is, and of these has the most tokens among the student's top 16 at the same positions of
-    its rollout (as far as both reach). If none is correct: one more, by a teacher that sees the answer, if that is
-    correct, else the most alike of the 4. Ours: the teacher is the same model, shown the solution."""
+    That one is correct, if any is, and of these has the largest share of tokens among the student's top 16 at the same
+    positions of its rollout (as far as both reach). If none is correct: one more, by a teacher that sees the answer, if
+    that is correct, else the most alike of the 4. Ours: the teacher is the same model, shown the solution."""
     rows = weight * batch.divergence(partial(forward_kl_top, k=16, renormalised=False))
     return torch.where(batch.is_reference.unsqueeze(-1), rows, batch.divergence(partial(policy_top, k=16)))
 
@@ -286,7 +286,7 @@ def brts(batch: Batch, weight: float = 10.0) -> Tensor:
 def resd(batch: Batch) -> Tensor:
     """Per completion the mean of `clipped_reverse_kl_top`, times 1 - s if solved and s if not, s the step's share of
     solved ones, scaled to a mean of 1. 2605.12741. Grade P. Where all or none are solved the weight is 1 (ours, as is
-    the wording). Left out: playbook, buffer of solutions, inner updates; a verifier of mathematics says little."""
+    the wording). Left out: playbook, buffer of solutions, inner updates; the verifier says only right or wrong."""
     s = batch.success_rate
     weight = torch.where(batch.correct, 1 - s, s) / (2 * s * (1 - s)) if 0 < s < 1 else torch.ones_like(batch.advantage)
     return weight.unsqueeze(-1) * mean_of_completions(batch, batch.divergence(partial(clipped_reverse_kl_top, k=100)))
@@ -297,7 +297,7 @@ def resd(batch: Batch) -> Tensor:
         uses=("advantage",), marks=lambda correct, step: correct and step < 40,
         recipe=dict(teacher_schedule="copy", teacher_every=10))
 def trace(batch: Batch, errors: bool = False, warmup: int = 10, decay_steps: int = 30) -> Tensor:
-    """c = A, on the marked segments S of correct rollouts (1 - lam / 0.5) A; plus lam times OPSD's divergence, summed
+    """c = A, but (1 - lam / 0.5) A on the marked segments S of correct rollouts; plus lam `clipped_forward_kl`, summed
     over S, divided by the completion's length, mean over completions; lam = 0.5 for 10 steps, then to 0 in 30.
     2605.10194. Grade S. Ours: the mean of c log p_theta is over tokens, as in grpo-group; the student itself marks (a
     variant of the source); wording, kinds and segments (contexts.py). Unmarked rollouts are those of grpo-group."""

@@ -294,7 +294,7 @@ class Neighbour(train.Trainer):
         return (PAD([row.views for row in batch.rows]) - mean) / (deviation + 1e-6)
 
     def other_gate(self, batch: train.Batch) -> Tensor:
-        """What --gate says, [B, T]; 1 where the teacher had nothing to be shown."""
+        """What --gate says, [B, T]; two-view and dual are 1 where the teacher had nothing to be shown."""
         if self.s.gate == "position":
             return position_weight(batch.mask)
         gate = (two_view_gate(self.views(batch)) if self.s.gate == "two-view" else

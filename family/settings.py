@@ -91,7 +91,7 @@ def check(s: FamilySettings) -> None:
     if s.gate and s.method != "egrsd":
         raise InputError(f"--gate {s.gate} takes the place of EGRSD's gate: use it with --method egrsd")
     context = CONTEXTS[s.teacher_context]
-    if method and not method.rollouts and (context.question or context.compares):
+    if method and not method.rollouts and context.quoted:
         raise InputError(f"--teacher-context {s.teacher_context} is about rollouts, which --method {s.method} has none "
                          "of: choose another")
     if rows(s) == "teacher" and s.teacher_context == "label":
@@ -100,7 +100,10 @@ def check(s: FamilySettings) -> None:
     if (s.gate == "two-view" or method and method.views) and context.is_bare:
         raise InputError(f"--teacher-context {s.teacher_context} leaves no difference between the teacher's two views: "
                          "choose another")
-    compares = method and method.groups or s.advantage == "group" or context.compares
-    if compares and s.rollouts_per_prompt < 2:
-        raise InputError(f"--method {s.method}, --advantage {s.advantage} and --teacher-context {s.teacher_context} "
-                         "compare completions of one problem: set --rollouts-per-prompt to 2 or more")
+    if s.rollouts_per_prompt < 2:
+        compare = {f"--method {s.method}": method and method.groups, "--advantage group": s.advantage == "group",
+                   f"--teacher-context {s.teacher_context}": context.compares}
+        is_fixed = method and "rollouts_per_prompt" in method.needs
+        for what in (what for what, compares in compare.items() if compares):
+            raise InputError(f"{what} compares completions of one problem, --rollouts-per-prompt is 1: "
+                             f"{'choose another' if is_fixed else 'set --rollouts-per-prompt to 2 or more'}")

@@ -92,7 +92,7 @@ def parse(argv: list[str], description: str, family=None) -> tuple[Settings, boo
         preset.pop("eval_data", None)  # a preset's held-out problems belong to its training problems
     if explain:
         family.check(s := _resolve(preset, given, family))
-        print(family.explain(s))
+        family.explain(s)
         raise SystemExit(0)
     if not resume:
         return _resolve(preset, given, family), False

@@ -134,7 +134,7 @@ def test_marks(tokenizer, monkeypatch, answer, marked, label):
     parts = contexts.segments(row, tokenizer)
     monkeypatch.setattr(contexts, "MOST_MARKED", (sum(len(parts[i - 1]) for i in (1, 2)) + 1) / len(row.token_ids))
     contexts.MARKS.take(row, answer, tokenizer)
-    assert row.label == label and row.asked == {"marks": answer}
+    assert row.label == label and row.asked == {"marks": answer, "label": label}
     assert row.marked.nonzero().flatten().tolist() == sorted(i for n in marked for i in parts[n - 1])
 
 
@@ -184,7 +184,8 @@ def test_the_chosen_solution(tokenizer, monkeypatch, overlap, texts, hint, chose
                         teacher_prompt=lambda problem, text: "shown " + text)
     row, = asking.solutions(t, [PROBLEMS[0]], [first])
     all_texts = texts + ([hint] if chosen == 3 else [])
-    assert row.text == all_texts[chosen] and first.asked == {"solutions": all_texts, "chosen": chosen}
+    assert row.text == all_texts[chosen] and first.asked["solutions"] == all_texts
+    assert first.asked["chosen"] == chosen and first.asked["correct"] == ["7" in text for text in all_texts]
     assert row.is_reference and row.teacher_prompt == "shown S1" and row.prompt == [3]
     assert notes["teacher_accuracy"] == [row.correct] == ["7" in row.text]
 

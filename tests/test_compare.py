@@ -222,6 +222,21 @@ def test_a_recorded_comparison_is_that_of_the_documentation():
         assert line in documentation
 
 
+def test_the_recorded_rows_that_need_more_are_those_of_the_documentation():
+    rows, gradients = (json.loads((ROOT / "results" / f"{name}_asked.json").read_text())["rows"]
+                       for name in ("compare", "gradients"))
+    trained = json.loads((ROOT / "results" / "compare.json").read_text())["rows"] | rows
+    documentation = (ROOT / "docs" / "evidence.md").read_text()
+    for line in compare.table(rows).splitlines():
+        assert line in documentation
+    for name, row in gradients.items():
+        cells = [f"{row[key][0]:{sign}.3f} ± {row[key][1]:.3f}" for key, sign in (
+            ("alignment", ""), ("- grpo", "+"), ("sign", ""), ("shorter", "+"), ("bias", ""), ("norm", ""))]
+        if "mean_accuracy" in trained.get(name, {}):
+            cells.append(f"{100 * trained[name]['mean_accuracy']['mean']:.1f}")
+        assert f"| {' | '.join([name, *cells])} | " in documentation.replace("\n", " ")
+
+
 COLUMNS = [("start", "alignment", ""), ("start", "- gamma 0", "+"), ("middle", "alignment", ""),
            ("end", "alignment", ""), ("start", "sign", ""), ("start", "shorter", "+"), ("middle", "shorter", "+"),
            ("end", "shorter", "+"), ("start", "bias", "")]

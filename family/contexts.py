@@ -72,10 +72,6 @@ def _ask_for_reflection(row: Row, tokenizer) -> str | None:
         "which step is wrong or missing, why, and what should be done instead. Do not solve the problem again.")
 
 
-def _take_reflection(row: Row, answer: str, tokenizer) -> None:
-    row.asked["reflection"] = _said(answer).strip()
-
-
 def segments(row: Row, tokenizer) -> list[range]:
     """The lines and sentences of a rollout as ranges of its tokens: a sentence ends in . ! or ? before a space."""
     ids = row.token_ids  # a token's text is what it adds to the one before it: alone, some lose the space before them
@@ -105,7 +101,7 @@ def _take_marks(row: Row, answer: str, tokenizer) -> None:
     """Segments in the order named, without those that would make it more than MOST_MARKED of the tokens. An answer of
     another form, or with nothing to mark, leaves no label, and the teacher has no say."""
     row.asked["marks"] = answer
-    form = rf"Segments?:((?:[\d,\s]|and)*\d)\s*[.,;]?\s*Kinds?:\s*({'|'.join(LABELS)})s?\b"
+    form = rf"Segments?:((?:[\d,\s]|and){{,200}}\d)\s{{,9}}[.,;]?\s{{,9}}Kinds?:\s{{,9}}({'|'.join(LABELS)})s?\b"
     said = re.findall(form, re.sub(r"[*\[\]`]", "", _said(answer)), re.IGNORECASE)
     parts = segments(row, tokenizer)
     row.marked = torch.zeros(len(row.token_ids), dtype=torch.bool)
@@ -116,7 +112,8 @@ def _take_marks(row: Row, answer: str, tokenizer) -> None:
     row.asked["label"] = row.label = said[-1][1].lower() if row.marked.any() else ""
 
 
-REFLECTION = Question("reflections", _ask_for_reflection, _take_reflection)
+REFLECTION = Question("reflections", _ask_for_reflection,
+                      lambda row, answer, _: row.asked.update(reflection=_said(answer).strip()))
 MARKS = Question("marks", _ask_for_marks, _take_marks)
 
 

@@ -72,8 +72,11 @@ def assert_same(ours, theirs):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5) and one.finished == other.finished
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-@pytest.mark.parametrize("settings", [dict(), dict(temperature=0), dict(top_k=9, top_p=0.9, temperature=1.1)])
+DRAWS = (dict(), dict(temperature=0), dict(top_k=9, top_p=0.9, temperature=1.1))
+
+
+@pytest.mark.parametrize("adapter, settings", [(True, DRAWS[0]), (False, DRAWS[2]), *(
+    pytest.param(adapter, DRAWS[i], marks=pytest.mark.slow) for adapter, i in ((1, 1), (1, 2), (0, 0), (0, 1)))])
 def test_sixty_replayed_steps_equal_sixty_steps(model, adapter, settings):
     """Slot by slot: 5 rows in a bucket of 6 slots, of which one is idle, over two buckets of width."""
     model = adapted(model) if adapter else model
@@ -99,7 +102,8 @@ def test_sixty_replayed_steps_equal_sixty_steps(model, adapter, settings):
     assert plain.age[:5].max() == 61 and plain.age[5] == 0
 
 
-@pytest.mark.parametrize("make", [tiny_qwen3, pytest.param(tiny_hybrid, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_hybrid])
 def test_recorded_sampling_equals_plain_sampling(make):
     """Whole calls: slots are refilled, gaps closed, rows idle in their bucket. The recordings outlive a call, and see
     the adapter's new weights."""

@@ -64,7 +64,7 @@ def make_tiny_toy(root, problems):
 
 @pytest.fixture(scope="session")
 def tiny_toy(tmp_path_factory):
-    return make_tiny_toy(tmp_path_factory.mktemp("toy"), problems=320)
+    return make_tiny_toy(tmp_path_factory.mktemp("toy"), problems=96)
 
 
 @contextmanager

@@ -342,7 +342,7 @@ def test_models_that_decode_cannot_serve_are_refused(model):
         rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1])
 
 
-@pytest.mark.parametrize("slots", [1, 3, 7])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 3, 7])
 def test_states_follow_their_rows(monkeypatch, slots):
     """Rows leave, others take their slots, gaps close: each row is what it is alone. No state sees padding, and
     prompts of the same length are prefilled together."""

@@ -159,6 +159,7 @@ def test_prefill_is_bounded(model, monkeypatch):
     assert [shape for shape in shapes if shape[1] > 1] == [(3, 11), (1, 7), (1, 23), (1, 2)]
 
 
+@pytest.mark.slow
 def test_thousands_of_refills_do_not_grow_memory(model):
     """All tensors alive, measured every 500 completions: their storage is that of the slots and does not grow."""
     sizes, done = [], 0
@@ -342,7 +343,7 @@ def test_models_that_decode_cannot_serve_are_refused(model):
         rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1])
 
 
-@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 3, 7])
+@pytest.mark.parametrize("slots", [3, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (1, 7))])
 def test_states_follow_their_rows(monkeypatch, slots):
     """Rows leave, others take their slots, gaps close: each row is what it is alone. No state sees padding, and
     prompts of the same length are prefilled together."""

@@ -140,12 +140,13 @@ def assert_close_run(run, reference):
         assert [a[name] for name in same] == pytest.approx([b[name] for name in same], abs=1e-5)
 
 
-@pytest.mark.parametrize("micro_batch", [2, 3])
+@pytest.mark.parametrize("micro_batch", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_micro_batches_change_nothing(tiny_toy, tmp_path, reference, micro_batch):
     train_here(*train_arguments(tiny_toy, tmp_path / "run", **COMPARED | {"micro-batch": micro_batch}))
     assert_close_run(tmp_path / "run", reference)
 
 
+@pytest.mark.slow
 def test_a_hybrid_model_is_trained_stopped_and_resumed(tiny_toy, tmp_path, capsys):
     """Linear attention, all layers adapted, and recomputed activations."""
     config = Qwen3_5TextConfig(**tiny_hybrid().config.to_dict() | {"vocab_size": len(toy.make_tokenizer())})

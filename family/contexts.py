@@ -22,7 +22,7 @@ from torch import Tensor
 from support.data import Problem
 from support.sampling import Rollout
 
-LEAST_SEGMENT = 5  # tokens; what is shorter goes with the segment after it
+LEAST_SEGMENT = 5  # tokens
 MOST_MARKED = 0.25  # of the tokens of a rollout, 2605.10194
 LABELS = ("setup", "calculation", "algebra", "case distinction", "idea", "conclusion")
 
@@ -73,7 +73,8 @@ def _ask_for_reflection(row: Row, tokenizer) -> str | None:
 
 
 def segments(row: Row, tokenizer) -> list[range]:
-    """The lines and sentences of a rollout as ranges of its tokens: a sentence ends in . ! or ? before a space."""
+    """The lines and sentences of a rollout as ranges of its tokens: a sentence ends in . ! or ? before a space. One of
+    less than LEAST_SEGMENT tokens goes with the next."""
     ids = row.token_ids  # a token's text is what it adds to the one before it: alone, some lose the space before them
     texts = [tokenizer.decode(ids[max(0, i - 1):i + 1])[len(tokenizer.decode(ids[max(0, i - 1):i])):]
              for i in range(len(ids))]
@@ -127,7 +128,7 @@ class Context:
     quoted: int = 0  # completions that the text, or what is asked for it, may quote
     compares: bool = False  # the text quotes other rollouts of the problem
     is_bare: bool = False  # no text, and that is meant: the teacher reads the student's prompt
-    question: Question | None = None  # asked of every rollout before its teacher's prompt is made
+    question: Question | None = None  # about a rollout, before its teacher's prompt is made
 
 
 def _peers(row: Row | None, peers: list[str], failed: list[str], example: Problem | None) -> str | None:

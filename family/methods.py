@@ -83,7 +83,7 @@ class Method:
     rows: str = ""  # reference, teacher: for every problem its solution, or one of the teacher's, is one more row
     overlap: bool = False  # of the teacher's solutions the one most like the student's own next tokens is taken
     margin: bool = False  # batch.margin is available: one more reading by the student
-    marks: Callable[[bool, int], bool] | None = None  # (correct?, step): those to be marked; batch.marked
+    marks: Callable[[bool, int], bool] | None = None  # (correct, step): is a rollout marked? batch.marked
     views: bool = False  # batch.views and batch.anchor are: one more reading by the teacher
 
 

@@ -1,57 +1,44 @@
 """Sampling, scoring and a training step, measured beside what one would otherwise use and beside the limit.
 
-    python -m experiments.bench                    all rows on the CPU, a quarter of an hour on two cores
+    python -m experiments.bench                    all rows on the CPU, ten minutes on two cores
     python -m experiments.bench --device cuda      the same rows at the shape of Qwen3-4B, in bfloat16
 
     1  mixed lengths    128 prompts of 48 tokens, 32 slots, at most 512 new tokens
                         peer: transformers' generate on batches of 32; limit: 32 tokens per bare decode step of 32 rows
-                        second peer: transformers' continuous batching, generate_batch, of up to 32 rows at a step
     2  shared prompts   8 prompts of 512 tokens x 8 samples x 32 new tokens
                         peer: generate with num_return_sequences; limit: prefill and bare decode steps of 64 rows
     3  scoring          4 x 1,024 tokens of hidden states, vocabulary 151,936
                         peer: the whole float32 logits; limit: the matrix products alone
-    4  training step    the toy, 8 prompts x 8 samples of at most 128 tokens, LoRA of rank 16, up to 64 rows per pass
-                        peer: TRL's GRPOTrainer (pip install trl peft; without it ours alone)
 
-Weights are random but for the toy's: speed and memory do not depend on them. Ours and the peer take turns, so that a
-change in the machine's mood meets both. The table gives medians over the turns; a ratio is the median of the ratios of
-each turn. In row 4 both have the same model, precision, threads and prompts, and a learning rate of 0, so that all
-turns sample from one policy. Only ours reads the completions as the teacher too, grades them and writes some to a file;
-TRL rewards their length. What TRL is not told is its default: it samples by generate, and has no reference model.
+Weights are random: speed and memory do not depend on them. Ours and the peer take turns, so that a change in the
+machine's mood meets both. The table gives medians over the turns; a ratio is the median of the ratios of each turn.
 """
 
 import argparse
 import ctypes
 import gc
 import json
-import logging
 import os
 import platform
 import re
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-from transformers.generation import ContinuousBatchingConfig
 
 import rollout
 import teacher
 from support.distributed import Ranks
 from support.flags import nonempty_path
 from support.run import one_line_errors, say
-from support.settings import parse
-from train import Trainer
 
 PROGRAM = "python -m experiments.bench"
 SMALL = dict(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
@@ -144,20 +131,6 @@ def peer_tokens(model, prompts, seed: int, *, max_new_tokens: int, stop_ids: lis
     return useful
 
 
-def batching_tokens(model, prompts, seed: int, *, max_new_tokens: int, stop_ids: list[int], slots: int) -> int:
-    """Useful tokens that transformers' generate_batch made, `slots` rows together. They may all be prefilled in one
-    step, and its cache holds all of them at full length, with a page to spare for each."""
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it misses psutil in every turn
-    longest = max(map(len, prompts))
-    config = ContinuousBatchingConfig(max_requests_per_batch=slots, max_batch_tokens=slots * longest, seed=seed)
-    config.num_blocks = slots * ((longest + max_new_tokens) // config.page_size + 2)
-    draw = GenerationConfig(**DRAW, max_new_tokens=max_new_tokens, eos_token_id=stop_ids or None)
-    rows = model.generate_batch(prompts, draw, config).values()
-    if len(rows) < len(prompts) or any(row.error for row in rows):  # which it only logs
-        raise RuntimeError(f"generate_batch finished {len(rows)} of {len(prompts)} rows: {[row.error for row in rows]}")
-    return sum(len(row.generated_tokens) for row in rows)
-
-
 @torch.inference_mode()
 def bare_step(model, rows: int, columns: int, steps: int = 60) -> float:
     """Seconds of one decode step of `rows` rows that attend to `columns` columns: the model alone, nothing is drawn."""
@@ -170,26 +143,22 @@ def bare_step(model, rows: int, columns: int, steps: int = 60) -> float:
     return timed(lambda: [step() for _ in range(steps)])[1] / steps
 
 
-def compare_samplers(row: str, model, prompts, repeats: int, limit: Callable, peers: dict, **settings) -> dict:
-    """Tokens/s of ours and the peers; all are seeded with the turn's number."""
+def compare_samplers(row: str, model, prompts, repeats: int, limit: Callable, **settings) -> dict:
+    """Tokens/s of ours and the peer; both are seeded with the turn's number."""
     def rate(sampler: Callable, turn: int) -> float:
         tokens, seconds = timed(partial(sampler, model, prompts, turn, **settings))
         return tokens / seconds
-    return take_turns(row, "tokens/s", repeats, ours=partial(rate, our_tokens), limit=limit,
-                      **{name: partial(rate, sampler) for name, sampler in peers.items()})
+    return take_turns(row, "tokens/s", repeats, ours=partial(rate, our_tokens), peer=partial(rate, peer_tokens),
+                      limit=limit)
 
 
 def mixed_lengths(device: str, repeats: int) -> Iterator[dict]:
     model = random_model(device)
     stop_ids = list(range(0, model.config.vocab_size, 64))  # random weights stop after 64 tokens on average
     columns = 128  # a row has 48 tokens of prompt and, by the lengths' lack of memory, 64 tokens on average
-    row = compare_samplers("1 mixed lengths", model, random_prompts(128, 48, model.config.vocab_size), repeats,
-                           lambda _: 32 / bare_step(model, 32, columns),
-                           {"peer": peer_tokens, "second": batching_tokens}, slots=32,
-                           max_new_tokens=512, stop_ids=stop_ids)
-    second = row.pop("second")
-    yield row
-    yield row | {"row": "1 mixed lengths, second peer", "peer": second, "limit": []}
+    prompts = random_prompts(128, 48, model.config.vocab_size)
+    yield compare_samplers("1 mixed lengths", model, prompts, repeats, lambda _: 32 / bare_step(model, 32, columns),
+                           slots=32, max_new_tokens=512, stop_ids=stop_ids)
 
 
 def shared_prompts(device: str, repeats: int) -> Iterator[dict]:
@@ -200,8 +169,8 @@ def shared_prompts(device: str, repeats: int) -> Iterator[dict]:
     def limit(_) -> float:
         prefill = timed(lambda: rollout.prefill(model, prompts))[1]
         return 8 * 8 * 32 / (prefill + 31 * bare_step(model, 64, 544))
-    yield compare_samplers("2 shared prompts", model, prompts, repeats, limit, {"peer": peer_tokens}, slots=64,
-                           samples_per_prompt=8, max_new_tokens=32, stop_ids=[])
+    yield compare_samplers("2 shared prompts", model, prompts, repeats, limit, slots=64, samples_per_prompt=8,
+                           max_new_tokens=32, stop_ids=[])
 
 
 def whole_logits(head, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool):
@@ -241,52 +210,7 @@ def scoring(device: str, repeats: int) -> Iterator[dict]:
     yield from rows("3 log-prob, forward + backward", backward, 2)
 
 
-def training_step(device: str, repeats: int) -> Iterator[dict]:
-    seconds, ends, starts = [], [], []
-
-    def turn(*_, **__):
-        ends.append(now())  # of a step of the peer
-        seconds.append(timed(ours.train_step)[1])
-        starts.append(now())  # of its next step
-    with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):  # TRL prints
-        ranks = Ranks.alone()
-        ranks.device = torch.device(device)
-        flags = ["--prompts-per-step", "8", "--rollouts-per-prompt", "8", "--lr", "0", "--eval-data", "", "--out", out]
-        ours = Trainer(parse(flags, "")[0], ranks)  # chooses the number of threads
-        ours.problems, ours.log.bar = ours.problems[:8], tqdm(disable=True)  # the same problems in every step
-        try:
-            grpo_trainer(ours, repeats + 1, turn).train()
-        except ImportError as error:
-            print(f"row 4 has no peer, because TRL is missing (pip install trl peft): {error}", file=sys.stderr)
-            while len(seconds) <= repeats:
-                turn()
-            ends.clear()
-    yield {"row": f"4 training step, threads: {torch.get_num_threads()}", "unit": "s", "ours": seconds[1:], "limit": [],
-           "peer": [end - start for start, end in zip(starts, ends[1:], strict=False)]}  # the first turn warms up
-
-
-def grpo_trainer(ours: Trainer, steps: int, after_step: Callable):
-    """TRL's trainer with the settings of ours."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-    s, samples, callback = ours.s, ours.s.rollouts_per_prompt, TrainerCallback()
-    callback.on_step_end = after_step
-    config = GRPOConfig(
-        s.out, max_steps=steps, shuffle_dataset=False, per_device_train_batch_size=samples * s.prompts_per_step,
-        num_generations=samples, max_completion_length=s.max_new_tokens, learning_rate=s.lr, bf16=ours.bf16,
-        save_strategy="no", disable_tqdm=True, gradient_checkpointing=s.gradient_checkpointing,
-        use_cpu=ours.ranks.device.type == "cpu", chat_template_kwargs={"enable_thinking": s.thinking},
-        model_init_kwargs={"dtype": ours.model.dtype})
-    return GRPOTrainer(
-        ours.files["--model"], lambda completion_ids, **_: list(map(len, completion_ids)), config,
-        Dataset.from_list([{"prompt": teacher.student_messages(p.problem)} for p in ours.problems] * steps),
-        processing_class=ours.tokenizer, callbacks=[callback],
-        peft_config=LoraConfig(r=s.lora_rank, lora_alpha=s.lora_alpha, target_modules="all-linear"))
-
-
-ROWS = {1: mixed_lengths, 2: shared_prompts, 3: scoring, 4: training_step}
+ROWS = {1: mixed_lengths, 2: shared_prompts, 3: scoring}
 
 
 def main() -> None:
@@ -318,7 +242,6 @@ def measure(a) -> None:
     say("  ".join(f"{key}: {value}" for key, value in about.items()) + "\n\n"
         "| row | unit | ours | peer | ours / peer | limit | ours / limit |\n" + "|---" * 7 + "|")
     for number in a.rows:
-        torch.set_num_threads(about["threads"])  # row 4 may change it
         for row in ROWS[number](a.device, a.repeats):
             say(line(row))
             rows.append(row)

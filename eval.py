@@ -26,10 +26,16 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from math import comb
 from pathlib import Path
+
+from support import settings
+from support.errors import InputError, parse_early
+
+if __name__ == "__main__":
+    parse_early("eval.py", lambda: settings.parse_evaluation(sys.argv[1:], __doc__))
 
 import numpy as np
 import torch
@@ -37,31 +43,16 @@ from tqdm import tqdm
 
 import reward
 import toy
-from support.data import InputError, Problem, check_files, digest, load_adapter, load_model, load_problems, model_digest
+from support.data import Problem, check_files, digest, load_adapter, load_model, load_problems, model_digest
 from support.distributed import Ranks
-from support.flags import SEEDS, flag, parse
 from support.graphs import choose
 from support.memory import slots_that_fit
 from support.run import hold, name_lack_of_memory, one_line_errors, say, thinking_line
 from support.samples import SampleLog, read_completions
-from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
+from support.sampling import Rollout, check_window, grade_rollouts, progress, sample, student_prompt
+from support.settings import EvaluationSettings
 
 BOOTSTRAP_RESAMPLES = 10_000
-
-
-@dataclass
-class Settings(Sampling):
-    """The command line: how to sample (arXiv 2605.13255's evaluation), and what."""
-
-    model: list = flag([], "checkpoint directory, hub id or toy; repeat it to compare several")
-    adapter: list = flag([], "LoRA adapter directory; k of them go to the last k models")
-    data: list = flag([], "JSONL file with problem and answer, or toy; repeat it for several")
-    out: str = flag(None, "directory for samples.jsonl and results.json (default: runs/eval-<time>)")
-    from_: list = flag([], "JSONL file of completions to grade instead of sampling; repeat it to compare several")
-    seed: int = flag(0, "seed of the sampling", SEEDS)
-    resume: bool = flag(False, "go on in --out: keep the samples that are there, and make the rest")
-    cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
-    skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -173,7 +164,7 @@ def load(name: str, adapter: str | None, device: torch.device):  # (model, token
     return model, tokenizer
 
 
-def run(s: Settings, ranks: Ranks, out: Path) -> None:
+def run(s: EvaluationSettings, ranks: Ranks, out: Path) -> None:
     """Every checkpoint on every data file, into `out`. Nothing is written before data and first model were checked."""
     choose(s.cuda_graphs, ranks.device)  # refuses where there is no GPU
     every_row, results = [], []
@@ -206,7 +197,7 @@ def run(s: Settings, ranks: Ranks, out: Path) -> None:
         say(f"\n{table(results, s.samples)}\n\n{log.files}")
 
 
-def solve(model, tokenizer, s: Settings, problems: list[Problem], first_row: int, graded: set[int],
+def solve(model, tokenizer, s: EvaluationSettings, problems: list[Problem], first_row: int, graded: set[int],
           keep: Callable[[int, Rollout], None], bar: tqdm) -> None:
     """Sample and grade, with the settings of the command line."""
     slots, why = slots_that_fit(model, tokenizer, problems, s)
@@ -217,7 +208,7 @@ def solve(model, tokenizer, s: Settings, problems: list[Problem], first_row: int
            on_rollout=lambda number, row: keep(number, grade_rollouts(tokenizer, [row])[0]))
 
 
-def grade_files(s: Settings, ranks: Ranks, out: Path) -> None:
+def grade_files(s: EvaluationSettings, ranks: Ranks, out: Path) -> None:
     """The same figures for completions that another engine wrote."""
     path, results = toy.resolve(s.data[0], "test.jsonl"), []
     problems, _ = load_problems(path, False, s.skip_ungradable)
@@ -233,24 +224,10 @@ def grade_files(s: Settings, ranks: Ranks, out: Path) -> None:
     say(f"\n{table(results, *samples)}\n\n{log.files}")
 
 
-def parse_arguments(argv: list[str]) -> Settings:
-    """InputError if there are more adapters than models, or none of what is needed."""
-    s = parse(Settings, argv, __doc__)
-    if s.from_ and (len(s.data) != 1 or s.model or s.adapter or s.resume):
-        raise InputError("--from needs one --data, and neither --model, --adapter nor --resume; see --help")
-    if not s.from_ and not (s.model and s.data):
-        raise InputError("--model and --data are needed; see --help")
-    if s.resume and not s.out:
-        raise InputError("--resume needs --out, the directory of the evaluation to go on with")
-    if len(s.adapter) > len(s.model):
-        raise InputError(f"{len(s.adapter)} times --adapter, {len(s.model)} times --model: name a model for each one")
-    return s
-
-
 def main() -> None:
     with one_line_errors("eval.py", "stopped: go on with --resume, if there are samples in the output directory"), \
             name_lack_of_memory(lambda: "while sampling: lower --slots or --max-new-tokens"):
-        s = parse_arguments(sys.argv[1:])
+        s = settings.parse_evaluation(sys.argv[1:], __doc__)
         ranks = Ranks.alone() if s.from_ else Ranks()
         out = Path(s.out or time.strftime("runs/eval-%Y%m%d-%H%M%S", time.localtime(ranks.max(time.time()))))
         remedy = "choose another --out" if s.from_ else "go on with --resume, or choose another --out"

@@ -1,10 +1,12 @@
-r"""The embedded default: a tiny Qwen3 checkpoint and arithmetic problems, written to disk in the ordinary formats.
+r"""The embedded default: a tiny Qwen3 checkpoint and arithmetic problems, in the ordinary formats.
 
-    python toy.py                  # makes them, prints where they are and how good the model is
+    python toy.py                  # says where they are, and how good the model is
+    python toy.py --build          # makes the model again, in one to two minutes
 
-With it `python train.py` needs no download. This file makes problems such as "What is 7+5+9+4?", a byte-level tokenizer
-with a chat template, and a model of 0.3 million parameters. The model is warmed up by supervised learning on solutions
-with mistakes, fewer of them after the teacher's prompt:
+With it `python train.py` needs no download. The problems are such as "What is 7+5+9+4?"; they come from a seed, and are
+written on first use. The tokenizer is a byte-level one with a chat template. The model has 0.3 million parameters; its
+weights lie in support/toy/. It was warmed up by supervised learning on solutions with mistakes, fewer of them after the
+teacher's prompt:
 
     student prompt (problem)              of the steps 25 % are wrong, 30 % repeated, 60 % follow a musing
     teacher prompt (problem + solution)   1 %, 10 % and 30 %
@@ -12,30 +14,35 @@ with mistakes, fewer of them after the teacher's prompt:
 So the same weights do much better when they are shown the reference solution: what self-distillation needs. A musing is
 eight random words: five forks, and three pivots, since certainty is near. So are beginnings of steps; digits are locks.
 
-The result is a checkpoint directory and JSONL files like any other, made once in runs/toy-<hash>/ of the working
-directory: the hash covers seed, code and library versions. To train.py and eval.py `toy` is short for these paths.
+To train.py and eval.py `toy` is short for the paths of model and problems. The weights know the prompts of teacher.py
+word for word: if these change, a sentence says so, and a model is warmed up on the new ones.
 """
 
 import hashlib
 import json
+import os
 import shutil
+import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import reward
 import rollout
 import teacher
-from support.checkpoint import atomic_directory, locked
+from support.checkpoint import atomic_directory
+from support.data import load_model
 from support.distributed import choose_threads
 from support.flags import Parser
 from support.run import one_line_errors, say
 
+SHIPPED = Path(__file__).parent / "support" / "toy"  # the model as it comes with these files
+PROBLEMS = Path("runs/toy-problems")  # in the working directory
 UPDATES, LEARNING_RATE = 400, 5e-3
 # With the teacher's prompt?, traces per update, probabilities per step of a wrong result, of a repetition, of a musing
 KINDS = ((False, 16, {"wrong": 0.25, "repeat": 0.3, "muse": 0.6}),
@@ -51,23 +58,65 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</t
 
 def resolve(name: str, part: str) -> str:
     """`name` itself, or, if it is "toy", the path of one of its parts: "model", "train.jsonl" or "test.jsonl"."""
-    return name if name != "toy" else str(build() / part)
+    if name != "toy":
+        return name
+    return str(model_directory() if part == "model" else problem_file(part))
 
 
-def build(seed: int = 0, root: Path = Path("runs")) -> Path:
-    """The directory that holds model/, train.jsonl and test.jsonl; made on first use, in one to two minutes."""
-    code = b"".join(Path(file).read_bytes() for file in (__file__, teacher.__file__, rollout.__file__))
-    versions = f"{torch.__version__} {transformers.__version__} {tokenizers.__version__} {seed}"
-    path = root / f"toy-{hashlib.sha256(code + versions.encode()).hexdigest()[:12]}"
-    if not path.exists():
+def problem_file(part: str, root: Path = PROBLEMS, seed: int = 0) -> Path:
+    """train.jsonl or test.jsonl in `root`, with its problems; a file that has them already is left alone."""
+    problems = draw_problems(np.random.default_rng(seed))[part == "test.jsonl"]
+    text = "".join(json.dumps(make_row(terms)) + "\n" for terms in problems)
+    path = root / part
+    if not path.exists() or path.read_text() != text:
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root / "toy.lock", wait=True):  # for another process that makes it
-            for left in root.glob(f"toy-{'[0-9a-f]' * 12}.tmp"):  # by one that was killed
-                shutil.rmtree(left)
-            if not path.exists():
-                with atomic_directory(path) as work:
-                    _make(work, seed)
+        own = root / f"{part}.{uuid.uuid4().hex}"  # another process may write it now, too
+        own.write_text(text)
+        os.replace(own, path)
     return path
+
+
+def draw_problems(rng: np.random.Generator) -> tuple[list[list[int]], list[list[int]]]:
+    """(training problems, held-out problems), none of which are in both."""
+    test = {tuple(make_problem(rng)) for _ in range(512)}
+    train = [terms for terms in (make_problem(rng) for _ in range(4096)) if tuple(terms) not in test]
+    return train, [list(terms) for terms in sorted(test)]
+
+
+def model_directory(root: Path = Path("runs")) -> Path:
+    """The shipped model, or, if its prompts are not those of teacher.py, one in `root` that was warmed up on these."""
+    if fits(SHIPPED):
+        return SHIPPED
+    prompts = json.dumps(known_prompts(make_tokenizer()))
+    path = root / f"toy-{hashlib.sha256(prompts.encode()).hexdigest()[:12]}"
+    if not path.exists():
+        print(f"toy: the weights in {SHIPPED} do not know these prompts or this tokenizer. A model is warmed up on "
+              f"them and kept in {path}.", file=sys.stderr)
+        root.mkdir(parents=True, exist_ok=True)
+        own = root / f"{path.name}.{uuid.uuid4().hex}"
+        build(own)
+        try:
+            os.rename(own, path)
+        except OSError:
+            shutil.rmtree(own)
+            if not path.exists():  # else another process was faster
+                raise
+    return path
+
+
+def fits(path: Path) -> bool:
+    """Whether the model in `path` was warmed up on the prompts of today."""
+    known = path / "prompts.json"
+    return known.exists() and json.loads(known.read_text()) == known_prompts(
+        PreTrainedTokenizerFast.from_pretrained(path))
+
+
+def known_prompts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token ids of what the model learns to read: both prompts of a problem, thinking or not, and its solution."""
+    row = make_row([2, 3, 4])
+    prompts = [teacher.encode(tokenizer, _messages(row, privileged), thinking)
+               for privileged in (False, True) for thinking in (False, True)]
+    return [*prompts, tokenizer.encode(row["solution"] + tokenizer.eos_token)]
 
 
 def make_problem(rng: np.random.Generator) -> list[int]:
@@ -126,23 +175,19 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
-def _make(path: Path, seed: int) -> None:
-    """Write model/, train.jsonl and test.jsonl into an existing directory."""
+def build(path: Path, seed: int = 0) -> None:
+    """Warm a model up, and write it with its tokenizer into the directory `path`, in float16: 0.7 MB."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     choose_threads(sum(parameter.numel() for parameter in model.parameters()))
-    test = {tuple(make_problem(rng)) for _ in range(512)}
-    train = [terms for terms in (make_problem(rng) for _ in range(4096)) if tuple(terms) not in test]
-    for name, problems in (("train", train), ("test", sorted(test))):
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(make_row(list(terms))) + "\n" for terms in problems))
-    _warm_up(model, tokenizer, train, rng)
-    plain, shown = (accuracy(model, tokenizer, path / "test.jsonl", privileged) for privileged in (False, True))
-    say(f"toy: accuracy of the base model on {len(test)} held-out problems: {plain:.2f} with the student prompt, "
-        f"{shown:.2f} with the teacher prompt")
-    model.save_pretrained(path / "model")
-    tokenizer.save_pretrained(path / "model")
+    problems, _ = draw_problems(rng)
+    _warm_up(model, tokenizer, problems, rng)
+    with atomic_directory(path) as work:
+        model.half().save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        (work / "prompts.json").write_text(json.dumps(known_prompts(tokenizer)) + "\n")
 
 
 def _warm_up(model, tokenizer, problems: list[list[int]], rng: np.random.Generator) -> None:
@@ -182,7 +227,13 @@ def _messages(row: dict, privileged: bool) -> list[dict]:
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="seed of problems, weights and warm-up (default: 0)")
+    parser.add_argument("--build", action="store_true", help="warm the model up again, and put it in the place of "
+                        "the one that came with these files")
     with one_line_errors("toy.py", "stopped, nothing was written"):
-        path = build(parser.parse_args().seed)
-        say(f"toy: {path / 'model'}, {path / 'train.jsonl'}, {path / 'test.jsonl'}")
+        if vars(parser.parse_args()):
+            build(SHIPPED)
+        folder, test = model_directory(), problem_file("test.jsonl")
+        say(f"toy: {folder}, {problem_file('train.jsonl')}, {test}")
+        model, tokenizer = load_model(str(folder), torch.float32, torch.device("cpu"))
+        plain, shown = (accuracy(model, tokenizer, test, privileged) for privileged in (False, True))
+        say(f"accuracy on held-out problems: {plain:.3f} with the student prompt, {shown:.3f} with the teacher prompt")

@@ -21,13 +21,20 @@ What it is not: no importance ratio, no KL term, no replay of old rollouts, no s
 adapters are trained. family/ overrides some of Trainer's methods; without it this file works as it stands.
 """
 
-import importlib
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from support import settings
+from support.errors import InputError, LocalError, parse_early
+
+BEGAN = time.perf_counter()
+if __name__ == "__main__":
+    parse_early("train.py", lambda: settings.check(settings.parse(sys.argv[1:], __doc__)[0]))
 
 import numpy as np
 import torch
@@ -41,13 +48,12 @@ import lora
 import reward
 import teacher
 import toy
-from support import checkpoint, graphs, run, settings
-from support.data import InputError, Problem, add_adapter, load_model, load_problems
+from support import checkpoint, graphs, run
+from support.data import Problem, add_adapter, load_model, load_problems
 from support.distributed import Ranks
-from support.errors import LocalError
 from support.memory import slots_that_fit
-from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample, student_prompt
-from support.settings import Settings
+from support.sampling import Rollout, check_window, grade_rollouts, progress, sample, student_prompt
+from support.settings import Sampling, Settings
 
 EVALUATION = 2**32 - 1  # stands for the step number in the seeds of evaluation
 EVALUATION_SLOTS = 128  # rows decoded together in evaluation, unless --slots or the free memory says otherwise
@@ -323,14 +329,13 @@ class Trainer:
         return path
 
 
-def train(s: Settings, resume: bool) -> None:
+def train(s: Settings, resume: bool, trainer: type[Trainer] = Trainer) -> None:
     """The whole run, the same on every rank: evaluate, train, evaluate, export."""
-    ranks, family = Ranks(), import_family()
-    settings.check(s, ranks.world, family)
-    is_neighbour = family and family.is_used(s)
+    ranks = Ranks()
+    settings.check(s)
     with run.hold(s.out, ranks, None if resume else "go on with --resume, or choose another --out"):
         with run.name_lack_of_memory(lambda: "while loading: lower --lora-rank, or take a smaller --model"):
-            t = (importlib.import_module("family.neighbour").Neighbour if is_neighbour else Trainer)(s, ranks)
+            t = trainer(s, ranks)
         if resume:
             run.check_inputs(t)
             checkpoint.load_latest(t.out / "checkpoints", t.model, t.optimizer, ranks, t.load_state)
@@ -343,7 +348,7 @@ def train(s: Settings, resume: bool) -> None:
         with t.stop.checkpointed(t), run.name_lack_of_memory(t.log.advice):
             evaluate_and_train(t)
         if ranks.rank == 0:
-            run.export(t)
+            run.export(t, BEGAN)
         ranks.barrier()  # nobody leaves while rank 0 still writes
 
 
@@ -369,15 +374,9 @@ def evaluate_and_train(t: Trainer) -> None:
         t.evaluate("after")
 
 
-def import_family():
-    """The package of neighbouring methods, or None where it was deleted."""
-    there = (Path(__file__).parent / "family" / "__init__.py").exists()
-    return importlib.import_module("family") if there else None
-
-
 def parse_arguments(argv: list[str]) -> tuple[Settings, bool]:
     """(settings, resume?) from the command line."""
-    return settings.parse(argv, __doc__, import_family())
+    return settings.parse(argv, __doc__)
 
 
 def main() -> None:
@@ -386,6 +385,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import train as this_module  # one module under one name: family/ has a subclass of its Trainer
-
-    this_module.main()
+    main()

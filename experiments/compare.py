@@ -9,7 +9,7 @@ The learning rate of every method: train with --choose-seed at each of --rates, 
 the validation split, of equals the smallest; while it is at an edge, try the next one of LADDER too. Variants of
 CL-EGRSD take CL-EGRSD's rate, those of a neighbour the neighbour's. Then --seeds are trained and measured on the test
 split; docs/evidence.md says more.
-Every run is an ordinary `python train.py ...` in --work/<name>/lr<rate>-seed<seed>, with samples and figures of its
+Every run is an ordinary `python -m family ...` in --work/<name>/lr<rate>-seed<seed>, with samples and figures of its
 evaluation beside it. What was done with the same command, data and settings is not repeated.
 
 A run is judged by its whole curve, the mean over its updates of the rollouts' accuracy, reward and length, beside its
@@ -38,8 +38,8 @@ from tqdm import tqdm
 import eval as evaluation
 import family
 import toy
-import train as training
 from experiments import diagnostics
+from family import __main__ as lab
 from family.settings import GROUP
 from support import settings
 from support.checkpoint import write_text
@@ -48,6 +48,7 @@ from support.distributed import Ranks
 from support.errors import DAMAGED, InputError
 from support.flags import SEEDS, Parser, add_flags, check_ranges, flag
 from support.run import hold, one_line_errors, say
+from support.settings import EvaluationSettings
 
 PROGRAM = "python -m experiments.compare"
 BASE = "no training"
@@ -158,8 +159,8 @@ def run(name: str, rate: float, seed: int, split: str, a) -> dict:
     out = a.work / name.replace(" ", "-").replace(",", "") / f"lr{rate:g}-seed{seed}"
     path = a.work / "validation.jsonl" if split == "validation" else toy.resolve(a.test, "test.jsonl")
     problems, _ = load_problems(path, need_solution=False)
-    command = ["train.py", *flags(name, a), "--lr", f"{rate:g}", "--seed", str(seed)] if name != BASE else []
-    origin = {"command": shlex.join(command), "model": a.model,
+    given = [*flags(name, a), "--lr", f"{rate:g}", "--seed", str(seed)] if name != BASE else []
+    origin = {"command": shlex.join(["python", "-m", "family", *given]) if given else "", "model": a.model,
               "training_data": digest(a.work / "train.jsonl")[:12]}
     measured = origin | {"split": split, "data": digest(Path(path))[:12], "problems": len(problems),
                          "samples": a.samples, "max_new_tokens": a.max_new_tokens}
@@ -168,12 +169,12 @@ def run(name: str, rate: float, seed: int, split: str, a) -> dict:
         return done
     start, model, steps = time.time(), toy.resolve(a.model, "model"), []
     out.mkdir(parents=True, exist_ok=True)
-    if command:
-        train(command, origin, out)
+    if given:
+        train(given, origin, out)
         model = out / "run" / "model"
         steps = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     torch.set_num_threads(1)
-    s = evaluation.Settings(a.samples, a.max_new_tokens, top_p=1.0, slots=SLOTS, thinking=False, seed=seed)
+    s = EvaluationSettings(a.samples, a.max_new_tokens, top_p=1.0, slots=SLOTS, thinking=False, seed=seed)
     with (out / "log.txt").open("a") as log, redirect_stderr(log):  # no bars of workers on the screen
         solve = partial(evaluation.solve, *load_model(str(model), torch.float32, torch.device("cpu")), s)
         rows = evaluation.evaluate(problems, a.samples, solve, Ranks(), split)
@@ -198,16 +199,16 @@ def stored(path: Path) -> dict:
         return {}
 
 
-def train(command: list[str], origin: dict, out: Path) -> None:
-    """Run train.py, unless what it made from the same origin is there."""
+def train(given: list[str], origin: dict, out: Path) -> None:
+    """Train with these flags, unless what they made from the same origin is there."""
     made, log_path = out / "run" / "origin.json", out / "log.txt"
     if stored(made) == origin:
         return
     shutil.rmtree(out / "run", ignore_errors=True)
-    sys.argv, code = [*command, "--out", str(out / "run")], 0
+    sys.argv, code = ["family", *given, "--out", str(out / "run")], 0
     with log_path.open("w") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            training.main()
+            lab.main()
         except SystemExit as error:
             code = error.code
     if code:
@@ -220,7 +221,7 @@ def run_all(jobs: list[tuple], a, title: str) -> list[dict]:
     """The results of all jobs, in their order; each has a process of its own, whose imports are made already."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = get_context("forkserver")
-    context.set_forkserver_preload(["experiments.diagnostics", "train"])
+    context.set_forkserver_preload(["experiments.diagnostics", "family.neighbour"])
     with ProcessPoolExecutor(a.workers, mp_context=context, max_tasks_per_child=1) as pool:
         results = pool.map(run, *zip(*jobs, strict=True), itertools.repeat(a))
         return list(tqdm(results, total=len(jobs), desc=title, unit=" runs"))

@@ -42,7 +42,8 @@ from support.errors import InputError
 from support.flags import SEEDS, flag, parse
 from support.report import COLUMNS, HIGH, KINDS, LOW, WINDOW
 from support.run import hold, one_line_errors, say
-from support.sampling import Rollout, Sampling, check_window, grade_rollouts, progress, sample
+from support.sampling import Rollout, check_window, grade_rollouts, progress, sample
+from support.settings import Sampling
 
 PROGRAM = "python -m experiments.diagnostics"
 MARKERS = ("wait", "hmm", "perhaps", "maybe", "actually", "alternatively", "seems", "might", "likely", "check")

@@ -35,13 +35,12 @@ import torch
 from tqdm import tqdm
 
 import egrsd
-import family
 import lora
 import teacher
 import toy
-import train
 from experiments import compare
 from experiments.diagnostics import ReadingSettings, sample_student, teacher_prompt
+from family import __main__ as lab
 from family.contexts import CONTEXTS
 from family.neighbour import Neighbour
 from support.checkpoint import write_json
@@ -125,10 +124,9 @@ def step_sketches(name: str, model, batches: list[list[Rollout]], s: Settings) -
                   "lora-alpha": adapter.alpha, "prompts-per-step": s.batch, "max-new-tokens": s.max_new_tokens,
                   "rollouts-per-prompt": s.samples, "micro-batch": max(1, s.pass_tokens // s.max_new_tokens),
                   "slots": s.slots, "eval-data": ""}
-        settings, _ = train.parse_arguments([*compare.variants()[name], "--lora-targets", *layers, *(
-            text for key, value in values.items() for text in (f"--{key}", str(value)))])
+        flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
         try:
-            family.check(settings)
+            settings, *_ = lab.parse_arguments([*compare.variants()[name], "--lora-targets", *layers, *flags])
         except InputError as error:
             raise InputError(f"--also {name}: {error} (here it is --samples)") from None
         t, found = Neighbour(settings, Ranks.alone()), []

@@ -1,6 +1,6 @@
 """One training step on two problems, told in order, with every number that goes into its loss.
 
-    python -m experiments.walk                        the toy on a laptop CPU: seconds, once the toy is made
+    python -m experiments.walk                        the toy on a laptop CPU: seconds
     python -m experiments.walk --window 0             the same completions under EGRSD; also --gamma, --eps
     python -m experiments.walk --model Qwen/Qwen3-0.6B --data train.jsonl --lr 1e-4
     python -m experiments.walk --out results/walk.json                                      these two make
@@ -55,7 +55,7 @@ def record(given: dict, earlier: int) -> dict:
     preset = PRESETS["toy" if given.get("model", "toy") == "toy" else "paper-4b"]
     with TemporaryDirectory() as out, name_lack_of_memory(lambda: "lower --max-new-tokens, or take a smaller --model"):
         s = Settings(**preset | given | {"prompts_per_step": 2, "eval_data": "", "out": out})
-        check(s, 1)
+        check(s)
         t = Listener(s, Ranks.alone())
         with tqdm(desc="walk: earlier steps", unit=" steps") as t.log.bar:
             while t.step < earlier + TRIES:

@@ -1,6 +1,6 @@
 """EGRSD's neighbours: methods on the same rollouts and the same teacher pass, and flags for ablations.
 
-train.py works without this package. It imports it to parse flags, and neighbour.py only when one of them is used.
+train.py works without this package, and does not know it; __main__.py is its command.
 """
 
 from family.explain import explain

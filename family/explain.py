@@ -1,4 +1,4 @@
-"""`train.py --method NAME --explain`: what a method is, brings and costs."""
+"""`python -m family --method NAME --explain`: what a method is, brings and costs."""
 
 import inspect
 import re

@@ -1,6 +1,6 @@
 r"""EGRSD's neighbours: each method is one short function over the same rollouts and the same teacher pass.
 
-    python train.py --method rlsd              train.py --help lists the names
+    python -m family --method rlsd             python -m family --help lists the names
 
 A method turns a micro-batch into a loss per token [B, T]; the step takes the mean over its tokens, or over those that a
 method keeps, and drops what stands outside the mask. Two shapes occur, and they add up:

@@ -4,9 +4,8 @@ from dataclasses import dataclass, fields
 
 from family.contexts import CONTEXTS
 from family.methods import METHODS
-from support.distributed import environment_number
 from support.errors import InputError
-from support.flags import flag, flag_name
+from support.flags import environment_number, flag, flag_name
 from support.settings import Settings
 
 GROUP = 8  # completions per problem of the methods that compare them

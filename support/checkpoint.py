@@ -27,11 +27,11 @@ from support.errors import DAMAGED, InputError, LocalError, reason
 
 
 @contextmanager
-def locked(path: Path, wait: bool):
-    """Hold the lock file `path`, removed at the end; BlockingIOError if another process holds it, unless `wait`."""
+def locked(path: Path):
+    """Hold the lock file `path`, removed at the end; BlockingIOError if another process holds it."""
     while True:
         with path.open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.fstat(lock.fileno()).st_nlink:  # its holder removed it after we had opened it
                 continue
             if os.fstat(lock.fileno()).st_size:

@@ -23,8 +23,9 @@ import lora
 import reward
 import rollout
 import teacher
-from support.distributed import choose_threads, environment_number
+from support.distributed import choose_threads
 from support.errors import InputError, reason
+from support.flags import environment_number
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ATTENTION = re.compile("attn|attention|mixer|mamba|conv")  # in names of its layers; those of MLPs have none of these

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from support.errors import InputError, LocalError, reason
+from support.flags import environment_number
 
 SMALL_MODEL = 10_000_000  # parameters, up to which a second thread on the CPU costs more than it saves
 DEFAULT_THREADS = torch.get_num_threads()
@@ -21,14 +22,6 @@ def choose_threads(parameters: int) -> None:
     wait for each other after every operation: with small matrices, or beside a busy process, longer than they work."""
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it when it starts several processes
         torch.set_num_threads(1 if parameters < SMALL_MODEL else DEFAULT_THREADS)
-
-
-def environment_number(name: str, default: int) -> int:
-    """Of a variable of the environment, as torchrun sets them."""
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise LocalError(f"{name}={text} in the environment is no number: start with torchrun, or unset it")
-    return int(text)
 
 
 class Ranks:

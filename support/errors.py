@@ -1,5 +1,10 @@
 """Errors that a user can put right: one line each, which says what to do."""
 
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+
 
 class InputError(Exception):
     """Something a user can put right; the message is one line that says how."""
@@ -7,6 +12,25 @@ class InputError(Exception):
 
 class LocalError(InputError):
     """What one process met, and the others perhaps did not: whoever raises it prints it."""
+
+
+@contextmanager
+def one_line(program: str):
+    """An InputError ends the command with its line."""
+    try:
+        yield
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):  # else every rank says the same
+            print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def parse_early(program: str, parse: Callable) -> None:
+    """Before the imports that take seconds: parse() answers --help and mistakes, then a word says what goes on."""
+    with one_line(program):
+        parse()
+    if os.environ.get("RANK", "0") == "0":
+        print("loading torch and transformers ...", file=sys.stderr)
 
 
 # What reading a damaged file may raise: JSON, and what expects another content in it

@@ -1,11 +1,12 @@
 """Command lines from dataclasses: a field is a flag, with its default, its sentence in --help and its range."""
 
 import argparse
+import os
 from collections.abc import Iterable
 from dataclasses import Field, field, fields
 from pathlib import Path
 
-from support.errors import InputError
+from support.errors import InputError, LocalError
 
 SEEDS = "[0, 1e18]"  # torch takes 64 bits
 
@@ -44,12 +45,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def add_flags(parser, settings: Iterable[Field], choices: dict[str, tuple] | None = None) -> None:
-    """A flag per field; `choices` of fields that do not declare them."""
+def add_flags(parser, settings: Iterable[Field]) -> None:
+    """A flag per field."""
     for f in settings:
         kind = nonempty if f.type is str and f.default != "" else nonempty_path if f.type is Path else f.type
         many = f.default_factory() if f.type is list else []
-        keywords = {"type": kind, "choices": (choices or {}).get(f.name, f.metadata["choices"])}
+        keywords = {"type": kind, "choices": f.metadata["choices"]}
         if f.type is bool:
             keywords = {"action": argparse.BooleanOptionalAction}
         elif f.type is list:
@@ -75,6 +76,14 @@ def check_ranges(settings) -> None:
         for number in (value if f.type is list else [value]) if interval else ():
             if not is_inside(number, interval):
                 raise InputError(f"{flag_name(f.name)} must be in {interval}, got {number}")
+
+
+def environment_number(name: str, default: int) -> int:
+    """Of a variable of the environment, as torchrun sets them."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise LocalError(f"{name}={text} in the environment is no number: start with torchrun, or unset it")
+    return int(text)
 
 
 def is_inside(value: float, interval: str) -> bool:

@@ -8,8 +8,9 @@ import torch
 
 import rollout
 from support.data import Problem
-from support.distributed import environment_number
-from support.sampling import Sampling, student_prompt
+from support.flags import environment_number
+from support.sampling import student_prompt
+from support.settings import Sampling
 
 MEMORY_SHARE = 0.9  # of the free memory for the cache; the rest is for prefill and logits
 

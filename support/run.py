@@ -22,7 +22,7 @@ import teacher
 from support import checkpoint, distributed, report
 from support.data import digest, model_digest
 from support.distributed import Ranks
-from support.errors import DAMAGED, InputError, LocalError, reason
+from support.errors import DAMAGED, InputError, LocalError, one_line, reason
 from support.sampling import Rollout
 
 SAMPLES_PER_STEP = 4  # rollouts of rank 0 that go into samples.jsonl at each step
@@ -61,7 +61,7 @@ def hold(out: str | Path, ranks: Ranks, remedy: str | None = "choose another --o
             try:
                 made = [place for place in (path, *path.parents) if not place.exists()]
                 path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(checkpoint.locked(path / "lock", wait=False))
+                stack.enter_context(checkpoint.locked(path / "lock"))
                 if remedy and {entry.name for entry in path.iterdir()} - LEFT_BY_A_KILL:
                     problems = [f"{out}: output directory in use: {remedy}"]
             except BlockingIOError:
@@ -125,11 +125,8 @@ def one_line_errors(program: str, interrupted: str):
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try without a network
     try:
-        yield
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):  # else every rank says the same
-            print(f"{program}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        with one_line(program):
+            yield
     except OSError as error:
         print(f"{program}: {error.filename or 'a file'}: cannot be read or written ({reason(error)}): free space or "
               "correct the path; what was complete before is untouched", file=sys.stderr)
@@ -279,7 +276,7 @@ def check_inputs(trainer) -> None:
 
 
 def write_config(trainer) -> None:
-    """config.json: the settings in use and what follows from them, which is also printed."""
+    """config.json: the settings in use and what follows from them. Also say what is trained, and on what."""
     s, world, first = trainer.s, trainer.ranks.world, trainer.problems[0]
     completions = s.prompts_per_step * trainer.rows_per_problem
     derived = {"device": str(trainer.ranks.device), "threads": torch.get_num_threads(), "bf16": trainer.bf16,
@@ -295,10 +292,13 @@ def write_config(trainer) -> None:
     checkpoint.write_json(trainer.out / "config.json", {
         "settings": asdict(s), "trainer": type(trainer).__name__, "world_size": world, "derived": derived,
         "versions": versions, "fingerprint": fingerprint(trainer.files),
+        "adapter": trainer.adapter, "thinking": thinking_line(trainer.tokenizer, s.thinking),
         "first_prompts": {reader: trainer.tokenizer.decode(ids) for reader, ids in prompts.items()}})
-    shown = {"out": s.out, "world_size": world} | derived
-    say("  ".join(f"{key}={value}" for key, value in shown.items()))
-    say(f"{trainer.adapter}\n{thinking_line(trainer.tokenizer, s.thinking)}")
+    left_out = f" ({trainer.left_out} left out)" if trainer.left_out else ""
+    say(f"{s.method} trains an adapter of {derived['trained_parameters']:,} weights for {s.model} on "
+        f"{len(trainer.problems):,} problems{left_out}: {s.steps} steps of {completions} completions (device: "
+        f"{derived['device']}, processes: {world})\n"
+        f"all settings: {trainer.out / 'config.json'}; --help has a sentence for each")
 
 
 def thinking_line(tokenizer, thinking: bool) -> str:
@@ -334,9 +334,10 @@ def is_done(trainer) -> bool:
     return done
 
 
-def export(trainer) -> None:
-    """Write model/, an ordinary checkpoint with the adapter merged in; say what came of the run and where it lies."""
-    out, lines, made = trainer.out, [], ("model", "checkpoints", "metrics.jsonl", "samples.jsonl", "report.html")
+def export(trainer, began: float) -> None:
+    """Write model/, an ordinary checkpoint with the adapter merged in; say what came of the run, which `began` at this
+    reading of time.perf_counter, and where to look."""
+    out, lines = trainer.out, []
     try:
         lora.merge(trainer.model)
     except ValueError as error:
@@ -350,4 +351,8 @@ def export(trainer) -> None:
         lines.append(f"\n{'held-out':10}{'accuracy':>10}{'mean length':>13}{'accuracy (%) per 1,000 tokens':>31}")
     for name, r in trainer.results.items():
         lines.append(f"{name:10}{r['accuracy']:10.3f}{r['length']:13.1f}{r['efficiency']:31.0f}")
-    say("\n".join([*lines, "", *(str(out / name) for name in made if (out / name).exists())]))
+    minutes, seconds = divmod(round(time.perf_counter() - began), 60)
+    lines += [f"\ntotal time {minutes} min {seconds} s; the trained model is {out / 'model'}"]
+    if (out / "report.html").exists():
+        lines += [f"open {out / 'report.html'}"]
+    say("\n".join(lines))

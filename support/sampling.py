@@ -10,7 +10,7 @@ import rollout
 import teacher
 from support.data import Problem
 from support.errors import InputError
-from support.flags import flag
+from support.settings import Sampling
 
 
 @dataclass
@@ -37,19 +37,6 @@ class Rollout(rollout.Completion):
         return {"line": self.problem.line, "problem": self.problem.problem, "gold": self.problem.answer,
                 "completion": self.text, "answer": self.answer, "correct": self.correct, "finished": self.finished,
                 "tokens": len(self.token_ids)}
-
-
-@dataclass
-class Sampling:
-    """How completions are drawn, as flags of a command; the defaults are the evaluation of arXiv 2605.13255."""
-
-    samples: int = flag(4, "completions per problem", "[1, inf)")
-    max_new_tokens: int = flag(32768, "longest completion in tokens", "[1, inf)")
-    temperature: float = flag(1.0, "sampling temperature, 0: greedy", "[0, inf)")
-    top_p: float = flag(0.95, "draw from the likeliest tokens of this mass", "(0, 1]")
-    top_k: int = flag(0, "draw from this many likeliest tokens, 0: all", "[0, inf)")
-    slots: int = flag(32, "rows decoded together; lower it to save memory", "[1, inf)")
-    thinking: bool = flag(True, "let the chat template open a thinking block")
 
 
 def student_prompt(tokenizer, problem: Problem, thinking: bool) -> list[int]:

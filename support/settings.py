@@ -8,11 +8,12 @@ import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from lora import ALL_LINEAR, TARGETS
-from support.distributed import environment_number
+from support import flags
 from support.errors import DAMAGED, InputError
-from support.flags import SEEDS, Parser, add_flags, check_ranges, flag, flag_name
+from support.flags import SEEDS, Parser, add_flags, check_ranges, environment_number, flag, flag_name
 
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
+           "query_key_value", "c_attn", "c_fc", "c_proj"]  # those of lora.py, without its import of torch
 MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every", "cuda_graphs"}
 
 
@@ -48,7 +49,7 @@ class Settings:
     beta_length: float = flag(0.5, "largest extra reward of a correct completion for being short", "[0, inf)")
     lora_rank: int = flag(64, "rank of the adapter", "[1, inf)")
     lora_alpha: float = flag(128.0, "alpha of the adapter, whose scale is alpha / rank", "(0, 1e30]")
-    lora_targets: list = flag(list(TARGETS), f"layers to adapt, by the last part of their names, or {ALL_LINEAR}")
+    lora_targets: list = flag(TARGETS, "layers to adapt, by the last part of their names, or all-linear")
     bf16: bool = flag(None, "bfloat16 base weights and autocast (default: on with CUDA, off without)")
     cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass to save memory")
@@ -58,6 +59,34 @@ class Settings:
     eval_max_new_tokens: int = flag(0, "longest completion in evaluation, 0: as in training", "[0, inf)")
     eval_temperature: float = flag(1.0, "sampling temperature in evaluation", "[0, inf)")
     eval_top_p: float = flag(0.95, "top-p in evaluation", "(0, 1]")
+    skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
+
+
+@dataclass
+class Sampling:
+    """How completions are drawn, as flags of a command; the defaults are the evaluation of arXiv 2605.13255."""
+
+    samples: int = flag(4, "completions per problem", "[1, inf)")
+    max_new_tokens: int = flag(32768, "longest completion in tokens", "[1, inf)")
+    temperature: float = flag(1.0, "sampling temperature, 0: greedy", "[0, inf)")
+    top_p: float = flag(0.95, "draw from the likeliest tokens of this mass", "(0, 1]")
+    top_k: int = flag(0, "draw from this many likeliest tokens, 0: all", "[0, inf)")
+    slots: int = flag(32, "rows decoded together; lower it to save memory", "[1, inf)")
+    thinking: bool = flag(True, "let the chat template open a thinking block")
+
+
+@dataclass
+class EvaluationSettings(Sampling):
+    """The command line: how to sample (arXiv 2605.13255's evaluation), and what."""
+
+    model: list = flag([], "checkpoint directory, hub id or toy; repeat it to compare several")
+    adapter: list = flag([], "LoRA adapter directory; k of them go to the last k models")
+    data: list = flag([], "JSONL file with problem and answer, or toy; repeat it for several")
+    out: str = flag(None, "directory for samples.jsonl and results.json (default: runs/eval-<time>)")
+    from_: list = flag([], "JSONL file of completions to grade instead of sampling; repeat it to compare several")
+    seed: int = flag(0, "seed of the sampling", SEEDS)
+    resume: bool = flag(False, "go on in --out: keep the samples that are there, and make the rest")
+    cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
     skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
 
 
@@ -112,14 +141,30 @@ def parse(argv: list[str], description: str, family=None) -> tuple[Settings, boo
     return replace(stored, **{key: given[key] for key in MAY_CHANGE_ON_RESUME & given.keys()}), True
 
 
+def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
+    """InputError if there are more adapters than models, or none of what is needed."""
+    s = flags.parse(EvaluationSettings, argv, description)
+    if s.from_ and (len(s.data) != 1 or s.model or s.adapter or s.resume):
+        raise InputError("--from needs one --data, and neither --model, --adapter nor --resume; see --help")
+    if not s.from_ and not (s.model and s.data):
+        raise InputError("--model and --data are needed; see --help")
+    if s.resume and not s.out:
+        raise InputError("--resume needs --out, the directory of the evaluation to go on with")
+    if len(s.adapter) > len(s.model):
+        raise InputError(f"{len(s.adapter)} times --adapter, {len(s.model)} times --model: name a model for each one")
+    return s
+
+
 def _parser(description: str, family) -> Parser:
     methods = {name: line for name, (_, line) in METHODS.items()} | (
         {name: method.summary for name, method in family.METHODS.items()} if family else {})
-    parser = Parser(description, "methods:\n" + "\n".join(f"  {name:16} {line}" for name, line in methods.items()))
+    listed = "\n".join(f"  {name:16} {line}" for name, line in methods.items())
+    others = "" if family else "\nneighbouring methods and ablations: python -m family --help"
+    parser = Parser(description, f"methods:\n{listed}{others}", "python -m family" if family else None)
     parser.add_argument("--preset", nargs="+", choices=PRESETS, help="named settings, over which flags win (default: "
                         "toy, or with another --model paper-4b, whose values are the defaults given below)")
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in --out")
-    add_flags(parser, fields(Settings), {"method": tuple(methods)})
+    add_flags(parser, fields(Settings))
     if family:
         group = parser.add_argument_group("neighbouring methods and ablations (family/)")
         group.add_argument("--explain", action="store_true", help="print what --method is, brings and costs, and end")
@@ -131,6 +176,9 @@ def _brought(method: str, preset: dict, given: dict, family) -> dict:
     """What a method's name stands for."""
     if family and method in family.METHODS:
         return family.bring(method, preset, given)
+    if method not in METHODS:
+        raise InputError(f"--method {method}: not known here; neighbouring methods are run with python -m family, "
+                         "whose --help lists them")
     return METHODS[method][0] if "method" in given else {}
 
 
@@ -154,15 +202,14 @@ def _resolve(preset: dict, given: dict, family) -> Settings:
     return s
 
 
-def check(s: Settings, world: int, family=None) -> None:
+def check(s: Settings) -> None:
     """Refuse settings that cannot work, before anything is loaded or written."""
     check_ranges(s)
+    world = max(1, environment_number("WORLD_SIZE", 1))  # Ranks refuses 0
     if s.prompts_per_step % world:
         raise InputError(f"--prompts-per-step {s.prompts_per_step} must be a multiple of the {world} processes")
     if not s.data:
         raise InputError("--data is missing: name a JSONL file with problem, solution and answer")
-    if family:
-        family.check(s)
 
 
 def _check_type(f, value) -> None:
@@ -180,13 +227,13 @@ def read_config(run: Path, family) -> tuple[Settings, int]:
     try:
         config = json.loads(path.read_text())
         values, world = dict(config["settings"]), config["world_size"]
-        values.setdefault("lora_targets", list(TARGETS[:7]))  # what a run adapted that does not name them
+        if not family and config.get("trainer") == "Neighbour":
+            raise ValueError("it was started with python -m family")
+        values.setdefault("lora_targets", TARGETS[:7])  # what a run adapted that does not name them
         values |= {"lookahead": {"gate": ""}, "entropy": {"gate": "", "window": 0}, "none": {"gate": "", "gamma": 0.0},
                    "position": {"window": 0}}.get(values.get("gate"), {})
         if values["method"] in METHODS:
             values["method"] = method_name(values["gamma"], values["window"])
-        elif not family or values["method"] not in family.METHODS:
-            raise ValueError(f"--method {values['method']} is not known here")
         if config.get("trainer") == "Trainer":  # then flags of family/, which may be gone, are at their defaults
             values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
         for f in fields(kind):

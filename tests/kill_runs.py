@@ -139,14 +139,14 @@ class Killer:
         self.directory, self.kills, self.random = directory, kills, random.Random(seed)
         self.phase, self.hits, self.counts = Phase(), Counter(), Counter()
         self.phase.watch_training()
+        self.toy = directory / "toy"
         finish(forked(self.make_data, directory / "log"), directory / "log")
-        self.toy, = (directory / "toy").glob("*/")
         self.references, self.bar = {}, tqdm(total=kills, unit=" kills")
 
     def make_data(self) -> None:
-        path = make_tiny_toy(self.directory / "toy", problems=64)
-        rows = (path / "test.jsonl").read_text().splitlines(keepends=True)
-        (path / "test.jsonl").write_text("".join(rows[:2]))
+        make_tiny_toy(self.toy, problems=64)
+        rows = (self.toy / "test.jsonl").read_text().splitlines(keepends=True)
+        (self.toy / "test.jsonl").write_text("".join(rows[:2]))
 
     def flags(self, out: Path, variant: int, seed: int) -> list[str]:
         return train_arguments(self.toy, out, **VARIANTS[variant] | {

@@ -4,9 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import train_here
+from conftest import assert_ended_well, exit_code, family_here, start_ranks
 from test_family import adapter, arguments, every_other_one_is_correct, metrics
-from test_train import ENVIRONMENT, ROOT, TORCHRUN, assert_same_run
+from test_train import assert_same_run, wait_for
 
 import family
 import rollout
@@ -24,6 +21,7 @@ import toy
 import train
 from experiments import gradients
 from family import METHODS, asking, contexts, methods, neighbour
+from family import __main__ as lab
 from family.contexts import CONTEXTS, LABELS, Row
 from support import settings
 from support.data import InputError, Problem, load_problems
@@ -204,7 +202,7 @@ def test_top_tokens_are_those_of_whole_logits(tiny_toy, tmp_path):
 
 
 def trainer(tiny_toy, out, name, **changes):
-    s, _ = train.parse_arguments(arguments(tiny_toy, out, name, **changes))
+    s, *_ = lab.parse_arguments(arguments(tiny_toy, out, name, **changes))
     return neighbour.Neighbour(s, train.Ranks())
 
 
@@ -235,9 +233,9 @@ NEW = {"msd": {}, "rp-opsd": {}, "pbsd": {}, "brts": {}, "resd": {}, "trace": {"
 @pytest.mark.parametrize("name", ["brts"])  # the others below
 def test_a_resumed_run_is_the_same(tiny_toy, tmp_path, name):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_here(*arguments(tiny_toy, whole, name, **NEW[name]))
-    train_here(*arguments(tiny_toy, parts, name, steps=2, **NEW[name]))
-    train_here("--out", parts, "--resume", "--steps", 4)
+    family_here(*arguments(tiny_toy, whole, name, **NEW[name]))
+    family_here(*arguments(tiny_toy, parts, name, steps=2, **NEW[name]))
+    family_here("--out", parts, "--resume", "--steps", 4)
     assert_same_run(whole, parts)
 
 
@@ -245,20 +243,17 @@ def test_a_resumed_run_is_the_same(tiny_toy, tmp_path, name):
 @pytest.mark.parametrize("name", NEW)
 def test_twenty_steps_with_a_kill_by_one_and_two_processes(tiny_toy, tmp_path, name):
     """Killed without warning while it works, then resumed: by one process the same to the last bit."""
-    train_here(*arguments(tiny_toy, tmp_path / "whole", name, steps=20, **NEW[name]))
-    for place, command in (("one", [sys.executable]), ("two", [*TORCHRUN, "--standalone", "--nproc-per-node=2"])):
+    family_here(*arguments(tiny_toy, tmp_path / "whole", name, steps=20, **NEW[name]))
+    for world, place in ((1, "one"), (2, "two")):
         out = tmp_path / place
         flags = arguments(tiny_toy, out, name, steps=20, **NEW[name])
-        with open(tmp_path / "log", "a") as log:
-            process = subprocess.Popen([*command, str(ROOT / "train.py"), *flags], stdout=log, stderr=log,
-                                       env=ENVIRONMENT, start_new_session=True)
-            deadline = time.time() + 100
-            while time.time() < deadline and not (out / "checkpoints" / "step-000006").exists():
-                time.sleep(0.01)
-            os.killpg(process.pid, signal.SIGKILL)
-            assert process.wait() != 0 and not (out / "model").exists()
-            subprocess.run([*command, str(ROOT / "train.py"), "--out", str(out), "--resume"], env=ENVIRONMENT,
-                           check=True, timeout=200, stdout=log, stderr=log)
+        processes = start_ranks(tmp_path, lab.main, "family", *flags, world=world)
+        wait_for((out / "checkpoints" / "step-000006").exists)
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        assert all(exit_code(process) for process in processes) and not (out / "model").exists()
+        resume = ["--out", out, "--resume"]
+        assert_ended_well(start_ranks(tmp_path, lab.main, "family", *resume, world=world), tmp_path)
     assert_same_run(tmp_path / "whole", tmp_path / "one", step=20)
     assert len(metrics(tmp_path / "two")) == 20
     for key, tensor in adapter(tmp_path / "whole", 20).items():
@@ -273,7 +268,7 @@ def samples(run):
                                        ("trace-errors", "marks"), ("sft", "solutions")])
 def test_what_is_asked_for_is_written_down(tiny_toy, tmp_path, name, key):
     out = tmp_path / "run"
-    train_here(*arguments(tiny_toy, out, name, steps=1, **NEW.get(name, {})))
+    family_here(*arguments(tiny_toy, out, name, steps=1, **NEW.get(name, {})))
     rows, (row,) = samples(out), metrics(out)
     assert len(rows) == 4 and all(row["correct"] and key != "solutions" or key in row["asked"] for row in rows)
     assert row["asked_tokens"] > 0 and 0 < row["ask_s"] < row["step_s"]
@@ -288,7 +283,7 @@ def test_the_progress_line_names_what_is_asked_for(tiny_toy, tmp_path, monkeypat
     shown = []
     monkeypatch.setattr(asking, "progress", lambda bar, prefix, f=asking.progress, **more: (
         shown.append(prefix), f(bar, prefix, **more))[1])
-    train_here(*arguments(tiny_toy, tmp_path / "run", "brts", steps=2))
+    family_here(*arguments(tiny_toy, tmp_path / "run", "brts", steps=2))
     assert [text.split(", ")[-1] for text in shown] == ["solutions: ", "shown the answer: "] * 2
     assert "accuracy" in shown[2]
 
@@ -307,7 +302,7 @@ def test_degenerate_steps(tiny_toy, tmp_path, monkeypatch, name, kind):
     changes |= with_answers(tiny_toy, tmp_path, "-1") if kind == "all wrong" else {}
     if kind == "all right":
         monkeypatch.setattr(Rollout, "grade", lambda row: vars(row).update(correct=True) or row)
-    train_here(*arguments(tiny_toy, tmp_path / "run", name, steps=1, **changes))
+    family_here(*arguments(tiny_toy, tmp_path / "run", name, steps=1, **changes))
     for row in metrics(tmp_path / "run"):
         assert all(math.isfinite(value) for value in row.values())
         if name != "sft":
@@ -327,7 +322,7 @@ def test_degenerate_steps(tiny_toy, tmp_path, monkeypatch, name, kind):
 def test_unmarked_trace_is_group_grpo(tiny_toy, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "grade_rollouts", every_other_one_is_correct(train.grade_rollouts))
     for name in ("trace", "grpo-group"):
-        train_here(*arguments(tiny_toy, tmp_path / name, name, steps=2))
+        family_here(*arguments(tiny_toy, tmp_path / name, name, steps=2))
     assert metrics(tmp_path / "trace")[1]["grad_norm"] > 0
     for key, tensor in adapter(tmp_path / "trace", 2).items():
         assert torch.equal(adapter(tmp_path / "grpo-group", 2)[key], tensor)
@@ -346,7 +341,7 @@ def test_solved_and_failed_ones_weigh_the_same_in_resd():
 
 @pytest.mark.parametrize("gate", ["two-view", "dual"])
 def test_gates_of_others(tiny_toy, tmp_path, gate):
-    train_here(*arguments(tiny_toy, tmp_path / "run", "egrsd", steps=2, gate=gate))
+    family_here(*arguments(tiny_toy, tmp_path / "run", "egrsd", steps=2, gate=gate))
     low = 0.05 if gate == "two-view" else 0.0
     assert all(low < row["gate"] < 1 and row["grad_norm"] > 0 for row in metrics(tmp_path / "run"))
 
@@ -385,14 +380,14 @@ def test_a_second_wording_comes_from_the_data(tiny_toy, tmp_path):
         lines[3] = json.dumps(row | {"restated": value}) + "\n"
         (tmp_path / "bad.jsonl").write_text("".join(lines))
         with pytest.raises(InputError, match=complaint):
-            train_here(*arguments(tiny_toy, tmp_path / "run", "msd", data=tmp_path / "bad.jsonl"))
-    train_here(*arguments(tiny_toy, tmp_path / "run", "opsd", steps=1, data=tiny_toy / "train.jsonl"))
+            family_here(*arguments(tiny_toy, tmp_path / "run", "msd", data=tmp_path / "bad.jsonl"))
+    family_here(*arguments(tiny_toy, tmp_path / "run", "opsd", steps=1, data=tiny_toy / "train.jsonl"))
 
 
 def test_another_problem_needs_two(tiny_toy, tmp_path):
     (tmp_path / "one.jsonl").write_text((tiny_toy / "train.jsonl").read_text().splitlines(keepends=True)[0])
     with pytest.raises(InputError, match="one problem, --teacher-context other needs two"):
-        train_here(*arguments(tiny_toy, tmp_path / "run", "egrsd", data=tmp_path / "one.jsonl",
+        family_here(*arguments(tiny_toy, tmp_path / "run", "egrsd", data=tmp_path / "one.jsonl",
                               **{"teacher-context": "other"}))
 
 
@@ -400,7 +395,8 @@ def test_another_problem_needs_two(tiny_toy, tmp_path):
 def test_questions_must_fit_the_window(tiny_toy, tmp_path, name, context, most):
     """The toy's window of 4,096 tokens holds question, quoted attempts and answer."""
     with pytest.raises(InputError, match="beyond the model's window"):
-        train_here(*arguments(tiny_toy, tmp_path / "run", name, **{"teacher-context": context, "max-new-tokens": most}))
+        family_here(*arguments(tiny_toy, tmp_path / "run", name, **{
+            "teacher-context": context, "max-new-tokens": most}))
 
 
 @pytest.mark.parametrize("name, changes, field", [
@@ -410,7 +406,7 @@ def test_what_the_teacher_is_asked_must_fit_the_window(tiny_toy, tmp_path, name,
     lines[3] = json.dumps(json.loads(lines[3]) | {field: "12345 " * 900}) + "\n"
     (tmp_path / "long.jsonl").write_text("".join(lines))
     with pytest.raises(InputError, match="line 4: .* beyond the model's window"):
-        train_here(*arguments(tiny_toy, tmp_path / "run", name, data=tmp_path / "long.jsonl", **changes,
+        family_here(*arguments(tiny_toy, tmp_path / "run", name, data=tmp_path / "long.jsonl", **changes,
                               **{"skip-ungradable": False}))
 
 
@@ -429,7 +425,7 @@ def test_what_does_not_fit_is_not_asked(tiny_toy, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["cl-egrsd", "direction-aware", *METHODS])
 def test_explain(name, capsys):
     with pytest.raises(SystemExit) as end:
-        train.parse_arguments(["--method", name, "--explain"])
+        lab.parse_arguments(["--method", name, "--explain"])
     said = capsys.readouterr().out
     assert end.value.code == 0 and said.startswith(f"{name}: ") and "cost: " in said
     assert name not in METHODS or "Grade" in said
@@ -443,7 +439,7 @@ def test_explain(name, capsys):
     (["--method", "egrsd", "--gate", "two-view"], "6 forward"), (["--method", "egrsd", "--gate", "dual"], "5 forward")])
 def test_costs(flags, cost, capsys):
     with pytest.raises(SystemExit):
-        train.parse_arguments([*flags, "--explain"])
+        lab.parse_arguments([*flags, "--explain"])
     assert f"cost: {cost}" in capsys.readouterr().out
 
 

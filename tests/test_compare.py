@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import family
 from experiments import compare, plot
+from family import __main__ as lab
 from support import settings
 from support.errors import InputError
 
@@ -67,11 +67,11 @@ def test_rule_for_the_learning_rate(tmp_path, monkeypatch, accuracy, chosen, tri
 
 
 def test_every_run_has_the_same_number_of_rollouts(tmp_path):
-    """... and train.py takes its flags, none of which is without effect."""
+    """... and python -m family takes its flags, none of which is without effect."""
     a = arguments(tmp_path)
     for name in compare.variants():
-        run, _ = settings.parse(compare.flags(name, a), "", family)
-        settings.check(run, 1, family)
+        run, *_ = lab.parse_arguments(compare.flags(name, a))
+        settings.check(run)
         assert run.prompts_per_step * run.rollouts_per_prompt == 32 and run.steps == 40
         assert run.method == name or name not in compare.methods()
 
@@ -199,7 +199,7 @@ def test_a_run_is_made_once_and_says_how(tiny_toy, tmp_path, monkeypatch):
     def train_again():
         assert sys.argv[sys.argv.index("--steps") + 1] == "2"
         sys.exit("trains again")
-    monkeypatch.setattr(compare.training, "main", train_again)
+    monkeypatch.setattr(compare.lab, "main", train_again)
     with pytest.raises(InputError, match="the run ended with code trains again"):
         compare.run("grpo", 1e-3, 0, "test", a)
 
@@ -210,7 +210,7 @@ def test_a_recorded_comparison_is_that_of_the_documentation():
     if not path.exists():
         pytest.skip("no recorded comparison")
     recorded = json.loads(path.read_text())
-    documentation = (ROOT / "docs" / "evidence.md").read_text()
+    documentation = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     for line in [*compare.table(recorded["rows"]).splitlines(), *compare.questions_table(
             recorded["questions"]).splitlines()]:
         assert line in documentation
@@ -226,7 +226,7 @@ def test_the_recorded_rows_that_need_more_are_those_of_the_documentation():
     rows, gradients = (json.loads((ROOT / "results" / f"{name}_asked.json").read_text())["rows"]
                        for name in ("compare", "gradients"))
     trained = json.loads((ROOT / "results" / "compare.json").read_text())["rows"] | rows
-    documentation = (ROOT / "docs" / "evidence.md").read_text()
+    documentation = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     for line in compare.table(rows).splitlines():
         assert line in documentation
     for name, row in gradients.items():

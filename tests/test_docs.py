@@ -9,6 +9,7 @@ import pytest
 import eval as evaluation
 import train
 from experiments import bench, compare, diagnostics, gradients, plot, report, token_view, walk
+from family import __main__ as lab
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,7 +47,7 @@ def test_links_to_lines_point_at_what_they_name():
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", text_of(ROOT / "README.md"))
     assert len(links) >= 11
     for name, file, number in links:
-        line = (ROOT / file).read_text().splitlines()[int(number) - 1]
+        line = text_of(ROOT / file).splitlines()[int(number) - 1]
         assert re.match(rf"\s*(def|class) {name}\b", line), f"{file}#L{number} is {line!r}, not {name}"
 
 
@@ -77,7 +78,7 @@ def flags_of():
     commands = {"train.py": train, "eval.py": evaluation, "experiments.bench": bench, "experiments.plot": plot,
                 "experiments.compare": compare, "experiments.diagnostics": diagnostics,
                 "experiments.gradients": gradients, "experiments.report": report,
-                "experiments.token_view": token_view, "experiments.walk": walk}
+                "experiments.token_view": token_view, "experiments.walk": walk, "family": lab}
     return {name: flags_in_help(name, module) for name, module in commands.items()}
 
 
@@ -88,7 +89,8 @@ def test_flags(page, flags_of):
     for line in text.splitlines():
         flags = {flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", line)}
         assert flags <= known, line
-        command = re.match(r"(?:torchrun|python|\.venv/bin/python)\b.*?(train\.py|eval\.py|experiments\.\w+)", line)
+        command = re.match(r"(?:torchrun|python|\.venv/bin/python)\b.*?(train\.py|eval\.py|experiments\.\w+|family\b)",
+                           line)
         if command:  # a line of a code block: the flags must be those of this command
             assert flags <= flags_of[command[1]] | TORCHRUN, line
 

@@ -3,14 +3,13 @@
 import doctest
 import itertools
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_background
+from conftest import assert_ended_well, start_ranks
 
 import eval as evaluation
 import reward
@@ -70,25 +69,15 @@ def test_two_checkpoints_on_two_files(tiny_run, tiny_toy, tmp_path, monkeypatch,
     assert results[2]["avg"] == pytest.approx((results[0]["avg"] + results[1]["avg"]) / 2)  # macro, not micro
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_processes(tiny_toy, tmp_path_factory):
-    out, program = tmp_path_factory.mktemp("two"), Path(evaluation.__file__)
+def test_two_processes_write_the_samples_of_one(tiny_toy, tmp_path, monkeypatch):
     lines = (tiny_toy / "test.jsonl").read_text().splitlines(keepends=True)[:9]
-    (out / "nine.jsonl").write_text("".join(lines))
-    flags = ["--model", tiny_toy / "model", "--data", out / "nine.jsonl", "--samples", "2", "--max-new-tokens", "12"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program]
-    with in_background([*torchrun, *flags, "--out", out / "two"], out / "log", cwd=program.parent,
-                       env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-        yield process, out, list(map(str, flags))
-
-
-def test_two_processes_write_the_samples_of_one(two_processes, monkeypatch):
-    process, out, flags = two_processes
-    monkeypatch.setattr(sys, "argv", ["eval.py", *flags, "--out", str(out / "one")])
-    evaluation.main()
-    assert process.wait(timeout=200) == 0, (out / "log").read_text()
-    assert sorted(path.name for path in (out / "two").iterdir()) == ["results.json", "samples.jsonl"]
-    assert (out / "one" / "samples.jsonl").read_text() == (out / "two" / "samples.jsonl").read_text()
+    (tmp_path / "nine.jsonl").write_text("".join(lines))
+    flags = ["--model", tiny_toy / "model", "--data", tmp_path / "nine.jsonl", "--samples", 2, "--max-new-tokens", 12]
+    two = start_ranks(tmp_path, evaluation.main, "eval.py", *flags, "--out", tmp_path / "two")
+    assert_ended_well(two, tmp_path)
+    call(monkeypatch, *flags, "--out", tmp_path / "one")
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["results.json", "samples.jsonl"]
+    assert (tmp_path / "one" / "samples.jsonl").read_text() == (tmp_path / "two" / "samples.jsonl").read_text()
 
 
 @pytest.mark.parametrize("change, message", [

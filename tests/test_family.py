@@ -4,16 +4,16 @@ import doctest
 import inspect
 import json
 import math
-import subprocess
-import sys
+import shutil
 from dataclasses import asdict, fields
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import in_background, random_ids, tiny_qwen3, train_arguments, train_here
-from test_train import ENVIRONMENT, ROOT, TORCHRUN, adapter, assert_same_run, metrics
+import torch.distributed as dist
+from conftest import assert_ended_well, family_here, random_ids, run_copy, start_ranks, tiny_qwen3, train_arguments
+from test_train import ROOT, adapter, assert_close_gradients, assert_same_run, metrics
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -24,11 +24,12 @@ import rollout
 import teacher
 import train
 from family import METHODS, asking, contexts, methods, neighbour
+from family import __main__ as lab
 from family.methods import Batch
+from support import distributed
 from support import settings as support_settings
 from support.data import InputError
 from support.distributed import Ranks
-from support.settings import check
 
 LENGTHS = [7, 4, 1, 6]
 V = 150  # above the largest k, 100
@@ -275,7 +276,7 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
     is one over the micro-batches of the step, and over the tokens that the method keeps."""
     (tmp_path / "few.jsonl").write_text("".join((tiny_toy / "train.jsonl").open().readlines()[:20]))
     few = {"data": tmp_path / "few.jsonl", "micro-batch": 3} | ({} if METHODS[name].groups else {"prompts-per-step": 5})
-    s, _ = train.parse_arguments(list(map(str, arguments(tiny_toy, tmp_path, name, lr=0.0, seed=3, **few))))
+    s, *_ = lab.parse_arguments(list(map(str, arguments(tiny_toy, tmp_path, name, lr=0.0, seed=3, **few))))
     t = neighbour.Neighbour(s, Ranks())
     t.log.bar = tqdm(disable=True)
     torch.manual_seed(0)
@@ -326,7 +327,7 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
     loss = sum(total / count for total, count in zip(sums, counts, strict=True) if count)
     gradients = torch.autograd.grad(loss, t.parameters)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert metrics["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-3)
+    assert metrics["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=3e-3)
     assert metrics["grad_norm"] > 0 and (name == "reopold") == (0 < counts[0] < num_tokens)
     if name.startswith("trace"):
         assert 0 < sum(row.marked.sum().item() for row in rows) < num_tokens and 0 < metrics["unmarked"] < 1
@@ -525,8 +526,7 @@ def test_per_token_divergence_never_holds_whole_logits(monkeypatch):
 
 
 def settings(*flags):
-    s, _ = train.parse_arguments(["--model", "m", "--data", "d", *map(str, flags)])
-    check(s, 1, family)
+    s, *_ = lab.parse_arguments(["--model", "m", "--data", "d", *map(str, flags)])
     return s
 
 
@@ -563,8 +563,7 @@ def test_names_of_gamma_and_window(flags, name):
 
 def test_groups_are_shared_by_all_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    s, _ = train.parse_arguments(["--model", "m", "--data", "d", "--method", "rlsd"])
-    check(s, 8, family)
+    s, *_ = lab.parse_arguments(["--model", "m", "--data", "d", "--method", "rlsd"])
     assert (s.prompts_per_step, s.rollouts_per_prompt) == (8, 8)
 
 
@@ -637,7 +636,7 @@ def arguments(tiny_toy, out, name, **changes):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in (
     "sft", "sdpo", "stable-opd", "brts"))) for name in METHODS])
 def test_every_method_trains(tiny_toy, tmp_path, name):
-    train_here(*arguments(tiny_toy, tmp_path / "run", name, steps=2))
+    family_here(*arguments(tiny_toy, tmp_path / "run", name, steps=2))
     rows = metrics(tmp_path / "run")
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[1]["grad_norm"] > 0 or METHODS[name].groups  # no peer is correct, or all rewards are alike
@@ -648,9 +647,8 @@ def test_every_method_trains(tiny_toy, tmp_path, name):
 @pytest.mark.parametrize("name", ["pw-opsd", "reopold", "stable-opd"])
 def test_micro_batches_change_nothing(tiny_toy, tmp_path, name):
     for out, micro_batch in (("whole", 16), ("parts", 2)):
-        train_here(*arguments(tiny_toy, tmp_path / out, name, steps=2, **{"micro-batch": micro_batch}))
-    for key, tensor in adapter(tmp_path / "whole", 2).items():
-        torch.testing.assert_close(adapter(tmp_path / "parts", 2)[key], tensor, atol=1e-5, rtol=0)
+        family_here(*arguments(tiny_toy, tmp_path / out, name, steps=2, **{"micro-batch": micro_batch}))
+    assert_close_gradients(tmp_path / "parts", tmp_path / "whole", 2)
 
 
 def test_a_teacher_with_nothing_to_be_shown_says_nothing(tiny_toy, tmp_path):
@@ -658,7 +656,7 @@ def test_a_teacher_with_nothing_to_be_shown_says_nothing(tiny_toy, tmp_path):
     rows = [json.loads(line) | {"answer": "-1"} for line in (tiny_toy / "train.jsonl").read_text().splitlines()]
     (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("sdpo", "mopd", "rlrt"):
-        train_here(*arguments(tiny_toy, tmp_path / name, name, steps=2, data=tmp_path / "wrong.jsonl"))
+        family_here(*arguments(tiny_toy, tmp_path / name, name, steps=2, data=tmp_path / "wrong.jsonl"))
         for row in metrics(tmp_path / name):
             for key in ("accuracy", "loss", "grad_norm", "entropy", "delta", "max_entropy"):
                 assert row[key] == 0, key
@@ -669,51 +667,32 @@ def test_no_solution_is_needed_where_none_is_shown(tiny_toy, tmp_path):
     bare = [json.dumps({"problem": row["problem"], "answer": row["answer"]}) + "\n" for row in rows]
     (tmp_path / "bare.jsonl").write_text("".join(bare))
     for out, flags in (("grpo", {}), ("egrsd", {"teacher-context": "answer"})):
-        train_here(*arguments(tiny_toy, tmp_path / out, out, steps=1, data=tmp_path / "bare.jsonl", **flags))
+        family_here(*arguments(tiny_toy, tmp_path / out, out, steps=1, data=tmp_path / "bare.jsonl", **flags))
     with pytest.raises(InputError, match="field 'solution' is missing"):
-        train_here(*arguments(tiny_toy, tmp_path / "sft", "sft", steps=1, data=tmp_path / "bare.jsonl"))
-
-
-SCRIPT = """
-import json, sys
-import torch.distributed as dist
-import train
-from support import distributed
-start = dist.init_process_group
-dist.init_process_group = lambda *a, **k: None if dist.is_initialized() else start(*a, **k)  # one group for all runs
-for flags in json.loads(sys.argv[1]):
-    train.train(*train.parse_arguments(flags))
-distributed.close()
-"""
+        family_here(*arguments(tiny_toy, tmp_path / "sft", "sft", steps=1, data=tmp_path / "bare.jsonl"))
 
 
 def by_two_processes(flags_of_runs, directory):
-    """A command: several runs, one after the other, by one torchrun."""
-    (directory / "several.py").write_text(SCRIPT)
-    flags = json.dumps([list(map(str, flags)) for flags in flags_of_runs])
-    return [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(directory / "several.py"), flags]
+    """Several runs, one after the other."""
+    def several():
+        begin = dist.init_process_group
+        dist.init_process_group = lambda *a, **k: dist.is_initialized() or begin(*a, **k)  # one group for all
+        for flags in flags_of_runs:
+            train.train(*lab.parse_arguments(list(map(str, flags))))
+        distributed.close()
+    assert_ended_well(start_ranks(directory, several, "family"), directory)
 
 
 # by one process and by two
 TWICE = ("antisd", "reopold", "sdpo", "stable-opd", "sft", "brts", "resd", "rp-opsd")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_processes(tiny_toy, tmp_path_factory):
-    out = tmp_path_factory.mktemp("two")
-    runs = [arguments(tiny_toy, out / name, name, steps=2) for name in TWICE]
-    with in_background(by_two_processes(runs, out), out / "log", env=ENVIRONMENT) as process:
-        yield process, out
-
-
-def test_two_processes_change_nothing(two_processes, tiny_toy, tmp_path):
-    process, two = two_processes
+def test_two_processes_change_nothing(tiny_toy, tmp_path):
+    two = tmp_path / "two"
+    by_two_processes([arguments(tiny_toy, two / name, name, steps=2) for name in TWICE], tmp_path)
     for name in TWICE:
-        train_here(*arguments(tiny_toy, tmp_path / name, name, steps=2))
-    assert process.wait(timeout=200) == 0, (two / "log").read_text()
-    for name in TWICE:
-        for key, tensor in adapter(tmp_path / name, 2).items():
-            torch.testing.assert_close(adapter(two / name, 2)[key], tensor, atol=1e-5, rtol=0)
+        family_here(*arguments(tiny_toy, tmp_path / name, name, steps=2))
+        assert_close_gradients(two / name, tmp_path / name, 2)
         medians = [json.loads((place / name / "checkpoints/step-000002/state.json").read_text())["median_entropies"]
                    for place in (tmp_path, two)]
         assert medians[0] == pytest.approx(medians[1], abs=1e-6) and len(medians[0]) == (0 if name == "sft" else 2)
@@ -721,10 +700,9 @@ def test_two_processes_change_nothing(two_processes, tiny_toy, tmp_path):
 
 @pytest.mark.slow
 def test_every_method_trains_for_twenty_steps_on_one_and_two_processes(tiny_toy, tmp_path):
-    runs = {name: arguments(tiny_toy, tmp_path / "two" / name, name, steps=20) for name in METHODS}
-    subprocess.run(by_two_processes(runs.values(), tmp_path), env=ENVIRONMENT, check=True, timeout=900)
+    by_two_processes([arguments(tiny_toy, tmp_path / "two" / name, name, steps=20) for name in METHODS], tmp_path)
     for name in METHODS:
-        train_here(*arguments(tiny_toy, tmp_path / "one" / name, name, steps=20))
+        family_here(*arguments(tiny_toy, tmp_path / "one" / name, name, steps=20))
         for place in ("one", "two"):
             rows = metrics(tmp_path / place / name)
             assert len(rows) == 20 and all(math.isfinite(value) for row in rows for value in row.values())
@@ -742,9 +720,9 @@ def test_teacher_schedules_follow_the_student_and_survive_a_resume(tiny_toy, tmp
     extra = {"teacher-schedule": schedule, "checkpoint-every": 1} | (
         {"teacher-every": 3} if schedule == "copy" else {"teacher-decay": 0.8})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_here(*arguments(tiny_toy, whole, "antisd", **extra))
-    train_here(*arguments(tiny_toy, parts, "antisd", steps=2, **extra))
-    train_here("--out", parts, "--resume", "--steps", 4)
+    family_here(*arguments(tiny_toy, whole, "antisd", **extra))
+    family_here(*arguments(tiny_toy, parts, "antisd", steps=2, **extra))
+    family_here("--out", parts, "--resume", "--steps", 4)
     assert_same_run(whole, parts)
     steps = [whole / "checkpoints" / f"step-{step:06d}" for step in (1, 2, 3, 4)]
     students = [stored_adapter(tiny_toy, step / "adapter") for step in steps]
@@ -761,37 +739,29 @@ def test_teacher_schedules_follow_the_student_and_survive_a_resume(tiny_toy, tmp
 
 def test_a_teacher_copied_after_every_step_is_the_student_of_the_step_before(tiny_toy, tmp_path):
     """With the student's own prompt and weights there is no difference left for the teacher to make."""
-    train_here(*arguments(tiny_toy, tmp_path / "run", "vopd", **{
+    family_here(*arguments(tiny_toy, tmp_path / "run", "vopd", **{
         "teacher-schedule": "copy", "teacher-every": 1, "teacher-context": "none", "lr": 1e-1}))
     assert all(abs(row["delta"]) < 1e-5 for row in metrics(tmp_path / "run"))
 
 
 def documented_example():
-    text = (ROOT / "docs" / "family.md").read_text()
+    text = (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
     start = text.index("@method(")
     return text[start:text.index("```", start)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def example_run(tiny_toy, tmp_path_factory):
-    """The example at the end of a copy of family/methods.py, trained with its name."""
-    here, example = tmp_path_factory.mktemp("copy"), documented_example()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("family/*.py")]:
-        (here / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-        (here / path.relative_to(ROOT)).write_text(path.read_text())
+def test_the_documented_new_method_trains(tiny_toy, tmp_path):
+    """Adding a method is one function in one file: the example at the end of a copy of family/methods.py, trained with
+    its name. A method that reads eps is reported with its magnitude."""
+    here, example = tmp_path / "copy", documented_example()
+    name = example.split('"')[1]
+    assert len(example.strip().splitlines()) <= 15 and name not in METHODS
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.*"), *ROOT.glob("family/*.py")]:
+        (here / path.relative_to(ROOT)).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(path, here / path.relative_to(ROOT))
     (here / "family" / "methods.py").open("a").write("\n\n" + example)
-    flags = train_arguments(tiny_toy, here / "run", method=example.split('"')[1], steps=2)
-    with in_background([sys.executable, here / "train.py", *flags], here / "log",
-                       env=ENVIRONMENT | {"PYTHONPATH": str(here)}) as process:
-        yield process, here
-
-
-def test_the_documented_new_method_trains(example_run):
-    """Adding a method is one function in one file. A method that reads eps is reported with its magnitude."""
-    process, here = example_run
-    example = documented_example()
-    assert len(example.strip().splitlines()) <= 15 and example.split('"')[1] not in METHODS
-    assert process.wait(timeout=200) == 0, (here / "log").read_text()
+    command = ["family", *train_arguments(tiny_toy, here / "run", method=name, steps=2)]
+    assert run_copy(here, command) == 0, (here / "stderr").read_text()
     rows = metrics(here / "run")
     assert len(rows) == 2 and all(0.8 <= row["magnitude"] <= 1.2 for row in rows)
 
@@ -804,7 +774,7 @@ def test_a_method_that_uses_the_gate_but_not_the_magnitude_reports_its_gate(tiny
     loss = METHODS["grpo"].loss
     gate_only = methods.Method(loss, "for this test", uses=("advantage", "gamma", "floor"))
     monkeypatch.setitem(METHODS, "gate-only", gate_only)
-    train_here(*arguments(tiny_toy, tmp_path / "run", "gate-only", steps=2, gamma=1.0))
+    family_here(*arguments(tiny_toy, tmp_path / "run", "gate-only", steps=2, gamma=1.0))
     for row in metrics(tmp_path / "run"):
         assert 0.1 <= row["gate"] < 1 and "magnitude" not in row and row["entropy"] > 0
 
@@ -823,7 +793,7 @@ GROUP_STATE = {"steps", "count", "mean", "sum_squares"}  # what a checkpoint hol
 
 
 def test_references_that_are_cut_are_counted_aloud(tiny_toy, tmp_path, capsys):
-    train_here(*arguments(tiny_toy, tmp_path / "run", "sft", steps=1, **{"max-new-tokens": 3}))
+    family_here(*arguments(tiny_toy, tmp_path / "run", "sft", steps=1, **{"max-new-tokens": 3}))
     said = [line for line in capsys.readouterr().out.splitlines() if "reference solutions" in line]
     count = len((tiny_toy / "train.jsonl").read_text().splitlines())
     assert said == [f"--method sft: {count} of {count} reference solutions are longer than --max-new-tokens 3 "
@@ -834,9 +804,9 @@ def test_references_that_are_cut_are_counted_aloud(tiny_toy, tmp_path, capsys):
 def test_ablations_of_the_core_s_methods(tiny_toy, tmp_path, name):
     """The family's flags with EGRSD: the step is the core's but for what the flag says."""
     plain, same, other = (tmp_path / place for place in ("plain", "same", "other"))
-    train_here(*arguments(tiny_toy, plain, name, steps=2))
-    train_here(*arguments(tiny_toy, same, name, steps=2, **{"teacher-schedule": "copy", "teacher-every": 50}))
-    train_here(*arguments(tiny_toy, other, name, steps=2, **{"teacher-context": "answer"}))
+    family_here(*arguments(tiny_toy, plain, name, steps=2))
+    family_here(*arguments(tiny_toy, same, name, steps=2, **{"teacher-schedule": "copy", "teacher-every": 50}))
+    family_here(*arguments(tiny_toy, other, name, steps=2, **{"teacher-context": "answer"}))
     changed = adapter(other, 2)
     assert adapter(plain, 2).keys() == adapter(same, 2).keys() == changed.keys()
     assert not all(torch.equal(tensor, changed[key]) for key, tensor in adapter(plain, 2).items())
@@ -845,7 +815,7 @@ def test_ablations_of_the_core_s_methods(tiny_toy, tmp_path, name):
 
 
 def test_position_gate(tiny_toy, tmp_path):
-    train_here(*arguments(tiny_toy, tmp_path / "run", "egrsd", steps=1, gate="position"))
+    family_here(*arguments(tiny_toy, tmp_path / "run", "egrsd", steps=1, gate="position"))
     assert 0.25 < metrics(tmp_path / "run")[0]["gate"] < 1
 
 
@@ -859,18 +829,18 @@ def test_position_gate(tiny_toy, tmp_path):
 def test_the_command_that_started_a_run_resumes_it(tmp_path, flags, monkeypatch):
     """Settings that the method or the preset brought must not count as changes."""
     command = ["--preset", "toy", "--out", str(tmp_path), *flags]
-    started, _ = train.parse_arguments(command)
+    started, *_ = lab.parse_arguments(command)
     (tmp_path / "config.json").write_text(json.dumps({"settings": asdict(started), "world_size": 1}))
     for again in (command, [*command, "--resume"], ["--out", str(tmp_path), "--resume", *flags]):
-        resumed, resume = train.parse_arguments(again if "--resume" in again else [*again, "--resume"])
+        resumed, resume, _ = lab.parse_arguments(again if "--resume" in again else [*again, "--resume"])
         assert resume and resumed == started
     with pytest.raises(InputError, match="--resume with changed settings .--seed was 0."):
-        train.parse_arguments([*command, "--resume", "--seed", "3"])
+        lab.parse_arguments([*command, "--resume", "--seed", "3"])
 
 
 def stored(tmp_path, *flags, **changes):
     """config.json of a run started with these flags, with some settings changed by hand."""
-    s, _ = train.parse_arguments(["--preset", "toy", "--out", str(tmp_path), *flags])
+    s, *_ = lab.parse_arguments(["--preset", "toy", "--out", str(tmp_path), *flags])
     (tmp_path / "config.json").write_text(json.dumps({
         "settings": asdict(s) | changes, "trainer": "Neighbour" if family.is_used(s) else "Trainer", "world_size": 1}))
     return s
@@ -879,10 +849,10 @@ def stored(tmp_path, *flags, **changes):
 def test_parts_of_the_command_are_compared_with_the_run_not_with_each_other(tmp_path):
     s = stored(tmp_path, "--method", "rlsd", "--teacher-schedule", "ema", "--teacher-decay", "0.9")
     command = ["--out", str(tmp_path), "--resume", "--method", "rlsd", "--teacher-decay", "0.9"]
-    assert train.parse_arguments(command)[0] == s
+    assert lab.parse_arguments(command)[0] == s
     stored(tmp_path, "--method", "egrsd")
     with pytest.raises(InputError, match="--method was egrsd"):
-        train.parse_arguments(["--out", str(tmp_path), "--resume", "--method", "cl-egrsd"])
+        lab.parse_arguments(["--out", str(tmp_path), "--resume", "--method", "cl-egrsd"])
 
 
 def test_a_core_run_resumes_when_the_family_is_gone_and_a_familys_run_is_refused(tmp_path):
@@ -903,10 +873,10 @@ def settings_without_family(tmp_path):
 def test_a_damaged_config_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match="no run that can be resumed here"):
-        train.parse_arguments(["--out", str(tmp_path), "--resume"])
+        lab.parse_arguments(["--out", str(tmp_path), "--resume"])
     stored(tmp_path, method="sdpoo")
-    with pytest.raises(InputError, match="--method sdpoo is not known here"):
-        train.parse_arguments(["--out", str(tmp_path), "--resume"])
+    with pytest.raises(InputError, match="--method sdpoo: not known here"):
+        lab.parse_arguments(["--out", str(tmp_path), "--resume"])
 
 
 @pytest.mark.parametrize("old, new", [
@@ -918,8 +888,8 @@ def test_a_damaged_config_is_refused_in_one_line(tmp_path, text):
     (dict(method="egrsd", gate="position"), ("egrsd", 0.3, 0))])
 def test_settings_of_older_runs_are_understood(tmp_path, old, new):
     """config.json of commit 33dce51, where --gate said what gamma and window say."""
-    s, _ = train.parse_arguments(["--preset", "toy"])
+    s, *_ = lab.parse_arguments(["--preset", "toy"])
     (tmp_path / "config.json").write_text(json.dumps({"settings": asdict(s) | old, "world_size": 1}))
-    resumed, _ = train.parse_arguments(["--out", str(tmp_path), "--resume"])
+    resumed, *_ = lab.parse_arguments(["--out", str(tmp_path), "--resume"])
     assert (resumed.method, resumed.gamma, resumed.window) == new
     assert resumed.gate == ("position" if old["gate"] == "position" else "")

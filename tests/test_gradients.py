@@ -56,7 +56,8 @@ def test_every_gradient_equals_that_of_a_plain_loop(monkeypatch, pass_tokens):
         advantage = {"r": [1.2, 0.0, 1.4, 0.0], "r - 0.5": [0.7, -0.5, 0.9, -0.5], "shorter": [
             4.25 - length for length in lengths]}.get(name, [1.5, -0.5, 2.0, -0.5])
         exact = exact_gradient(model, rows, privileged, torch.tensor(advantage), gamma=gamma, window=window, eps=eps)
-        torch.testing.assert_close(vector, gradients.sketch(exact, s.sketch, s.seed), rtol=1e-5, atol=1e-7)
+        exact_sketch = gradients.sketch(exact, s.sketch, s.seed)
+        torch.testing.assert_close(vector, exact_sketch, rtol=0, atol=1e-5 * exact_sketch.abs().max().item())
         assert exact.norm() > 0.1
 
 

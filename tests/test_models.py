@@ -182,11 +182,14 @@ def make(kind, settings):
 
 
 @torch.no_grad()
-def greedy(model, prompt, tokens):
-    ids = list(prompt)
-    while len(ids) < len(prompt) + tokens and (len(ids) == len(prompt) or ids[-1] != 1):
-        ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
-    return ids[len(prompt):]
+def assert_greedy(model, tolerance):
+    """Every token is the likeliest by the model without a cache, or as likely to `tolerance` nats: the same on every
+    CPU, where the tokens themselves are not."""
+    for prompt, completion in zip(PROMPTS, draw(model, temperature=0), strict=True):
+        ids = completion.token_ids
+        logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[0, len(prompt) - 1:-1].float()
+        chosen = logits[range(len(ids)), ids]
+        assert (logits.amax(-1) - chosen).max() < tolerance and (len(ids) == 10 or ids[-1] == 1)
 
 
 def whole_logits(model, completions):
@@ -219,7 +222,7 @@ def check(kind, folder):
     model, tolerance = make(kind, settings), TOLERANCE.get(kind, 1e-4)
     rollout.check_model(model)
     teacher.check_head(model)
-    assert [c.token_ids for c in draw(model, temperature=0)] == [greedy(model, prompt, 10) for prompt in PROMPTS]
+    assert_greedy(model, tolerance)
 
     completions = [c.token_ids for c in draw(model)]
     with torch.no_grad():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import forked, train_arguments, train_here
+from conftest import family_here, forked, train_arguments, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import egrsd
@@ -289,7 +289,7 @@ def test_a_neighbour_shows_what_it_has(tiny_toy, tmp_path, method, curves, colou
     for flag in ("--temperature", "--top-p", "--top-k") if method == "sft" else ():  # it samples nothing
         place = flags.index(flag)
         del flags[place:place + 2]
-    train_here(*flags)
+    family_here(*flags)
     page = page_of(tmp_path / "run")
     titles = [line.split(" by step")[0] for line in page.text.splitlines() if " by step, " in line]
     assert titles == curves and page.colours() == colours
@@ -339,7 +339,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(tiny_toy, tmp_path, monkey
     assert len(warnings) == 1 and "no report.html" in warnings[0] and "No space left" in warnings[0]
     assert "report.html" not in out and (tmp_path / "run" / "model").is_dir()
     train_here(*train_arguments(tiny_toy, tmp_path / "other", steps=1))
-    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "other" / "report.html")
+    assert capsys.readouterr().out.splitlines()[-1] == f"open {tmp_path / 'other' / 'report.html'}"
 
 
 def test_only_the_first_process_writes(tmp_path):

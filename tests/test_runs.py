@@ -505,7 +505,7 @@ ROW = {"problem": "What is 2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"
 @pytest.mark.parametrize("content, part", [
     (json.dumps(ROW).encode("utf-16"), "UTF-16, UTF-8 text is needed: convert it with iconv"),
     (json.dumps(ROW).encode("utf-16-le"), "UTF-16-LE, UTF-8 text is needed: convert it with iconv"),
-    (gzip.compress(json.dumps(ROW).encode()), "GZIP, UTF-8 text is needed: unpack it with gunzip"),
+    (gzip.compress(json.dumps(ROW).encode(), mtime=0), "GZIP, UTF-8 text is needed: unpack it with gunzip"),
     (b'{"problem": "p", "solution": "s", "answer": 1e400}', "line 1: field 'answer': 1 gold answers"),
     (b'{"problem": "p", "solution": "s", "answer": Infinity}', "line 1: field 'answer': 1 gold answers"),
     (b'{"problem": "p", "solution": "s", "answer": NaN}', "line 1: field 'answer': 1 gold answers"),
@@ -626,71 +626,22 @@ def test_sighup_leaves_a_checkpoint_as_sigterm_does(flags, tmp_path):
 def test_everything_follows_the_umask(flags, tmp_path, monkeypatch, mask):
     """safetensors writes files that only their owner can read."""
     monkeypatch.setattr(toy, "_warm_up", lambda *args: None)
-    monkeypatch.setattr(toy, "accuracy", lambda *args: 0.0)
     before = os.umask(mask)
     try:
         train_here(*flags(tmp_path / "run"))
         model = tiny_qwen3()
         lora.add_lora(model, 4, 8)
         lora.save_adapter(model, tmp_path / "adapter")
-        toy.build(0, tmp_path / "toys")
+        toy.build(tmp_path / "toy")
+        toy.problem_file("test.jsonl", tmp_path / "problems")
     finally:
         os.umask(before)
-    entries = [path for name in ("run", "adapter", "toys") for path in [tmp_path / name, *(tmp_path / name).rglob("*")]]
+    made = [tmp_path / name for name in ("run", "adapter", "toy", "problems")]
+    entries = [path for place in made for path in [place, *place.rglob("*")]]
     assert len(entries) > 20
     for path in entries:
         wanted = (0o777 if path.is_dir() else 0o666) & ~mask
         assert stat.S_IMODE(path.stat().st_mode) == wanted, path
-
-
-# ---- the toy's cache
-
-
-@pytest.fixture
-def quick_toy(monkeypatch):
-    monkeypatch.setattr(toy, "_warm_up", lambda *args: None)
-    monkeypatch.setattr(toy, "accuracy", lambda *args: 0.0)
-
-
-def test_two_builders_both_succeed(quick_toy, tmp_path):
-    def build():
-        barrier.wait()
-        paths.append(toy.build(0, tmp_path / "toys"))
-    barrier, paths = threading.Barrier(3), []
-    threads = [threading.Thread(target=build) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(paths) == 3 and [*(tmp_path / "toys").iterdir()] == [paths[0]]
-
-
-def test_another_builder_was_faster(quick_toy, tmp_path, monkeypatch):
-    make = toy._make
-
-    def slow(path, seed):
-        make(path, seed)
-        other = path.with_name(path.name.removesuffix(".tmp"))
-        shutil.copytree(path, other)  # what another machine on the same file system may do in spite of the lock
-    monkeypatch.setattr(toy, "_make", slow)
-    path = toy.build(0, tmp_path / "toys")
-    assert [*(tmp_path / "toys").iterdir()] == [path] and (path / "test.jsonl").exists()
-
-
-def test_a_build_removes_nothing_of_the_user_s(quick_toy, tmp_path):
-    (tmp_path / "toys" / "toy-mine.tmp").mkdir(parents=True)
-    toy.build(0, tmp_path / "toys")
-    assert (tmp_path / "toys" / "toy-mine.tmp").is_dir()
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_build_leaves_nothing_that_stays(quick_toy, tmp_path, how):
-    def build():
-        toy._warm_up = lambda *args: os.kill(os.getpid(), how)
-        toy.build(0, tmp_path / "toys")
-    forked(tmp_path, build)
-    path = toy.build(0, tmp_path / "toys")
-    assert [*(tmp_path / "toys").iterdir()] == [path]
 
 
 # ---- runs that learn nothing

@@ -2,28 +2,124 @@
 
 import doctest
 import json
+import shutil
+import threading
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
 import reward
+import teacher
 import toy
 from experiments import diagnostics
 from support import distributed
-from support.data import load_problems
+from support.data import load_model, load_problems
+
+
+def files_of(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def test_same_seed_same_files(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "UPDATES", 2)
-    monkeypatch.setattr(toy, "accuracy", lambda *args: 0.0)
-    paths = [toy.build(seed, tmp_path / name) for seed, name in ((0, "a"), (0, "b"), (1, "a"))]
-    assert paths[0].name == paths[1].name != paths[2].name and toy.build(0, tmp_path / "a") == paths[0]
-    first, same, other = ({file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-                          for path in paths)
+    for name, seed in (("first", 0), ("same", 0), ("other", 1)):
+        toy.build(tmp_path / name, seed)
+    first, same, other = (files_of(tmp_path / name) for name in ("first", "same", "other"))
     assert first == same and first.keys() == other.keys()
-    assert all(first[name] != other[name] for name in first if name.suffix in (".safetensors", ".jsonl"))
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {paths[0].name, paths[2].name}  # nothing left over
+    assert first["model.safetensors"] != other["model.safetensors"]
+    parts = [toy.problem_file("test.jsonl", tmp_path / str(seed), seed).read_text() for seed in (0, 0, 1)]
+    assert parts[0] == parts[1] != parts[2]
+
+
+# ---- the model that comes with the files
+
+
+def test_the_shipped_tokenizer_is_the_one_that_this_file_makes():
+    """Else `python toy.py --build` is due."""
+    shipped, made = AutoTokenizer.from_pretrained(toy.SHIPPED), toy.make_tokenizer()
+    text = "What is 117+5?\n\\boxed{7} hmm maybe é"
+    assert shipped.get_vocab() == made.get_vocab() and shipped.encode(text) == made.encode(text)
+    assert shipped.chat_template == made.chat_template and shipped.eos_token == made.eos_token
+    assert toy.known_prompts(shipped) == toy.known_prompts(made)
+    ours, theirs = toy.make_model(made).config, AutoConfig.from_pretrained(toy.SHIPPED)
+    assert ours.hidden_size == theirs.hidden_size and ours.num_hidden_layers == theirs.num_hidden_layers
+
+
+def test_the_shipped_model_is_used_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert toy.resolve("toy", "model") == str(toy.SHIPPED) and not list(tmp_path.iterdir())
+    assert toy.resolve("toy", "test.jsonl") == "runs/toy-problems/test.jsonl"
+    assert toy.resolve("mine", "model") == "mine"
+
+
+def test_its_accuracies_are_those_of_the_readme(tmp_path):
+    lines = toy.problem_file("test.jsonl", tmp_path).read_text().splitlines(keepends=True)
+    (tmp_path / "some.jsonl").write_text("".join(lines[::3]))
+    model, tokenizer = load_model(str(toy.SHIPPED), torch.float32, torch.device("cpu"))
+    plain, shown = (toy.accuracy(model, tokenizer, tmp_path / "some.jsonl", it) for it in (False, True))
+    assert 0.24 < plain < 0.48 and 0.66 < shown < 0.88  # 0.36 and 0.77, with errors of 0.04 and 0.03 of 161 draws
+
+
+@pytest.mark.slow
+def test_a_rebuilt_toy_is_as_good(tmp_path):
+    """Not the same: rounding differs between CPUs, and training makes more of it."""
+    toy.build(tmp_path / "model", seed=1)
+    test = toy.problem_file("test.jsonl", tmp_path)
+    model, tokenizer = load_model(str(tmp_path / "model"), torch.float32, torch.device("cpu"))
+    plain, shown = (toy.accuracy(model, tokenizer, test, privileged) for privileged in (False, True))
+    assert 0.25 < plain < 0.50 and 0.65 < shown < 0.90
+
+
+@pytest.fixture
+def quick_build(monkeypatch):
+    monkeypatch.setattr(toy, "_warm_up", lambda *args: None)
+
+
+@pytest.mark.parametrize("change", ["prompt", "template"])
+def test_prompts_that_the_weights_do_not_know_start_the_warm_up(quick_build, tmp_path, monkeypatch, capsys, change):
+    """Not a comment in rollout.py: what is compared is what the model reads."""
+    if change == "prompt":
+        monkeypatch.setattr(teacher, "INSTRUCTION", "Think it over.")
+    else:
+        shutil.copytree(toy.SHIPPED, tmp_path / "shipped")
+        monkeypatch.setattr(toy, "SHIPPED", tmp_path / "shipped")
+        (tmp_path / "shipped" / "chat_template.jinja").write_text(toy.CHAT_TEMPLATE.replace("user", "person") + " ")
+    path = toy.model_directory(tmp_path / "runs")
+    assert "do not know these prompts" in capsys.readouterr().err and toy.fits(path)
+    assert toy.model_directory(tmp_path / "runs") == path and capsys.readouterr().err == ""
+
+
+def test_two_starts_at_the_same_moment(quick_build, tmp_path, monkeypatch):
+    """Both make what is missing, each under a name of its own."""
+    def both(work):
+        def start():
+            barrier.wait()
+            paths.append(work())
+        barrier, paths = threading.Barrier(3), []
+        threads = [threading.Thread(target=start) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(paths) == 3 and len(set(paths)) == 1
+        return paths[0]
+    path = both(lambda: toy.problem_file("test.jsonl", tmp_path / "problems"))
+    assert files_of(tmp_path / "problems").keys() == {"test.jsonl"} and len(load_problems(path)[0]) == 481
+    monkeypatch.setattr(toy, "SHIPPED", tmp_path / "nothing")
+    path = both(lambda: toy.model_directory(tmp_path / "runs"))
+    assert list((tmp_path / "runs").iterdir()) == [path] and toy.fits(path)
+
+
+def test_problems_that_somebody_changed_are_written_anew(tmp_path):
+    path = toy.problem_file("train.jsonl", tmp_path)
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    assert toy.problem_file("train.jsonl", tmp_path).read_text() == whole
+
+
+# ---- problems, solutions, tokenizer
 
 
 def test_problems_grade_and_held_out_ones_are_held_out(tiny_toy):
@@ -93,9 +189,8 @@ def test_the_toy_is_made_with_the_threads_of_a_small_model(monkeypatch, three_th
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     threads = []
     monkeypatch.setattr(toy, "_warm_up", lambda *args: threads.append(torch.get_num_threads()))
-    monkeypatch.setattr(toy, "accuracy", lambda *args: threads.append(torch.get_num_threads()) or 0.0)
-    toy.build(0, tmp_path)
-    assert threads == [1, 1, 1]
+    toy.build(tmp_path / "model")
+    assert threads == [1]
 
 
 def test_doctests():

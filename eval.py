@@ -230,7 +230,7 @@ def main() -> None:
         s = settings.parse_evaluation(sys.argv[1:], __doc__)
         ranks = Ranks.alone() if s.from_ else Ranks()
         out = Path(s.out or time.strftime("runs/eval-%Y%m%d-%H%M%S", time.localtime(ranks.max(time.time()))))
-        remedy = "choose another --out" if s.from_ else "go on with --resume, or choose another --out"
+        remedy = "choose another --out" if s.from_ else settings.REMEDY
         with hold(out, ranks, None if s.resume else remedy):
             (grade_files if s.from_ else run)(s, ranks, out)
 

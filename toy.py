@@ -1,7 +1,7 @@
 r"""The embedded default: a tiny Qwen3 checkpoint and arithmetic problems, in the ordinary formats.
 
     python toy.py                  # says where they are, and how good the model is
-    python toy.py --build          # makes the model again, in one to two minutes
+    python toy.py --build          # makes the model again, in about two minutes
 
 With it `python train.py` needs no download. The problems are such as "What is 7+5+9+4?"; they come from a seed, and are
 written on first use. The tokenizer is a byte-level one with a chat template. The model has 0.3 million parameters; its
@@ -90,8 +90,8 @@ def model_directory(root: Path = Path("runs")) -> Path:
     prompts = json.dumps(known_prompts(make_tokenizer()))
     path = root / f"toy-{hashlib.sha256(prompts.encode()).hexdigest()[:12]}"
     if not path.exists():
-        print(f"toy: the weights in {SHIPPED} do not know these prompts or this tokenizer. A model is warmed up on "
-              f"them and kept in {path}.", file=sys.stderr)
+        print(f"toy: the weights in {SHIPPED} do not know the prompts of teacher.py, or the tokenizer, as they are "
+              f"now. A model is warmed up on these, about two minutes, and kept in {path}.", file=sys.stderr)
         root.mkdir(parents=True, exist_ok=True)
         own = root / f"{path.name}.{uuid.uuid4().hex}"
         build(own)

@@ -34,7 +34,7 @@ from support.errors import InputError, LocalError, parse_early
 
 BEGAN = time.perf_counter()
 if __name__ == "__main__":
-    parse_early("train.py", lambda: settings.check(settings.parse(sys.argv[1:], __doc__)[0]))
+    parse_early("train.py", lambda: settings.check_start(*settings.parse(sys.argv[1:], __doc__)))
 
 import numpy as np
 import torch
@@ -333,7 +333,7 @@ def train(s: Settings, resume: bool, trainer: type[Trainer] = Trainer) -> None:
     """The whole run, the same on every rank: evaluate, train, evaluate, export."""
     ranks = Ranks()
     settings.check(s)
-    with run.hold(s.out, ranks, None if resume else "go on with --resume, or choose another --out"):
+    with run.hold(s.out, ranks, None if resume else settings.REMEDY):
         with run.name_lack_of_memory(lambda: "while loading: lower --lora-rank, or take a smaller --model"):
             t = trainer(s, ranks)
         if resume:

@@ -27,6 +27,11 @@ def one_line(program: str):
 
 def parse_early(program: str, parse: Callable) -> None:
     """Before the imports that take seconds: parse() answers --help and mistakes, then a word says what goes on."""
+    def hook(kind, *error):
+        if kind is not KeyboardInterrupt:
+            return sys.__excepthook__(kind, *error)
+        print(f"\n{program}: interrupted, nothing was written", file=sys.stderr)
+    sys.excepthook = hook
     with one_line(program):
         parse()
     if os.environ.get("RANK", "0") == "0":

@@ -24,10 +24,10 @@ from support.data import digest, model_digest
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError, LocalError, one_line, reason
 from support.sampling import Rollout
+from support.settings import in_use
 
 SAMPLES_PER_STEP = 4  # rollouts of rank 0 that go into samples.jsonl at each step
 PATIENCE = 5  # steps without learning, before a warning
-LEFT_BY_A_KILL = {"lock", "config.json.tmp", "results.json.tmp"}  # at the start: such a directory is still free
 
 
 class Interrupted(Exception):
@@ -62,7 +62,7 @@ def hold(out: str | Path, ranks: Ranks, remedy: str | None = "choose another --o
                 made = [place for place in (path, *path.parents) if not place.exists()]
                 path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(checkpoint.locked(path / "lock"))
-                if remedy and {entry.name for entry in path.iterdir()} - LEFT_BY_A_KILL:
+                if remedy and in_use(path):
                     problems = [f"{out}: output directory in use: {remedy}"]
             except BlockingIOError:
                 problems = [f"{out}: output directory in use by a process that is still running: choose another --out"]

@@ -5,6 +5,7 @@ package family/ brings more methods and flags, if it is there: the functions her
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from support.flags import SEEDS, Parser, add_flags, check_ranges, environment_nu
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
            "query_key_value", "c_attn", "c_fc", "c_proj"]  # those of lora.py, without its import of torch
+LEFT_BY_A_KILL = {"lock", "config.json.tmp", "results.json.tmp"}  # at the start: such a directory is still free
+REMEDY = "go on with --resume, or choose another --out"
 MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every", "cuda_graphs"}
 
 
@@ -177,8 +180,9 @@ def _brought(method: str, preset: dict, given: dict, family) -> dict:
     if family and method in family.METHODS:
         return family.bring(method, preset, given)
     if method not in METHODS:
-        raise InputError(f"--method {method}: not known here; neighbouring methods are run with python -m family, "
-                         "whose --help lists them")
+        raise InputError(f"--method {method}: not known; --help lists the methods" if family else
+                         f"--method {method}: train.py knows {', '.join(METHODS)}; neighbouring methods are run with "
+                         "python -m family")
     return METHODS[method][0] if "method" in given else {}
 
 
@@ -200,6 +204,20 @@ def _resolve(preset: dict, given: dict, family) -> Settings:
         if key in without_effect:
             raise InputError(f"{flag_name(key)}: {without_effect[key]}: leave it out")
     return s
+
+
+def in_use(out: str | Path) -> bool:
+    """Whether something of the user's is in this directory."""
+    path = Path(out)
+    return path.is_dir() and not {entry.name for entry in path.iterdir()} <= LEFT_BY_A_KILL
+
+
+def check_start(s: Settings, resume: bool) -> None:
+    """What can be known of a start before anything is imported or made."""
+    check(s)
+    with suppress(OSError):  # whoever makes the directory says what is wrong with it
+        if not resume and environment_number("RANK", 0) == 0 and in_use(s.out):
+            raise InputError(f"{s.out}: output directory in use: {REMEDY}")
 
 
 def check(s: Settings) -> None:
@@ -228,7 +246,8 @@ def read_config(run: Path, family) -> tuple[Settings, int]:
         config = json.loads(path.read_text())
         values, world = dict(config["settings"]), config["world_size"]
         if not family and config.get("trainer") == "Neighbour":
-            raise ValueError("it was started with python -m family")
+            raise InputError(f"{run}: this run was started with python -m family: go on with python -m family --out "
+                             f"{run} --resume")
         values.setdefault("lora_targets", TARGETS[:7])  # what a run adapted that does not name them
         values |= {"lookahead": {"gate": ""}, "entropy": {"gate": "", "window": 0}, "none": {"gate": "", "gamma": 0.0},
                    "position": {"window": 0}}.get(values.get("gate"), {})

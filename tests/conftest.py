@@ -8,10 +8,8 @@ import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import traceback
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -69,7 +67,7 @@ def model():
 def make_tiny_toy(root, problems):
     """A toy that is made in seconds: the problems have one number, the traces are its box.
 
-    It is half learned, so that some answers are right. Every run reads and grades all `problems` of its training data.
+    It is half learned, so that some answers are right. Of training and of held-out problems there are so many.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -82,9 +80,9 @@ def make_tiny_toy(root, problems):
         toy.build(root / "model")
         model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
         model.save_pretrained(root / "model")  # for tests that take the dtype of the files
-        train, _ = (toy.problem_file(part, root) for part in ("train.jsonl", "test.jsonl"))
-    rows = train.read_text().splitlines(keepends=True)
-    train.write_text("".join(rows[:problems]))
+        files = [toy.problem_file(part, root) for part in ("train.jsonl", "test.jsonl")]
+    for path in files:
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:problems]))
 
 
 @pytest.fixture(scope="session")
@@ -98,18 +96,6 @@ def tiny_toy(tmp_path_factory):
         if not (root / "test.jsonl").exists():
             make_tiny_toy(root, problems=96)
     return root
-
-
-@contextmanager
-def in_background(command, log, **keywords):
-    """A process that works while other tests run, its output in the file `log`; the test that needs it waits."""
-    with open(log, "w") as file:
-        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, **keywords)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 def train_arguments(tiny_toy, out, **changes):

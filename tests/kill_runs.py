@@ -32,6 +32,7 @@ from test_train import metrics, without_seconds
 from tqdm import tqdm
 
 import train
+from family import __main__ as lab
 from support import checkpoint, run
 
 STEPS = 6
@@ -73,7 +74,7 @@ class Phase:
         setattr(owner, attribute, marked)
 
     def watch_training(self) -> None:
-        self.during(train, "parse_arguments", "before loading")
+        self.during(lab, "parse_arguments", "before loading")
         self.during(train.Trainer, "__init__", "loading")
         self.during(train.Trainer, "__init__", "lock and config", before=False)
         self.during(train.Trainer, "evaluate", "evaluation")
@@ -121,8 +122,8 @@ def ended(pid: int, seconds: float = 600, until: Callable[[], bool] = lambda: Fa
 
 def start(flags: list, log: Path) -> int:
     def work():
-        sys.argv = ["train.py", *map(str, flags)]
-        train.main()
+        sys.argv = ["family", *map(str, flags)]
+        lab.main()  # for the core's methods the same as train.main
     return forked(work, log)
 
 

@@ -327,7 +327,7 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
     loss = sum(total / count for total, count in zip(sums, counts, strict=True) if count)
     gradients = torch.autograd.grad(loss, t.parameters)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert metrics["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=3e-3)
+    assert metrics["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-2)
     assert metrics["grad_norm"] > 0 and (name == "reopold") == (0 < counts[0] < num_tokens)
     if name.startswith("trace"):
         assert 0 < sum(row.marked.sum().item() for row in rows) < num_tokens and 0 < metrics["unmarked"] < 1
@@ -861,7 +861,7 @@ def test_a_core_run_resumes_when_the_family_is_gone_and_a_familys_run_is_refused
     assert asdict(resumed) == {f.name: getattr(s, f.name) for f in fields(resumed)}
     for flags in (["--method", "opsd"], ["--teacher-context", "answer"]):
         stored(tmp_path, *flags)
-        with pytest.raises(InputError, match="no run that can be resumed here"):
+        with pytest.raises(InputError, match="started with python -m family: go on with python -m family --out"):
             settings_without_family(tmp_path)
 
 
@@ -875,7 +875,7 @@ def test_a_damaged_config_is_refused_in_one_line(tmp_path, text):
     with pytest.raises(InputError, match="no run that can be resumed here"):
         lab.parse_arguments(["--out", str(tmp_path), "--resume"])
     stored(tmp_path, method="sdpoo")
-    with pytest.raises(InputError, match="--method sdpoo: not known here"):
+    with pytest.raises(InputError, match="--method sdpoo: not known"):
         lab.parse_arguments(["--out", str(tmp_path), "--resume"])
 
 

@@ -23,7 +23,7 @@ def files_of(path):
 
 
 def test_same_seed_same_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "UPDATES", 2)
+    monkeypatch.setattr(toy, "UPDATES", 1)
     for name, seed in (("first", 0), ("same", 0), ("other", 1)):
         toy.build(tmp_path / name, seed)
     first, same, other = (files_of(tmp_path / name) for name in ("first", "same", "other"))
@@ -87,7 +87,7 @@ def test_prompts_that_the_weights_do_not_know_start_the_warm_up(quick_build, tmp
         monkeypatch.setattr(toy, "SHIPPED", tmp_path / "shipped")
         (tmp_path / "shipped" / "chat_template.jinja").write_text(toy.CHAT_TEMPLATE.replace("user", "person") + " ")
     path = toy.model_directory(tmp_path / "runs")
-    assert "do not know these prompts" in capsys.readouterr().err and toy.fits(path)
+    assert "do not know the prompts of teacher.py" in capsys.readouterr().err and toy.fits(path)
     assert toy.model_directory(tmp_path / "runs") == path and capsys.readouterr().err == ""
 
 

@@ -17,7 +17,6 @@ import torch
 from conftest import (
     assert_ended_well,
     exit_code,
-    in_background,
     random_ids,
     start,
     start_ranks,
@@ -27,6 +26,7 @@ from conftest import (
     train_here,
 )
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3ForCausalLM
 
 import family
@@ -39,8 +39,6 @@ from family import __main__ as lab
 from support import checkpoint, run, settings
 
 ROOT = Path(train.__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def adapter(run, step=4):
@@ -192,19 +190,14 @@ def test_gradient_checkpointing_changes_nothing(tiny_toy, tmp_path, reference):
     assert_close_run(tmp_path / "run", reference)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_processes_started(tiny_toy, tmp_path_factory):
+@pytest.fixture(scope="module")
+def two_processes(tiny_toy, tmp_path_factory):
+    """The same four steps by two processes with two micro-batches each, started by what torchrun calls."""
     out = tmp_path_factory.mktemp("two-processes")
     flags = train_arguments(tiny_toy, out / "run", **COMPARED | {"micro-batch": 2})
-    with in_background([*TORCHRUN, ROOT / "train.py", *flags], out / "log", env=ENVIRONMENT) as process:
-        yield process, out
-
-
-@pytest.fixture(scope="module")
-def two_processes(two_processes_started):
-    """The same four steps by two processes with two micro-batches each."""
-    process, out = two_processes_started
-    assert process.wait(timeout=200) == 0, (out / "log").read_text()
+    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", start_method="fork")
+    launched = start(out, lambda: elastic_launch(config, train.main)(), "train.py", *flags)
+    assert exit_code(launched) == 0, (out / "stderr").read_text()
     return out / "run"
 
 
@@ -352,7 +345,7 @@ def main_fails(capsys, monkeypatch, *flags):
     ({"lr": "fast"}, "--lr"),
     ({"preset": "large"}, "--preset"),
     ({"lora-targets": "up_proj"}, "the adapter would leave out all of the attention"),
-    ({"method": "opsd"}, "--method opsd: not known here; neighbouring methods are run with python -m family"),
+    ({"method": "opsd"}, "direction-aware; neighbouring methods are run with python -m family"),
     ({"sed": 1}, "--sed")])
 def test_mistakes_in_the_flags(tiny_toy, tmp_path, capsys, monkeypatch, changes, message):
     assert message in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run", **changes))
@@ -468,6 +461,7 @@ def test_presets():
 
 @pytest.mark.parametrize("program, flags, code, said", [
     ("train.py", ["--help"], 0, "--gamma"), ("train.py", ["--gama", "1"], 1, "unrecognized arguments: --gama"),
+    ("train.py", ["--out", "tests"], 1, "tests: output directory in use"),
     ("eval.py", ["--help"], 0, "--samples"), ("eval.py", ["--model", "toy"], 1, "--model and --data are needed")])
 def test_help_and_mistakes_are_answered_without_torch(program, flags, code, said):
     """It took six seconds to import torch and transformers, before a misspelt flag was named."""

@@ -168,7 +168,7 @@ def run(s: EvaluationSettings, ranks: Ranks, out: Path) -> None:
     """Every checkpoint on every data file, into `out`. Nothing is written before data and first model were checked."""
     choose(s.cuda_graphs, ranks.device)  # refuses where there is no GPU
     every_row, results = [], []
-    files = [(name, ranks.once_per_node(lambda name=name: toy.resolve(name, "test.jsonl"))) for name in s.data]
+    files = [(name, toy.resolve(name, "test.jsonl")) for name in s.data]
     files = [(name, path, ranks.together(load_problems, path, False, s.skip_ungradable)[0]) for name, path in files]
     used = {str(path): digest(Path(path)) for _, path, _ in files} | check_files(s.model, s.adapter)
     log = SampleLog(out, asdict(s), ranks)

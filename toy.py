@@ -20,7 +20,6 @@ word for word: if these change, a sentence says so, and a model is warmed up on 
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import uuid
@@ -64,16 +63,12 @@ def resolve(name: str, part: str) -> str:
 
 
 def problem_file(part: str, root: Path = PROBLEMS, seed: int = 0) -> Path:
-    """train.jsonl or test.jsonl in `root`, with its problems; a file that has them already is left alone."""
+    """train.jsonl or test.jsonl in `root`, written anew from the seed."""
     problems = draw_problems(np.random.default_rng(seed))[part == "test.jsonl"]
-    text = "".join(json.dumps(make_row(terms)) + "\n" for terms in problems)
-    path = root / part
-    if not path.exists() or path.read_text() != text:
-        root.mkdir(parents=True, exist_ok=True)
-        own = root / f"{part}.{uuid.uuid4().hex}"  # another process may write it now, too
-        own.write_text(text)
-        os.replace(own, path)
-    return path
+    root.mkdir(parents=True, exist_ok=True)
+    own = root / f"{part}.{uuid.uuid4().hex}"  # other processes may write and read it now, too
+    own.write_text("".join(json.dumps(make_row(terms)) + "\n" for terms in problems))
+    return own.replace(root / part)
 
 
 def draw_problems(rng: np.random.Generator) -> tuple[list[list[int]], list[list[int]]]:
@@ -96,7 +91,7 @@ def model_directory(root: Path = Path("runs")) -> Path:
         own = root / f"{path.name}.{uuid.uuid4().hex}"
         build(own)
         try:
-            os.rename(own, path)
+            own.rename(path)
         except OSError:
             shutil.rmtree(own)
             if not path.exists():  # else another process was faster

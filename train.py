@@ -99,8 +99,7 @@ class Trainer:
         self.s, self.ranks, self.out, self.step, self.rows_per_problem = s, ranks, Path(s.out), 0, s.rollouts_per_prompt
         self.stop, self.log, self.results = run.StopRequest(ranks), run.StepLog(self), {}
         self.make_decoder = graphs.choose(s.cuda_graphs, ranks.device)
-        data, eval_data = ranks.once_per_node(
-            lambda: (toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")))
+        data, eval_data = toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")
         self.problems, self.left_out = ranks.together(load_problems, data, self.needs_solution, s.skip_ungradable)
         self.held_out = ranks.together(load_problems, eval_data, False, s.skip_ungradable)[0] if eval_data else []
         name = ranks.once_per_node(lambda: toy.resolve(s.model, "model"))

@@ -23,6 +23,7 @@ import json
 import shutil
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -92,26 +93,24 @@ def model_directory(root: Path = Path("runs")) -> Path:
         build(own)
         try:
             own.rename(path)
-        except OSError:
+        except OSError:  # another process was faster
             shutil.rmtree(own)
-            if not path.exists():  # else another process was faster
-                raise
     return path
 
 
 def fits(path: Path) -> bool:
     """Whether the model in `path` was warmed up on the prompts of today."""
-    known = path / "prompts.json"
-    return known.exists() and json.loads(known.read_text()) == known_prompts(
-        PreTrainedTokenizerFast.from_pretrained(path))
+    with suppress(OSError, ValueError):  # of files that are missing or damaged
+        known = known_prompts(PreTrainedTokenizerFast.from_pretrained(path))
+        return (path / "model.safetensors").exists() and json.loads((path / "prompts.json").read_text()) == known
+    return False
 
 
 def known_prompts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Token ids of what the model learns to read: both prompts of a problem, thinking or not, and its solution."""
+    """Token ids of what the model learns to read: both prompts of a problem, with its solution, thinking or not."""
     row = make_row([2, 3, 4])
-    prompts = [teacher.encode(tokenizer, _messages(row, privileged), thinking)
-               for privileged in (False, True) for thinking in (False, True)]
-    return [*prompts, tokenizer.encode(row["solution"] + tokenizer.eos_token)]
+    return [teacher.encode(tokenizer, _messages(row, privileged), thinking)
+            for privileged in (False, True) for thinking in (False, True)]
 
 
 def make_problem(rng: np.random.Generator) -> list[int]:

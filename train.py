@@ -330,6 +330,7 @@ class Trainer:
 
 def train(s: Settings, resume: bool, trainer: type[Trainer] = Trainer) -> None:
     """The whole run, the same on every rank: evaluate, train, evaluate, export."""
+    began = BEGAN if __name__ == "__main__" else time.perf_counter()
     ranks = Ranks()
     settings.check(s)
     with run.hold(s.out, ranks, None if resume else settings.REMEDY):
@@ -347,7 +348,7 @@ def train(s: Settings, resume: bool, trainer: type[Trainer] = Trainer) -> None:
         with t.stop.checkpointed(t), run.name_lack_of_memory(t.log.advice):
             evaluate_and_train(t)
         if ranks.rank == 0:
-            run.export(t, BEGAN)
+            run.export(t, began)
         ranks.barrier()  # nobody leaves while rank 0 still writes
 
 

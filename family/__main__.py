@@ -20,6 +20,7 @@ from support.settings import Settings
 def parse_arguments(argv: list[str]) -> tuple[Settings, bool, type[train.Trainer]]:
     """(settings, resume?, whose step it is) from the command line."""
     s, resume = settings.parse(argv, __doc__, family)
+    settings.check(s)
     family.check(s)
     return s, resume, Neighbour if family.is_used(s) else train.Trainer
 

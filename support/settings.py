@@ -5,7 +5,6 @@ package family/ brings more methods and flags, if it is there: the functions her
 """
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -215,9 +214,8 @@ def in_use(out: str | Path) -> bool:
 def check_start(s: Settings, resume: bool) -> None:
     """What can be known of a start before anything is imported or made."""
     check(s)
-    with suppress(OSError):  # whoever makes the directory says what is wrong with it
-        if not resume and environment_number("RANK", 0) == 0 and in_use(s.out):
-            raise InputError(f"{s.out}: output directory in use: {REMEDY}")
+    if not resume and environment_number("WORLD_SIZE", 1) == 1 and in_use(s.out):  # several processes say it together
+        raise InputError(f"{s.out}: output directory in use: {REMEDY}")
 
 
 def check(s: Settings) -> None:

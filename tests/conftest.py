@@ -19,7 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes that the tests 
 if "gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # `pytest -m gpu` runs what needs a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything else compares runs on the CPU; workers inherit this
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 for number in SIGNALS:
     if signal.getsignal(number) is signal.SIG_IGN:  # `pytest &`, nohup: children would inherit it
@@ -186,7 +186,7 @@ def run_copy(here, *commands):
     def run():
         sys.path[:] = [str(here), *(place for place in sys.path if Path(place).resolve() != ROOT)]
         for name, module in list(sys.modules.items()):
-            if ROOT in Path(getattr(module, "__file__", None) or "/").parents[:2]:
+            if ROOT in Path(getattr(module, "__file__", None) or "/").resolve().parents[:2]:
                 del sys.modules[name]
         for sys.argv in [list(map(str, command)) for command in commands]:
             try:

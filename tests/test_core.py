@@ -143,6 +143,7 @@ def test_three_steps_give_the_recorded_numbers(recorded_model, tmp_path, monkeyp
     clip, seen = torch.nn.utils.clip_grad_norm_, []
 
     def watched(parameters, *args, **kwargs):
+        assert args == (0.1,)
         generator = torch.Generator().manual_seed(0)
         seen.append([((p.grad.double() * torch.randn(p.shape, generator=generator, dtype=torch.double)).sum().item(),
                       p.grad.double().norm().item()) for p in parameters])
@@ -162,6 +163,8 @@ def test_three_steps_give_the_recorded_numbers(recorded_model, tmp_path, monkeyp
             assert projection == pytest.approx(old, abs=1e-4 * max(old_norm, step["grad_norm"]))
         path = tmp_path / "run" / "checkpoints" / f"step-{row['step']:06d}"
         adapter = load_file(path / "adapter" / "adapter_model.safetensors")
+        [group] = torch.load(path / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+        assert [group[key] for key in ("lr", "betas", "eps", "weight_decay")] == [1e-3, (0.9, 0.999), 1e-8, 0]
         norm = sum(tensor.double().square().sum().item() for tensor in adapter.values()) ** 0.5
         assert norm == pytest.approx(step["adapter_norm"], rel=1e-4)
 

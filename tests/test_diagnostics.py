@@ -220,7 +220,7 @@ class Parsed(html.parser.HTMLParser):
 
 def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
     assert forked(tmp_path, token_view.main, "v", diagnosed / "tokens.jsonl", "--out", tmp_path / "v.html")[0] == 0
-    text = (tmp_path / "v.html").read_text()
+    text = (tmp_path / "v.html").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in (diagnosed / "tokens.jsonl").read_text().splitlines()]
     parsed = Parsed(text)
     assert not {"src", "href"} & {key for _, attributes in parsed.tags for key in attributes}

@@ -440,7 +440,7 @@ def test_code_that_comes_with_a_known_model_is_not_run_and_nobody_is_asked(tiny_
 def test_every_load_forbids_remote_code():
     root = Path(train.__file__).parent
     calls = [call for file in root.rglob("*.py") if not {".venv", "tests"} & set(file.parts)
-             for call in re.findall(r"Auto\w+\.from_pretrained\((?:[^()]|\n)*\)", file.read_text())]
+             for call in re.findall(r"Auto\w+\.from_pretrained\((?:[^()]|\n)*\)", file.read_text(encoding="utf-8"))]
     assert len(calls) >= 2 and all("trust_remote_code=False" in call for call in calls), calls
 
 
@@ -688,7 +688,7 @@ TOKENS = {"problem": "p\u202e", "prompt": "\x00", "solution": "s", "answer": "1"
 def test_token_view_shows_what_would_garble_the_page(tmp_path):
     (tmp_path / "tokens.jsonl").write_text(json.dumps(TOKENS) + "\n")
     code, lines, _ = forked(tmp_path, token_view.main, "token_view", "tokens.jsonl")
-    page = (tmp_path / "token_view.html").read_text()
+    page = (tmp_path / "token_view.html").read_text(encoding="utf-8")
     assert code == 0 and not HIDDEN.search(page) and "\\u202e" not in page and "\\u0000" not in page
     assert "a[U+202E]b" in page and "[U+0000]" in page and "[U+D83D]" in page and "é" in page and "line↵" in page
 

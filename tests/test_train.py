@@ -98,6 +98,8 @@ def test_a_run_leaves_what_it_promises(tiny_run, tiny_toy):
     config = json.loads((tiny_run / "config.json").read_text())
     assert config["settings"]["lora_rank"] == 4 and config["world_size"] == 1
     assert config["derived"]["completions_per_step"] == 8
+    assert config["adapter"].startswith("adapter: 21 of 21 linear layers (q_proj, ")
+    assert config["thinking"].startswith("--no-thinking: prompts end in ")
     results = json.loads((tiny_run / "evaluation.json").read_text())
     assert 0 < results["before"]["accuracy"] < 1
     assert results["after"]["completions"] == results["before"]["completions"] > 50
@@ -154,6 +156,8 @@ def reference(tiny_toy, tmp_path_factory):
 
 def assert_close_run(run, reference):
     assert_close_gradients(run, reference, 4)
+    states = [json.loads((place / "checkpoints/step-000004/state.json").read_text()) for place in (run, reference)]
+    assert states[0]["running_advantage"] == pytest.approx(states[1]["running_advantage"])
     same = ("loss", "grad_norm", "reward", "accuracy", "entropy", "max_entropy", "gate", "clipped", "advantage",
             "tokens")
     for a, b in zip(metrics(run), metrics(reference), strict=True):
@@ -448,6 +452,7 @@ def test_help_has_a_sentence_for_every_flag(capsys, entry, kind):
 
 
 def test_presets():
+    assert settings.TARGETS == list(lora.TARGETS)
     assert train.parse_arguments([])[0].model == "toy" and train.parse_arguments(["--steps", "3"])[0].steps == 3
     paper = train.parse_arguments(["--model", "Qwen/Qwen3-4B", "--data", "d.jsonl"])[0]
     assert (paper.gamma, paper.window, paper.lr, paper.lora_rank, paper.prompts_per_step) == (0.3, 3, 5e-6, 64, 32)

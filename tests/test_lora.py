@@ -164,7 +164,7 @@ def test_while_sampling_an_adapter_is_two_products(base, autocast):
         layer.sampling(True)  # the new weights, in the same place
         assert [copy.data_ptr() for copy in layer.copies] == addresses
         rounding = 2 * torch.finfo(plain.dtype).eps * plain.abs().max().item()
-        torch.testing.assert_close(layer(x) - layer.base(x), 3 * (fast - layer.base(x)), rtol=0, atol=rounding)
+        torch.testing.assert_close(layer(x) - layer.base(x), 3 * (fast - layer.base(x)), rtol=0, atol=2 * rounding)
         layer.sampling(False)
     assert fast.dtype == plain.dtype
     torch.testing.assert_close(fast, plain, rtol=0, atol=rounding)

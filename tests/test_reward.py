@@ -2,9 +2,9 @@
 
 import doctest
 import random
-import time
 
 import pytest
+from conftest import is_cheap
 from fuzz_verifier import fuzz
 from test_verifier import FRAGMENTS, HOSTILE, SHARED, TABLES
 
@@ -58,13 +58,9 @@ def test_extract_answer(text, answer):
 
 @pytest.mark.parametrize("unit", [".", ". ", r"\ldots", "your ", "\ud800", "\x00", "{", "1,"])
 def test_a_million_characters_are_read_in_linear_time(unit):
-    """Dots took 150 ms where the whole box was searched for placeholders."""
-    times = []
-    for text in [rf"\boxed{{{(unit * 10**6)[:10**6]}}}"] * 3:
-        start = time.process_time()
-        reward.extract_answer(text)
-        times.append(time.process_time() - start)
-    assert min(times) < 0.1
+    """30 ms are usual; what is not linear takes minutes."""
+    text = rf"\boxed{{{(unit * 10**6)[:10**6]}}}"
+    assert is_cheap(lambda: reward.extract_answer(text), 0.3)
 
 
 def test_five_million_characters_are_harmless():
@@ -106,10 +102,11 @@ def test_noise_in_a_box_never_raises():
 def test_hostile_completions_are_cheap(unit, size):
     """A bound against super-linear work, of the processor's time: the measured worst case is a few milliseconds."""
     text = (unit * size)[:size].rstrip("+")
-    start = time.process_time()
-    reward.grade("\\boxed{" + text, "1")
-    reward.grade("\\boxed{" + text + "}", text)
-    assert time.process_time() - start < 0.2
+
+    def work():
+        reward.grade("\\boxed{" + text, "1")
+        reward.grade("\\boxed{" + text + "}", text)
+    assert is_cheap(work, 0.2)
 
 
 @pytest.mark.parametrize("calls", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])

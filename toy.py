@@ -4,7 +4,7 @@ r"""The embedded default: a tiny Qwen3 checkpoint and arithmetic problems, in th
     python toy.py --build          # makes the model again, in about two minutes
 
 With it `python train.py` needs no download. The problems are such as "What is 7+5+9+4?"; they come from a seed, and are
-written on first use. The tokenizer is a byte-level one with a chat template. The model has 0.3 million parameters; its
+written at every start. The tokenizer is byte-level, with a chat template. The model has 0.3 million parameters; its
 weights lie in support/toy/. It was warmed up by supervised learning on solutions with mistakes, fewer of them after the
 teacher's prompt:
 

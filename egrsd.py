@@ -1,8 +1,9 @@
 r"""EGRSD and CL-EGRSD: the objective, as pure functions on tensors.
 
-"Respecting Self-Uncertainty in On-Policy Self-Distillation for Efficient LLM Reasoning", arXiv 2605.13255.
-Equation numbers below are that paper's. One completion y_i of T_i tokens was sampled from the student p_S;
-the teacher p_T is the same weights shown the reference solution. Three signals multiply, token by token:
+"Respecting Self-Uncertainty in On-Policy Self-Distillation for Efficient LLM Reasoning", arXiv
+2605.13255. Equation numbers below are that paper's. One completion y_i of T_i tokens was sampled
+from the student p_S; the teacher p_T is the same weights shown the reference solution. Three
+signals multiply, token by token:
 
     direction   D_i  = sign(A_i)                                        did the verifier like the completion?
     magnitude   w_it = clip((p_T(y_it) / p_S(y_it)) ^ D_i, 1-eps, 1+eps)   does the teacher agree?      (2)
@@ -10,13 +11,15 @@ the teacher p_T is the same weights shown the reference solution. Three signals 
 
     L = - (1 / sum m) * sum_it m_it * A_i * w_it * omega_it * log p_theta(y_it)                           (7)
 
-gamma = 0 switches the gate off, eps = 0 the magnitude, window = 0 is EGRSD and window > 0 is CL-EGRSD (8).
-There is no importance ratio, no PPO clip and no KL term: one optimizer step is taken per batch of rollouts.
-What the paper leaves open, as decided here: the maximum in (5) is of the raw entropies, also under (8); the std of (9)
-is the population's; while all earlier rewards are equal, A_i = r_i - 0.5 as in the first steps.
+gamma = 0 switches the gate off, eps = 0 the magnitude, window = 0 is EGRSD and window > 0 is
+CL-EGRSD (8). There is no importance ratio, no PPO clip and no KL term: one optimizer step is taken
+per batch of rollouts. What the paper leaves open, as decided here: the maximum in (5) is of the raw
+entropies, also under (8); the std of (9) is the population's; while all earlier rewards are equal,
+A_i = r_i - 0.5 as in the first steps.
 
-Letters: B completions, T tokens of the longest one. A mask [B, T] is True on completion tokens, the stop token
-included; what stands outside the mask is never read. Entropies are in nats. Copy this file: it needs only torch.
+Letters: B completions, T tokens of the longest one. A mask [B, T] is True on completion tokens, the
+stop token included; what stands outside the mask is never read. Entropies are in nats. Copy this
+file: it needs only torch.
 """
 
 import math
@@ -28,9 +31,10 @@ from torch import Tensor
 class RunningAdvantage:
     """A_i = (r_i - mean) / std over all rewards of earlier steps; eq. (9), arXiv 2605.13255.
 
-    In the first `warmup_steps` steps, and while all earlier rewards are equal (std = 0), A_i = r_i - `warmup_baseline`.
-    Warm-up rewards count in mean and std. A step is one call of `update`, after the optimizer step, with the rewards of
-    all ranks. Mean and std are kept by Welford's method in float64. ValueError if `warmup_steps` < 0.
+    In the first `warmup_steps` steps, and while all earlier rewards are equal (std = 0), A_i = r_i
+    - `warmup_baseline`. Warm-up rewards count in mean and std. A step is one call of `update`,
+    after the optimizer step, with the rewards of all ranks. Mean and std are kept by Welford's
+    method in float64. ValueError if `warmup_steps` < 0.
 
     >>> running = RunningAdvantage(warmup_steps=1)
     >>> running.advantage(torch.tensor([1.0, 0.0])).tolist()    # warm-up: r - 0.5
@@ -52,14 +56,16 @@ class RunningAdvantage:
         return math.sqrt(self.sum_squares / self.count) if self.count else 0.0
 
     def advantage(self, rewards: Tensor) -> Tensor:
-        """rewards [B] -> advantages [B], from earlier steps only: these do not count yet. ValueError if no vector."""
+        """rewards [B] -> advantages [B], from earlier steps only: these do not count yet.
+        ValueError if no vector."""
         _require_vector("rewards", rewards)
         if self.steps < self.warmup_steps or self.std == 0:
             return rewards - self.warmup_baseline
         return (rewards - self.mean) / self.std
 
     def update(self, rewards: Tensor) -> None:
-        """Count one finished step with these rewards [B]; ValueError if one is not finite or they are no vector."""
+        """Count one finished step with these rewards [B]; ValueError if one is not finite or they
+        are no vector."""
         _require_vector("rewards", rewards)
         values = rewards.tolist()
         if not all(map(math.isfinite, values)):
@@ -73,7 +79,12 @@ class RunningAdvantage:
 
     def state_dict(self) -> dict:
         """Plain numbers, exact through JSON."""
-        return {"steps": self.steps, "count": self.count, "mean": self.mean, "sum_squares": self.sum_squares}
+        return {
+            "steps": self.steps,
+            "count": self.count,
+            "mean": self.mean,
+            "sum_squares": self.sum_squares,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` gave; KeyError if a number is missing."""
@@ -81,11 +92,15 @@ class RunningAdvantage:
         self.mean, self.sum_squares = float(state["mean"]), float(state["sum_squares"])
 
 
-def magnitude(teacher_logp: Tensor, student_logp: Tensor, advantage: Tensor, eps: float = 0.2) -> Tensor:
-    """w = clip(exp(D * (log p_T - log p_S)), 1 - eps, 1 + eps), D = sign(A); eq. (2), arXiv 2605.13255.
+def magnitude(
+    teacher_logp: Tensor, student_logp: Tensor, advantage: Tensor, eps: float = 0.2
+) -> Tensor:
+    """w = clip(exp(D * (log p_T - log p_S)), 1 - eps, 1 + eps), D = sign(A); eq. (2), arXiv
+    2605.13255.
 
-    teacher_logp, student_logp [B, T] in nats, advantage [B] -> [B, T], detached; w = 1 where A = 0. ValueError if `eps`
-    is not in [0, 1) or the shapes differ. If A < 0, a token the teacher likes is punished less, one it dislikes more:
+    teacher_logp, student_logp [B, T] in nats, advantage [B] -> [B, T], detached; w = 1 where A = 0.
+    ValueError if `eps` is not in [0, 1) or the shapes differ. If A < 0, a token the teacher likes
+    is punished less, one it dislikes more:
 
     >>> teacher, student = torch.tensor([[0.5, 0.1]]).log(), torch.tensor([[0.4, 0.4]]).log()
     >>> magnitude(teacher, student, torch.tensor([1.0]))         # ratios 1.25 and 0.25
@@ -100,15 +115,18 @@ def magnitude(teacher_logp: Tensor, student_logp: Tensor, advantage: Tensor, eps
     direction = advantage.detach().sign().unsqueeze(-1)  # [B, 1]
     delta = (teacher_logp - student_logp).detach()  # [B, T]
     ratio = torch.exp(direction * delta).clamp(1 - eps, 1 + eps)
-    return torch.where(direction == 0, 1.0, ratio)  # 0 * inf would be nan where the teacher rules a token out
+    # 0 * inf would be nan where the teacher rules a token out
+    return torch.where(direction == 0, 1.0, ratio)
 
 
 def lookahead_min(entropy: Tensor, mask: Tensor, window: int) -> Tensor:
-    """min of H_ij over j in [t, min(t + window, T_i)], 0 outside the mask; eq. (8), arXiv 2605.13255.
+    """min of H_ij over j in [t, min(t + window, T_i)], 0 outside the mask; eq. (8), arXiv
+    2605.13255.
 
-    entropy [B, T] in nats, mask bool [B, T], window in tokens -> [B, T] in nats, a new tensor. ValueError if `window`
-    is not an integer >= 0, if the shapes differ, or if the mask is not bool. A pivot (uncertain now, certain soon)
-    falls to the entropy of its continuation, a fork (uncertain for longer than the window) stays high:
+    entropy [B, T] in nats, mask bool [B, T], window in tokens -> [B, T] in nats, a new tensor.
+    ValueError if `window` is not an integer >= 0, if the shapes differ, or if the mask is not bool.
+    A pivot (uncertain now, certain soon) falls to the entropy of its continuation, a fork
+    (uncertain for longer than the window) stays high:
 
     >>> H = torch.tensor([[2.0, 0.5, 3.0, 3.0, 9.0]])
     >>> lookahead_min(H, torch.tensor([[True, True, True, True, False]]), window=1).tolist()
@@ -120,17 +138,26 @@ def lookahead_min(entropy: Tensor, mask: Tensor, window: int) -> Tensor:
     window = min(int(window), entropy.shape[1] - 1)
     inside = entropy.masked_fill(~mask, math.inf)
     ahead = torch.nn.functional.pad(inside, (0, window), value=math.inf)  # [B, T + window]
-    return ahead.unfold(1, window + 1, 1).amin(-1).masked_fill(~mask, 0.0)  # [B, T, window + 1] -> [B, T]
+    # [B, T, window + 1] -> [B, T]
+    return ahead.unfold(1, window + 1, 1).amin(-1).masked_fill(~mask, 0.0)
 
 
-def confidence_gate(entropy: Tensor, mask: Tensor, gamma: float, window: int = 0, floor: float = 0.1,
-                    max_entropy: Tensor | float | None = None) -> Tensor:
-    """omega = clip(1 - gamma * Hhat, floor, 1), 0 outside the mask; eq. (5), (6) and (8), arXiv 2605.13255.
+def confidence_gate(
+    entropy: Tensor,
+    mask: Tensor,
+    gamma: float,
+    window: int = 0,
+    floor: float = 0.1,
+    max_entropy: Tensor | float | None = None,
+) -> Tensor:
+    """omega = clip(1 - gamma * Hhat, floor, 1), 0 outside the mask; eq. (5), (6) and (8), arXiv
+    2605.13255.
 
-    entropy [B, T] is the teacher's, in nats. Hhat = lookahead_min(H) / max(1 nat, max_entropy): at least one nat, so
-    that a batch of which the teacher is sure everywhere is not gated on its noise. `max_entropy` is the largest raw
-    entropy of the whole step, over all its micro-batches and ranks; None takes that of this batch. -> [B, T].
-    ValueError if `gamma` is not in [0, inf) or `floor` not in (0, 1], and where `lookahead_min` raises it.
+    entropy [B, T] is the teacher's, in nats. Hhat = lookahead_min(H) / max(1 nat, max_entropy): at
+    least one nat, so that a batch of which the teacher is sure everywhere is not gated on its
+    noise. `max_entropy` is the largest raw entropy of the whole step, over all its micro-batches
+    and ranks; None takes that of this batch. -> [B, T]. ValueError if `gamma` is not in [0, inf) or
+    `floor` not in (0, 1], and where `lookahead_min` raises it.
 
     >>> H, mask = torch.tensor([[0.0, 1.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool)
     >>> confidence_gate(H, mask, gamma=1.0)
@@ -149,32 +176,52 @@ def confidence_gate(entropy: Tensor, mask: Tensor, gamma: float, window: int = 0
     return (1 - gamma * low / scale).clamp(floor, 1).masked_fill(~mask, 0.0)
 
 
-def token_advantages(advantage: Tensor, teacher_logp: Tensor, student_logp: Tensor, entropy: Tensor, mask: Tensor, *,
-                     gamma: float, window: int = 0, eps: float = 0.2, floor: float = 0.1,
-                     max_entropy: Tensor | float | None = None) -> Tensor:
+def token_advantages(
+    advantage: Tensor,
+    teacher_logp: Tensor,
+    student_logp: Tensor,
+    entropy: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    window: int = 0,
+    eps: float = 0.2,
+    floor: float = 0.1,
+    max_entropy: Tensor | float | None = None,
+) -> Tensor:
     """Ahat = A * w * omega: detached, 0 outside the mask; eq. (7) and (8), arXiv 2605.13255.
 
-    advantage [B]; teacher_logp, student_logp, entropy [B, T] in nats; mask bool [B, T] -> [B, T] with A's sign: the
-    teacher never turns reward into punishment. ValueError as in `magnitude` and `confidence_gate`, or if shapes differ.
+    advantage [B]; teacher_logp, student_logp, entropy [B, T] in nats; mask bool [B, T] -> [B, T]
+    with A's sign: the teacher never turns reward into punishment. ValueError as in `magnitude` and
+    `confidence_gate`, or if shapes differ.
 
     >>> one = torch.ones(1, 2)
     >>> token_advantages(torch.tensor([-2.0]), -one, -one, torch.tensor([[0.0, 2.0]]), one.bool(), gamma=0.5).tolist()
     [[-2.0, -1.0]]
     """
-    _require_matrices(teacher_logp=teacher_logp, student_logp=student_logp, entropy=entropy, mask=mask)
+    _require_matrices(
+        teacher_logp=teacher_logp, student_logp=student_logp, entropy=entropy, mask=mask
+    )
     weight = magnitude(teacher_logp, student_logp, advantage, eps)
     gate = confidence_gate(entropy.detach(), mask, gamma, window, floor, max_entropy)
     return torch.where(mask, advantage.detach().unsqueeze(-1) * weight * gate, 0.0)
 
 
-def policy_loss(student_logp: Tensor, token_advantages: Tensor, mask: Tensor,
-                num_tokens: Tensor | float | None = None, reduction: str = "mean") -> Tensor:
-    """L = - sum_it m_it * Ahat_it * log p_theta(y_it) / num_tokens, a scalar; eq. (7), arXiv 2605.13255.
+def policy_loss(
+    student_logp: Tensor,
+    token_advantages: Tensor,
+    mask: Tensor,
+    num_tokens: Tensor | float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """L = - sum_it m_it * Ahat_it * log p_theta(y_it) / num_tokens, a scalar; eq. (7), arXiv
+    2605.13255.
 
-    student_logp [B, T] in nats carries the gradient, token_advantages [B, T] are constants. `num_tokens` counts the
-    completion tokens of the whole step, so that the losses of its micro-batches and ranks add up; None: this batch's.
-    If all is masked, L is an exact 0 with a graph. reduction="none" gives the terms of the sum, [B, T], undivided.
-    ValueError if the shapes differ, the mask is not bool, a number `num_tokens` is not > 0, or `reduction` is unknown.
+    student_logp [B, T] in nats carries the gradient, token_advantages [B, T] are constants.
+    `num_tokens` counts the completion tokens of the whole step, so that the losses of its
+    micro-batches and ranks add up; None: this batch's. If all is masked, L is an exact 0 with a
+    graph. reduction="none" gives the terms of the sum, [B, T], undivided. ValueError if the shapes
+    differ, the mask is not bool, a number `num_tokens` is not > 0, or `reduction` is unknown.
 
     >>> logp = torch.tensor([[-1.0, -2.0, -7.0]], requires_grad=True)
     >>> loss = policy_loss(logp, torch.tensor([[1.0, 0.5, 9.0]]), torch.tensor([[True, True, False]]))
@@ -190,7 +237,8 @@ def policy_loss(student_logp: Tensor, token_advantages: Tensor, mask: Tensor,
         num_tokens = mask.sum().clamp(min=1)
     elif not isinstance(num_tokens, Tensor) and not num_tokens > 0:
         raise ValueError(f"num_tokens must be > 0, got {num_tokens}")
-    logp = torch.where(mask, student_logp, 0.0)  # before the product: a nan on padding times 0 would stay a nan
+    # before the product: a nan on padding times 0 would stay a nan
+    logp = torch.where(mask, student_logp, 0.0)
     losses = -torch.where(mask, token_advantages.detach(), 0.0) * logp
     return losses if reduction == "none" else losses.sum() / num_tokens
 
@@ -207,6 +255,9 @@ def _require_matrices(**tensors: Tensor) -> None:
         raise ValueError(f"{first} must have shape [B, T] with T >= 1, got {list(reference.shape)}")
     for name, tensor in others:
         if tensor.shape != reference.shape:
-            raise ValueError(f"{name} must have shape {list(reference.shape)} like {first}, got {list(tensor.shape)}")
+            raise ValueError(
+                f"{name} must have shape {list(reference.shape)} like {first}, got "
+                f"{list(tensor.shape)}"
+            )
     if "mask" in tensors and tensors["mask"].dtype != torch.bool:
         raise ValueError(f"mask must be bool, got {tensors['mask'].dtype}")

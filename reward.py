@@ -1,4 +1,5 @@
-r"""What is a completion worth? Find its boxed answer, compare it with the gold answer, reward short correct ones more.
+r"""What is a completion worth? Find its boxed answer, compare it with the gold answer, reward short
+correct ones more.
 
     >>> grade(r"so \boxed{\frac{1}{2}}, no: \boxed{0.75}.", r"\dfrac34")
     True
@@ -25,14 +26,17 @@ MAX_PLACEHOLDER = 200  # a box that begins with so many characters of placeholde
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
 _BARE_BOX = re.compile(r"[-+−]?[0-9]+(?:[.,/][0-9]+)*|[A-Za-z]")  # as in \boxed 5
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # not \{ and \}
-_PLACEHOLDER = re.compile(r"(?:\\text|\\[a-z]*dots|\\[ ,;:!]|[{}$~\s.?…]|your|final|<?answer>?|here)*", re.IGNORECASE)
+_PLACEHOLDER = re.compile(
+    r"(?:\\text|\\[a-z]*dots|\\[ ,;:!]|[{}$~\s.?…]|your|final|<?answer>?|here)*", re.IGNORECASE
+)
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Content of the last box after the last </think>; None if there is none or it holds no answer.
+    r"""Content of the last box after the last </think>; None if there is none or it holds no
+    answer.
 
-    An unfinished <think>, or a last box that is unclosed (truncated), empty or a placeholder gives None even
-    after a fine box: that one was not the final answer.
+    An unfinished <think>, or a last box that is unclosed (truncated), empty or a placeholder gives
+    None even after a fine box: that one was not the final answer.
 
     >>> extract_answer(r"\boxed{1}, or rather \fbox{\{\frac{1}{2}\}}")
     '\\{\\frac{1}{2}\\}'
@@ -52,7 +56,7 @@ def extract_answer(text: str) -> str | None:
     for brace in itertools.islice(braces, MAX_BRACES):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            answer = text[start + 1:brace.start()].strip()
+            answer = text[start + 1 : brace.start()].strip()
             break
     return None if _PLACEHOLDER.fullmatch(answer, 0, MAX_PLACEHOLDER) else answer
 
@@ -69,6 +73,8 @@ def shaped_reward(correct: bool, length: int, max_length: int, beta: float = 0.5
     >>> shaped_reward(False, 10, 1024), shaped_reward(True, 1024, 1024)
     (0.0, 1.0)
     """
-    if not (correct in (0, 1) and 0 <= length <= max_length and 0 < max_length and 0 <= beta < math.inf):
+    if not (
+        correct in (0, 1) and 0 <= length <= max_length and 0 < max_length and 0 <= beta < math.inf
+    ):
         raise ValueError(f"out of range: {correct=}, {length=}, {max_length=}, {beta=}")
     return 1.0 + beta * (1.0 - length / max_length) if correct else 0.0

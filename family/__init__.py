@@ -1,4 +1,5 @@
-"""EGRSD's neighbours: methods on the same rollouts and the same teacher pass, and flags for ablations.
+"""EGRSD's neighbours: methods on the same rollouts and the same teacher pass, and flags for
+ablations.
 
 train.py works without this package, and does not know it; __main__.py is its command.
 """

@@ -1,4 +1,5 @@
-"""EGRSD's neighbours: other methods on the same rollouts and the same teacher pass, and ablations of EGRSD.
+"""EGRSD's neighbours: other methods on the same rollouts and the same teacher pass, and ablations
+of EGRSD.
 
     python -m family --method opsd                                          the toy on a laptop CPU
     torchrun --standalone --nproc-per-node=8 -m family --method opsd --model Qwen/Qwen3-4B --data openthoughts.jsonl
@@ -26,7 +27,9 @@ def parse_arguments(argv: list[str]) -> tuple[Settings, bool, type[train.Trainer
 
 
 def main() -> None:
-    with run.one_line_errors("python -m family", "interrupted before training began, nothing was written"):
+    with run.one_line_errors(
+        "python -m family", "interrupted before training began, nothing was written"
+    ):
         train.train(*parse_arguments(sys.argv[1:]))
 
 

@@ -12,50 +12,98 @@ from support import settings
 from support.flags import flag_name
 from support.run import say
 
-PASSES = {"sampling": 1, "reading": 1, "backward": 2}  # of forward passes over a text; a backward pass counts two
+# of forward passes over a text; a backward pass counts two
+PASSES = {"sampling": 1, "reading": 1, "backward": 2}
 LEGEND = """A advantage, d = log p_T(y_t) - log p_S(y_t), c coefficient of -log p_theta(y_t), H entropy of the teacher.
 Grade P: read in the paper or its code, S: in second-hand notes; ours: no source gives it. Means are over tokens."""
-GATES = {"position": methods.position_weight, "two-view": methods.two_view_gate, "dual": methods.dual_weight}
+GATES = {
+    "position": methods.position_weight,
+    "two-view": methods.two_view_gate,
+    "dual": methods.dual_weight,
+}
 
 
 def explain(s: FamilySettings) -> None:
-    """Print the formula, its source, the settings that the method brings, a step's texts and passes, and their cost."""
+    """Print the formula, its source, the settings that the method brings, a step's texts and
+    passes, and their cost."""
     method, core = methods.METHODS.get(s.method), settings.METHODS.get(s.method)
-    text = (inspect.getdoc(method.loss) or "Its loss has no docstring.") if method else inspect.getdoc(egrsd)
-    parts = [text] + [f"{name}: {inspect.getdoc(getattr(methods, name))}"
-                      for name in re.findall(r"`(\w+)`", text) if method and hasattr(methods, name)]
-    parts += [f"--gate {s.gate}, in the place of (5) and (6): {inspect.getdoc(GATES[s.gate])}"] if s.gate else []
-    lines = [f"{s.method}: {method.summary if method else core[1]}", *(f"\n{indent(part, '    ')}" for part in parts)]
+    text = (
+        (inspect.getdoc(method.loss) or "Its loss has no docstring.")
+        if method
+        else inspect.getdoc(egrsd)
+    )
+    parts = [text] + [
+        f"{name}: {inspect.getdoc(getattr(methods, name))}"
+        for name in re.findall(r"`(\w+)`", text)
+        if method and hasattr(methods, name)
+    ]
+    parts += (
+        [f"--gate {s.gate}, in the place of (5) and (6): {inspect.getdoc(GATES[s.gate])}"]
+        if s.gate
+        else []
+    )
+    lines = [
+        f"{s.method}: {method.summary if method else core[1]}",
+        *(f"\n{indent(part, '    ')}" for part in parts),
+    ]
     lines += ["", LEGEND, ""] if method else [""]
     brought = method.recipe | method.needs if method else core[0]
-    for key, value in (brought | ({"rollouts_per_prompt": GROUP} if method and method.groups else {})).items():
+    for key, value in (
+        brought | ({"rollouts_per_prompt": GROUP} if method and method.groups else {})
+    ).items():
         if key not in without_effect(s):
             kind = "fixed" if method and key in method.needs else "unless a flag says otherwise"
             here = f", here {getattr(s, key)}" if getattr(s, key) != value else ""
             lines.append(f"it sets {flag_name(key)} {value} ({kind}{here})")
     counts = passes(s)
-    total, usual = (sum(count * PASSES[kind] for (_, kind), count in some.items())
-                    for some in (counts, passes(FamilySettings(rollouts_per_prompt=s.rollouts_per_prompt))))
+    total, usual = (
+        sum(count * PASSES[kind] for (_, kind), count in some.items())
+        for some in (counts, passes(FamilySettings(rollouts_per_prompt=s.rollouts_per_prompt)))
+    )
     is_taught = not method or method.teacher or rows(s) == "teacher"
-    teacher = f"the teacher sees: {s.teacher_context}; its weights: {s.teacher_schedule}" if is_taught else "no teacher"
-    lines += [f"{teacher}; advantage: {s.advantage}",
-              f"{s.prompts_per_step} problems a step; at most so many texts for each problem:",
-              *(f"    {count:3}  {kind:8}  {what}" for (what, kind), count in counts.items())]
-    say("\n".join([*lines, f"cost: {total} forward passes for each problem (a backward pass counts two), "
-                           f"{total / usual:.1f} times EGRSD's {usual}, if all texts are equally long"]))
+    teacher = (
+        f"the teacher sees: {s.teacher_context}; its weights: {s.teacher_schedule}"
+        if is_taught
+        else "no teacher"
+    )
+    lines += [
+        f"{teacher}; advantage: {s.advantage}",
+        f"{s.prompts_per_step} problems a step; at most so many texts for each problem:",
+        *(f"    {count:3}  {kind:8}  {what}" for (what, kind), count in counts.items()),
+    ]
+    say(
+        "\n".join(
+            [
+                *lines,
+                f"cost: {total} forward passes for each problem (a backward pass counts two), "
+                f"{total / usual:.1f} times EGRSD's {usual}, if all texts are equally long",
+            ]
+        )
+    )
 
 
 def passes(s: FamilySettings) -> dict[tuple[str, str], int]:
     """How many texts of a problem go through the model, by what they are for and how, at most."""
-    method, question = methods.METHODS.get(s.method, methods.Method(None, "")), CONTEXTS[s.teacher_context].question
+    method, question = (
+        methods.METHODS.get(s.method, methods.Method(None, "")),
+        CONTEXTS[s.teacher_context].question,
+    )
     n, writes = s.rollouts_per_prompt * method.rollouts, rows(s) == "teacher"
-    learned, asks, views = n + bool(rows(s)), bool(question and method.teacher), method.views or s.gate == "two-view"
-    counts = {("rollouts", "sampling"): n, (question and question.name, "sampling"): n * asks,
-              ("the teacher's solutions", "sampling"): s.teacher_rollouts * writes,
-              ("one more, shown the answer", "sampling"): int(method.overlap),
-              ("rollouts, by the student, for its likeliest tokens", "reading"): n * method.overlap,
-              ("by the teacher", "reading"): learned * method.teacher,
-              ("by the teacher, shown nothing", "reading"): learned * views,
-              ("by the student, for the margin", "reading"): learned * method.margin,
-              ("by the student", "reading"): learned, ("what is learned from", "backward"): learned}
+    learned, asks, views = (
+        n + bool(rows(s)),
+        bool(question and method.teacher),
+        method.views or s.gate == "two-view",
+    )
+    counts = {
+        ("rollouts", "sampling"): n,
+        (question and question.name, "sampling"): n * asks,
+        ("the teacher's solutions", "sampling"): s.teacher_rollouts * writes,
+        ("one more, shown the answer", "sampling"): int(method.overlap),
+        ("rollouts, by the student, for its likeliest tokens", "reading"): n * method.overlap,
+        ("by the teacher", "reading"): learned * method.teacher,
+        ("by the teacher, shown nothing", "reading"): learned * views,
+        ("by the student, for the margin", "reading"): learned * method.margin,
+        ("by the student", "reading"): learned,
+        ("what is learned from", "backward"): learned,
+    }
     return {key: count for key, count in counts.items() if count}

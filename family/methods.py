@@ -1,20 +1,23 @@
-r"""EGRSD's neighbours: each method is one short function over the same rollouts and the same teacher pass.
+r"""EGRSD's neighbours: each method is one short function over the same rollouts and the same
+teacher pass.
 
     python -m family --method rlsd             python -m family --help lists the names
 
-A method turns a micro-batch into a loss per token [B, T]; the step takes the mean over its tokens, or over those that a
-method keeps, and drops what stands outside the mask. Two shapes occur, and they add up:
+A method turns a micro-batch into a loss per token [B, T]; the step takes the mean over its tokens,
+or over those that a method keeps, and drops what stands outside the mask. Two shapes occur, and
+they add up:
 
     policy(batch, c)         -c_t log p_theta(y_t)           policy gradient with a coefficient c, a constant
     batch.divergence(f)      f(log p_T, log p_S) per token   a function of both full distributions, with its gradient
 
-A_i is the advantage, d_t = log p_T(y_t) - log p_S(y_t) without gradient, H_t the teacher's entropy in nats, t counts
-from 1. A completion whose teacher has nothing to be shown has d = H = 0 and no divergence. `finite` bounds log 0.
+A_i is the advantage, d_t = log p_T(y_t) - log p_S(y_t) without gradient, H_t the teacher's entropy
+in nats, t counts from 1. A completion whose teacher has nothing to be shown has d = H = 0 and no
+divergence. `finite` bounds log 0.
 
-Grade of evidence in every docstring: P read in the paper or its authors' code, S second-hand notes that quote the
-equations. What no source gives is called ours. Optimizer, LoRA, sampling and length reward are those of the run, not of
-each source, and there is never an importance ratio or a PPO clip: rollouts are used once, so the ratio is 1.
-docs/family.md says what is left out.
+Grade of evidence in every docstring: P read in the paper or its authors' code, S second-hand notes
+that quote the equations. What no source gives is called ours. Optimizer, LoRA, sampling and length
+reward are those of the run, not of each source, and there is never an importance ratio or a PPO
+clip: rollouts are used once, so the ratio is 1. docs/family.md says what is left out.
 """
 
 import math
@@ -34,8 +37,10 @@ class Batch(train.Batch):
     """What a method may use: the micro-batch of the training step, and these."""
 
     correct: Tensor  # bool [B], the verifier's word
-    is_reference: Tensor  # bool [B]: not a rollout: the reference solution, or what the teacher wrote
-    divergence: Callable[[Callable], Tensor]  # f(log p_T [n, V], log p_S [n, V]) -> [n], at every token: [B, T]
+    # bool [B]: not a rollout: the reference solution, or what the teacher wrote
+    is_reference: Tensor
+    # f(log p_T [n, V], log p_S [n, V]) -> [n], at every token: [B, T]
+    divergence: Callable[[Callable], Tensor]
     num_completions: float  # rollouts of the step, over all ranks
     step: int  # steps done before this one
     median_entropies: Sequence[float]  # of H in every step so far, this one included
@@ -43,19 +48,28 @@ class Batch(train.Batch):
     window: int = 3
     eps: float = 0.2
     floor: float = 0.1
-    kept: Tensor | None = None  # bool [B, T]: the rollouts' tokens that the step's mean counts; a loss may keep fewer
-    weight: Tensor | None = None  # [B, T]: a loss may leave its weights here, which are reported as `gate`
-    num_reference: float | None = None  # tokens of the step that are no rollouts', over all ranks; None: no such rows
-    margin: Tensor | None = None  # [B]: log (p_S / p_T) of the teacher's solution minus that of the rollout, sums
+    # bool [B, T]: the rollouts' tokens that the step's mean counts; a loss may keep fewer
+    kept: Tensor | None = None
+    # [B, T]: a loss may leave its weights here, which are reported as `gate`
+    weight: Tensor | None = None
+    # tokens of the step that are no rollouts', over all ranks; None: no such rows
+    num_reference: float | None = None
+    # [B]: log (p_S / p_T) of the teacher's solution minus that of the rollout, sums
+    margin: Tensor | None = None
     marked: Tensor | None = None  # bool [B, T]: tokens of the segments that the student marked
     success_rate: float = 0.0  # share of the step's rollouts that are correct
-    views: Tensor | None = None  # [B, T]: KL(p_T || the teacher without a text), normalised by running mean and std
-    anchor: Callable[[Callable], Tensor] | None = None  # as `divergence`, with the teacher without a text for p_T
+    # [B, T]: KL(p_T || the teacher without a text), normalised by running mean and std
+    views: Tensor | None = None
+    # as `divergence`, with the teacher without a text for p_T
+    anchor: Callable[[Callable], Tensor] | None = None
 
     @property
     def per_completion(self) -> Tensor:
-        """[B, 1]: with this factor the step takes the mean over completions of sums over their tokens."""
-        tokens = torch.where(self.is_reference, self.num_reference or self.num_tokens, self.num_tokens)
+        """[B, 1]: with this factor the step takes the mean over completions of sums over their
+        tokens."""
+        tokens = torch.where(
+            self.is_reference, self.num_reference or self.num_tokens, self.num_tokens
+        )
         return tokens.unsqueeze(-1) / self.num_completions
 
     @property
@@ -75,15 +89,19 @@ class Method:
     summary: str
     needs: dict = field(default_factory=dict)  # settings it is defined by: other values are refused
     recipe: dict = field(default_factory=dict)  # settings its source uses: flags may change them
-    uses: tuple[str, ...] = ()  # which of advantage, eps, gamma, window, floor, rows its formula reads
+    # which of advantage, eps, gamma, window, floor, rows its formula reads
+    uses: tuple[str, ...] = ()
     teacher: bool = True  # the teacher's pass is made
     full_distributions: bool = False  # batch.divergence is available
     groups: bool = False  # several rollouts per problem
     rollouts: bool = True  # the student samples
-    rows: str = ""  # reference, teacher: for every problem its solution, or one of the teacher's, is one more row
-    overlap: bool = False  # of the teacher's solutions the one most like the student's own next tokens is taken
+    # reference, teacher: for every problem its solution, or one of the teacher's, is one more row
+    rows: str = ""
+    # of the teacher's solutions the one most like the student's own next tokens is taken
+    overlap: bool = False
     margin: bool = False  # batch.margin is available: one more reading by the student
-    marks: Callable[[bool, int], bool] | None = None  # (correct, step): is a rollout marked? batch.marked
+    # (correct, step): is a rollout marked? batch.marked
+    marks: Callable[[bool, int], bool] | None = None
     views: bool = False  # batch.views and batch.anchor are: one more reading by the teacher
 
 
@@ -92,40 +110,70 @@ METHODS: dict[str, Method] = {}
 
 def method(name: str, summary: str, **declared):
     """Register the decorated function as `--method name`; `declared` are fields of `Method`."""
+
     def register(loss: Callable[[Batch], Tensor]):
         METHODS[name] = Method(loss, summary, **declared)
         return loss
+
     return register
 
 
 def policy(batch: Batch, coefficient: Tensor) -> Tensor:
-    """-c_t log p_theta(y_t): [B, T], 0 outside the mask; c [B, T] or [B, 1] is held constant. 2605.13255 eq. (7)."""
-    return egrsd.policy_loss(batch.logp, coefficient.expand_as(batch.logp), batch.mask, reduction="none")
+    """-c_t log p_theta(y_t): [B, T], 0 outside the mask; c [B, T] or [B, 1] is held constant.
+    2605.13255 eq. (7)."""
+    return egrsd.policy_loss(
+        batch.logp, coefficient.expand_as(batch.logp), batch.mask, reduction="none"
+    )
 
 
-@method("sft", "supervised: log-likelihood of solutions, no rollouts", rollouts=False, rows="reference",
-        uses=("rows",), teacher=False)
+@method(
+    "sft",
+    "supervised: log-likelihood of solutions, no rollouts",
+    rollouts=False,
+    rows="reference",
+    uses=("rows",),
+    teacher=False,
+)
 def sft(batch: Batch) -> Tensor:
-    """-log p_theta(s*_t) on the reference solution s* and a stop token. Grade P. With --rows teacher, s* is what the
-    teacher wrote when it was shown the solution, right or wrong (ours): the nearest thing here to TESSY, 2604.14164."""
+    """-log p_theta(s*_t) on the reference solution s* and a stop token. Grade P. With --rows
+    teacher, s* is what the teacher wrote when it was shown the solution, right or wrong (ours): the
+    nearest thing here to TESSY, 2604.14164."""
     return -batch.logp
 
 
-@method("grpo-group", "policy gradient with group advantages, no teacher", needs=dict(advantage="group"),
-        uses=("advantage",), groups=True, teacher=False)
-@method("grpo", "policy gradient with the running baseline of the EGRSD paper, no teacher",
-        needs=dict(advantage="running"), uses=("advantage",), teacher=False)
+@method(
+    "grpo-group",
+    "policy gradient with group advantages, no teacher",
+    needs=dict(advantage="group"),
+    uses=("advantage",),
+    groups=True,
+    teacher=False,
+)
+@method(
+    "grpo",
+    "policy gradient with the running baseline of the EGRSD paper, no teacher",
+    needs=dict(advantage="running"),
+    uses=("advantage",),
+    teacher=False,
+)
 def grpo(batch: Batch) -> Tensor:
-    """c = A. grpo: from the rewards of earlier steps, the EGRSD paper's baseline with one rollout, 2605.13255.
-    grpo-group: (r - mean) / (std + 1e-4) within a problem's rollouts, 2402.03300, without its KL term. Grade P."""
+    """c = A. grpo: from the rewards of earlier steps, the EGRSD paper's baseline with one rollout,
+    2605.13255. grpo-group: (r - mean) / (std + 1e-4) within a problem's rollouts, 2402.03300,
+    without its KL term. Grade P."""
     return policy(batch, batch.A)
 
 
-@method("rlsd", "RLSD: magnitude mixed in at a weight that falls to 0, teacher sees the answer", groups=True,
-        needs=dict(advantage="group"), uses=("advantage",),
-        recipe=dict(teacher_context="answer", teacher_schedule="copy", teacher_every=10))
+@method(
+    "rlsd",
+    "RLSD: magnitude mixed in at a weight that falls to 0, teacher sees the answer",
+    groups=True,
+    needs=dict(advantage="group"),
+    uses=("advantage",),
+    recipe=dict(teacher_context="answer", teacher_schedule="copy", teacher_every=10),
+)
 def rlsd(batch: Batch, lam: float = 0.5, decay_steps: int = 50) -> Tensor:
-    """c = A * ((1 - lam) + lam * clip(exp(sign(A) d), 0.8, 1.2)), lam from 0.5 to 0 linearly, 2604.03128. Grade P.
+    """c = A * ((1 - lam) + lam * clip(exp(sign(A) d), 0.8, 1.2)), lam from 0.5 to 0 linearly,
+    2604.03128. Grade P.
 
     Equal to direction-aware, 2605.13255 eq. (3), at lam = 1.
     """
@@ -134,68 +182,110 @@ def rlsd(batch: Batch, lam: float = 0.5, decay_steps: int = 50) -> Tensor:
     return policy(batch, batch.A * ((1 - lam) + lam * weight))
 
 
-@method("rlrt", "RLRT: on correct rollouts, more weight where the teacher disagrees; teacher sees a correct peer",
-        groups=True, needs=dict(advantage="group"), uses=("advantage",),
-        recipe=dict(teacher_context="peer", beta_length=0.0))
+@method(
+    "rlrt",
+    "RLRT: on correct rollouts, more weight where the teacher disagrees; teacher sees a "
+    "correct peer",
+    groups=True,
+    needs=dict(advantage="group"),
+    uses=("advantage",),
+    recipe=dict(teacher_context="peer", beta_length=0.0),
+)
 def rlrt(batch: Batch, lam: float = 0.5, eps: float = 0.2) -> Tensor:
-    """Correct: c = A * ((1 - lam) + lam * clip(exp(-sign(A) d), 1 - eps, 1 + eps)); wrong: c = A; rewards 0 and 1.
-    2605.10781. Grade S. Without a correct peer d = 0, so c = A."""
-    reversed_weight = egrsd.magnitude(batch.logp, batch.teacher_logp, batch.advantage, eps)  # the roles exchanged: -d
-    return policy(batch, batch.A * torch.where(batch.correct.unsqueeze(-1), (1 - lam) + lam * reversed_weight, 1.0))
+    """Correct: c = A * ((1 - lam) + lam * clip(exp(-sign(A) d), 1 - eps, 1 + eps)); wrong: c = A;
+    rewards 0 and 1. 2605.10781. Grade S. Without a correct peer d = 0, so c = A."""
+    # the roles exchanged: -d
+    reversed_weight = egrsd.magnitude(batch.logp, batch.teacher_logp, batch.advantage, eps)
+    return policy(
+        batch,
+        batch.A * torch.where(batch.correct.unsqueeze(-1), (1 - lam) + lam * reversed_weight, 1.0),
+    )
 
 
-@method("antisd", "AntiSD: an advantage bonus that ascends the divergence from the teacher", groups=True,
-        needs=dict(advantage="group"), uses=("advantage",), recipe=dict(teacher_context="feedback"))
+@method(
+    "antisd",
+    "AntiSD: an advantage bonus that ascends the divergence from the teacher",
+    groups=True,
+    needs=dict(advantage="group"),
+    uses=("advantage",),
+    recipe=dict(teacher_context="feedback"),
+)
 def antisd(batch: Batch, weight: float = 0.5, warmup: int = 5) -> Tensor:
-    """c = A - g * weight * 0.5 * (softplus(d) - log 2), 2605.11609. Grade P. Its expectation ascends weight * JSD.
+    """c = A - g * weight * 0.5 * (softplus(d) - log 2), 2605.11609. Grade P. Its expectation
+    ascends weight * JSD.
 
-    g, a Schmitt trigger, is 0 in the warm-up steps and after them; 1 once the median of H is at or above its warm-up
-    value, 0 again once it is below 0.93 of that value; between the two it stays as it is. Simplified: the warm-up value
-    is the median of its steps, the median of a step that over completions of their median H.
+    g, a Schmitt trigger, is 0 in the warm-up steps and after them; 1 once the median of H is at or
+    above its warm-up value, 0 again once it is below 0.93 of that value; between the two it stays
+    as it is. Simplified: the warm-up value is the median of its steps, the median of a step that
+    over completions of their median H.
     """
     g = 0.0
     if len(batch.median_entropies) > warmup:
         reference = sorted(batch.median_entropies[:warmup])[warmup // 2]
         for median in batch.median_entropies[warmup:]:
             g = 0.0 if median < 0.93 * reference else 1.0 if median >= reference else g
-    return policy(batch, batch.A - g * weight * 0.5 * (torch.nn.functional.softplus(batch.d) - math.log(2)))
+    return policy(
+        batch, batch.A - g * weight * 0.5 * (torch.nn.functional.softplus(batch.d) - math.log(2))
+    )
 
 
-@method("reopold", "REOPOLD: the log-ratio as the coefficient, floored, later on uncertain tokens only",
-        full_distributions=True)
+@method(
+    "reopold",
+    "REOPOLD: the log-ratio as the coefficient, floored, later on uncertain tokens only",
+    full_distributions=True,
+)
 def reopold(batch: Batch, switch_step: int = 50, share: float = 0.2) -> Tensor:
-    """c = max(d, b), b = log(0.1) / 0.9, mean over kept tokens: before `switch_step` those with d > b, later the 20 %
-    of highest student entropy. 2603.11137. Grade P (code). Simplified: 20 % of a completion, not of the batch."""
+    """c = max(d, b), b = log(0.1) / 0.9, mean over kept tokens: before `switch_step` those with d >
+    b, later the 20 % of highest student entropy. 2603.11137. Grade P (code). Simplified: 20 % of a
+    completion, not of the batch."""
     bound = math.log(0.1) / 0.9
     keep = batch.d > bound
     if batch.step >= switch_step:
         H = batch.divergence(student_entropy).detach().masked_fill(~batch.mask, -math.inf)
-        rank = H.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the most uncertain token
+        # 0: the most uncertain token
+        rank = H.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         keep = rank < (share * batch.mask.sum(1, keepdim=True)).ceil()
     batch.kept = keep & batch.mask
     return policy(batch, batch.d.clamp(min=bound) * keep)
 
 
-@method("vopd", "vOPD: the log-ratio plus the KL as a baseline, same expected gradient, less variance",
-        full_distributions=True)
+@method(
+    "vopd",
+    "vOPD: the log-ratio plus the KL as a baseline, same expected gradient, less variance",
+    full_distributions=True,
+)
 def vopd(batch: Batch) -> Tensor:
     """c = d + KL(p_S || p_T), held constant: E over p_S of c is 0. 2605.07865. Grade P."""
     return policy(batch, batch.d + batch.divergence(reverse_kl))
 
 
-@method("eopd", "EOPD: the log-ratio, plus forward KL where the teacher is uncertain", full_distributions=True)
+@method(
+    "eopd",
+    "EOPD: the log-ratio, plus forward KL where the teacher is uncertain",
+    full_distributions=True,
+)
 def eopd(batch: Batch, nats: float = 0.8) -> Tensor:
-    """c = d, plus 1[H > 0.8] * KL(p_T || p_S) on the teacher's top 16, only p_T renormalised. 2603.07079. Grade S."""
-    return policy(batch, batch.d) + (batch.entropy > nats) * batch.divergence(partial(forward_kl_top, k=16))
+    """c = d, plus 1[H > 0.8] * KL(p_T || p_S) on the teacher's top 16, only p_T renormalised.
+    2603.07079. Grade S."""
+    return policy(batch, batch.d) + (batch.entropy > nats) * batch.divergence(
+        partial(forward_kl_top, k=16)
+    )
 
 
-@method("stable-opd", "StableOPD: the log-ratio, plus SFT, plus reverse KL to the base model; teacher sees no solution",
-        full_distributions=True, rows="reference", needs=dict(teacher_context="none", teacher_schedule="frozen"))
+@method(
+    "stable-opd",
+    "StableOPD: the log-ratio, plus SFT, plus reverse KL to the base model; teacher sees no "
+    "solution",
+    full_distributions=True,
+    rows="reference",
+    needs=dict(teacher_context="none", teacher_schedule="frozen"),
+)
 def stable_opd(batch: Batch, sft_weight: float = 0.1, kl_weight: float = 0.1) -> Tensor:
     """c = d, plus SFT on s*, plus reverse KL to the base model. 2604.08527. Grade S.
 
-    Its coefficients are not published: 0.1 and 0.1 are our choice. Its teacher is another, larger model; here a teacher
-    that sees no solution is the base model itself, so that only the SFT term teaches and the others hold back.
+    Its coefficients are not published: 0.1 and 0.1 are our choice. Its teacher is another, larger
+    model; here a teacher that sees no solution is the base model itself, so that only the SFT term
+    teaches and the others hold back.
     """
     rollouts = policy(batch, batch.d) + kl_weight * batch.divergence(reverse_kl)
     return torch.where(batch.is_reference.unsqueeze(-1), -sft_weight * batch.logp, rollouts)
@@ -203,140 +293,216 @@ def stable_opd(batch: Batch, sft_weight: float = 0.1, kl_weight: float = 0.1) ->
 
 @method("opsd", "OPSD: clipped forward KL to the teacher", full_distributions=True)
 def opsd(batch: Batch) -> Tensor:
-    """sum_v min(p_T log(p_T / p_S), 0.05), 2601.18734. Grade P. Clipped per vocabulary entry, from above only, so that
-    it can be negative."""
+    """sum_v min(p_T log(p_T / p_S), 0.05), 2601.18734. Grade P. Clipped per vocabulary entry, from
+    above only, so that it can be negative."""
     return batch.divergence(clipped_forward_kl)
 
 
 @method("pw-opsd", "PW-OPSD: OPSD's divergence, weighted by position", full_distributions=True)
 def pw_opsd(batch: Batch) -> Tensor:
-    """`clipped_forward_kl` times `position_weight`, mean per completion, then over completions. 2605.21606. Grade P."""
-    return position_weight(batch.mask) * mean_of_completions(batch, batch.divergence(clipped_forward_kl))
+    """`clipped_forward_kl` times `position_weight`, mean per completion, then over completions.
+    2605.21606. Grade P."""
+    return position_weight(batch.mask) * mean_of_completions(
+        batch, batch.divergence(clipped_forward_kl)
+    )
 
 
-@method("topk-opd", "top-k OPD: policy gradient on the student's 16 likeliest tokens", full_distributions=True)
+@method(
+    "topk-opd",
+    "top-k OPD: policy gradient on the student's 16 likeliest tokens",
+    full_distributions=True,
+)
 def topk_opd(batch: Batch) -> Tensor:
-    """-c log p_S on the student's top 16, c = q log(p_T / p_S), q = p_S renormalised. 2604.13016. Grade P (code)."""
+    """-c log p_S on the student's top 16, c = q log(p_T / p_S), q = p_S renormalised. 2604.13016.
+    Grade P (code)."""
     return batch.divergence(partial(policy_top, k=16))
 
 
-@method("mopd", "MOPD: SDPO's divergence to a teacher that sees two correct peers and a failed one",
-        full_distributions=True, groups=True, recipe=dict(teacher_context="peers"))
-@method("sdpo", "SDPO: Jensen-Shannon divergence to a teacher that sees a correct peer", full_distributions=True,
-        groups=True, recipe=dict(teacher_context="peer"))
+@method(
+    "mopd",
+    "MOPD: SDPO's divergence to a teacher that sees two correct peers and a failed one",
+    full_distributions=True,
+    groups=True,
+    recipe=dict(teacher_context="peers"),
+)
+@method(
+    "sdpo",
+    "SDPO: Jensen-Shannon divergence to a teacher that sees a correct peer",
+    full_distributions=True,
+    groups=True,
+    recipe=dict(teacher_context="peer"),
+)
 def sdpo(batch: Batch) -> Tensor:
-    """JSD on the student's top 100 tokens and one bucket for the rest; nothing without a correct peer. Grade P. SDPO,
-    2601.20802, of whose two divergences (JSD, reverse KL) it is the first; MOPD, 2605.12652. Simplified: the mean is
-    over all tokens of the step, also those left out."""
+    """JSD on the student's top 100 tokens and one bucket for the rest; nothing without a correct
+    peer. Grade P. SDPO, 2601.20802, of whose two divergences (JSD, reverse KL) it is the first;
+    MOPD, 2605.12652. Simplified: the mean is over all tokens of the step, also those left out."""
     return batch.divergence(partial(jensen_shannon_top, k=100))
 
 
-@method("msd", "MSD: reverse KL where the teacher is sure and the student doubts; teacher sees another wording",
-        full_distributions=True, recipe=dict(teacher_context="restated"))
+@method(
+    "msd",
+    "MSD: reverse KL where the teacher is sure and the student doubts; teacher sees another "
+    "wording",
+    full_distributions=True,
+    recipe=dict(teacher_context="restated"),
+)
 def msd(batch: Batch) -> Tensor:
-    """Per completion sum_t w KL(p_S || p_T) / sum_t w, w = `dual_weight` held constant. 2605.02971. Grade S.
+    """Per completion sum_t w KL(p_S || p_T) / sum_t w, w = `dual_weight` held constant. 2605.02971.
+    Grade S.
 
-    Ours: K = 20, mathematics instead of safety, that w is constant, and a loss of 0 where all w of a completion are 0.
+    Ours: K = 20, mathematics instead of safety, that w is constant, and a loss of 0 where all w of
+    a completion are 0.
     """
     batch.weight = batch.divergence(dual_weight).detach()
     share = batch.weight / batch.weight.sum(1, keepdim=True).clamp(min=1e-30)
     return share * batch.per_completion * batch.divergence(reverse_kl)
 
 
-@method("rp-opsd", "RP-OPSD: forward KL to the teacher where the solution matters to it, to the base model elsewhere",
-        full_distributions=True, views=True, needs=dict(teacher_schedule="frozen"))
+@method(
+    "rp-opsd",
+    "RP-OPSD: forward KL to the teacher where the solution matters to it, to the base model "
+    "elsewhere",
+    full_distributions=True,
+    views=True,
+    needs=dict(teacher_schedule="frozen"),
+)
 def rp_opsd(batch: Batch) -> Tensor:
-    """g KL(q+ || p) + 0.2 (1 - g) KL(ref || p), g = `two_view_gate` of KL(q+ || q-), q+ and q- the model with and
-    without the solution. 2608.06347. Grade S. Ours: q+ and q- are the frozen base model, not the current weights, so
-    that q- and ref are one reading; mean and deviation are those of all tokens so far, this step's included."""
+    """g KL(q+ || p) + 0.2 (1 - g) KL(ref || p), g = `two_view_gate` of KL(q+ || q-), q+ and q- the
+    model with and without the solution. 2608.06347. Grade S. Ours: q+ and q- are the frozen base
+    model, not the current weights, so that q- and ref are one reading; mean and deviation are those
+    of all tokens so far, this step's included."""
     batch.weight = g = two_view_gate(batch.views)
     return g * batch.divergence(forward_kl) + 0.2 * (1 - g) * batch.anchor(forward_kl)
 
 
-@method("pbsd", "PBSD: prefers the teacher's solution to the student's, whatever the verifier says",
-        needs=dict(rollouts_per_prompt=1, teacher_rollouts=1), rows="teacher", margin=True)
+@method(
+    "pbsd",
+    "PBSD: prefers the teacher's solution to the student's, whatever the verifier says",
+    needs=dict(rollouts_per_prompt=1, teacher_rollouts=1),
+    rows="teacher",
+    margin=True,
+)
 def pbsd(batch: Batch, beta: float = 0.1) -> Tensor:
-    """-log sigma(m), m = beta (log [p_theta(y+) / p_T(y+)] - log [p_theta(y-) / p_T(y-)]), y+ the teacher's solution,
-    y- the rollout, sums over tokens, mean over problems. 2605.05040. Grade S. Written as the policy gradient it is:
-    c = beta sigma(-m) on y+ and -beta sigma(-m) on y-, so that `loss` is not -log sigma(m). Ours: beta = 0.1, and one
-    pair for each problem."""
+    """-log sigma(m), m = beta (log [p_theta(y+) / p_T(y+)] - log [p_theta(y-) / p_T(y-)]), y+ the
+    teacher's solution, y- the rollout, sums over tokens, mean over problems. 2605.05040. Grade S.
+    Written as the policy gradient it is: c = beta sigma(-m) on y+ and -beta sigma(-m) on y-, so
+    that `loss` is not -log sigma(m). Ours: beta = 0.1, and one pair for each problem."""
     c = beta * torch.sigmoid(-beta * batch.margin) * torch.where(batch.is_reference, 1.0, -1.0)
     return policy(batch, c.unsqueeze(-1) * batch.per_completion)
 
 
-@method("brts", "BRTS: top-k OPD, plus forward KL on the best of the teacher's solutions", full_distributions=True,
-        needs=dict(rollouts_per_prompt=1), rows="teacher", overlap=True,
-        recipe=dict(teacher_rollouts=4, ask_temperature=0.7, ask_top_p=0.95))
+@method(
+    "brts",
+    "BRTS: top-k OPD, plus forward KL on the best of the teacher's solutions",
+    full_distributions=True,
+    needs=dict(rollouts_per_prompt=1),
+    rows="teacher",
+    overlap=True,
+    recipe=dict(teacher_rollouts=4, ask_temperature=0.7, ask_top_p=0.95),
+)
 def brts(batch: Batch, weight: float = 10.0) -> Tensor:
-    """On the rollout `policy_top`, whose gradient is that of the code's PPO surrogate for KL(p_S || p_T) on the
-    student's top 16; plus 10 KL(p_T || p_S) on the teacher's top 16, weights softmax over the 16, log-probs not
-    renormalised, on one of 4 solutions of the teacher's; token means. 2605.09725. Grade P (code; no script of theirs
-    switches the second term on).
+    """On the rollout `policy_top`, whose gradient is that of the code's PPO surrogate for KL(p_S ||
+    p_T) on the student's top 16; plus 10 KL(p_T || p_S) on the teacher's top 16, weights softmax
+    over the 16, log-probs not renormalised, on one of 4 solutions of the teacher's; token means.
+    2605.09725. Grade P (code; no script of theirs switches the second term on).
 
-    That one is correct, if any is, and of these has the largest share of tokens among the student's top 16 at the same
-    positions of its rollout (as far as both reach). If none is correct: one more, by a teacher that sees the answer, if
-    that is correct, else the most alike of the 4. Ours: the teacher is the same model, shown the solution."""
+    That one is correct, if any is, and of these has the largest share of tokens among the student's
+    top 16 at the same positions of its rollout (as far as both reach). If none is correct: one
+    more, by a teacher that sees the answer, if that is correct, else the most alike of the 4. Ours:
+    the teacher is the same model, shown the solution."""
     rows = weight * batch.divergence(partial(forward_kl_top, k=16, renormalised=False))
-    return torch.where(batch.is_reference.unsqueeze(-1), rows, batch.divergence(partial(policy_top, k=16)))
+    return torch.where(
+        batch.is_reference.unsqueeze(-1), rows, batch.divergence(partial(policy_top, k=16))
+    )
 
 
-@method("resd", "RESD: clipped reverse KL to a teacher that sees the attempt and what the student says went wrong",
-        full_distributions=True, recipe=dict(teacher_context="reflection", teacher_schedule="ema",
-                                             teacher_decay=0.9999))
+@method(
+    "resd",
+    "RESD: clipped reverse KL to a teacher that sees the attempt and what the student says "
+    "went wrong",
+    full_distributions=True,
+    recipe=dict(teacher_context="reflection", teacher_schedule="ema", teacher_decay=0.9999),
+)
 def resd(batch: Batch) -> Tensor:
-    """Per completion the mean of `clipped_reverse_kl_top`, times 1 - s if solved and s if not, s the step's share of
-    solved ones, scaled to a mean of 1. 2605.12741. Grade P. Where all or none are solved the weight is 1 (ours, as is
-    the wording). Left out: playbook, buffer of solutions, inner updates; the verifier says only right or wrong."""
+    """Per completion the mean of `clipped_reverse_kl_top`, times 1 - s if solved and s if not, s
+    the step's share of solved ones, scaled to a mean of 1. 2605.12741. Grade P. Where all or none
+    are solved the weight is 1 (ours, as is the wording). Left out: playbook, buffer of solutions,
+    inner updates; the verifier says only right or wrong."""
     s = batch.success_rate
-    weight = torch.where(batch.correct, 1 - s, s) / (2 * s * (1 - s)) if 0 < s < 1 else torch.ones_like(batch.advantage)
-    return weight.unsqueeze(-1) * mean_of_completions(batch, batch.divergence(partial(clipped_reverse_kl_top, k=100)))
+    weight = (
+        torch.where(batch.correct, 1 - s, s) / (2 * s * (1 - s))
+        if 0 < s < 1
+        else torch.ones_like(batch.advantage)
+    )
+    return weight.unsqueeze(-1) * mean_of_completions(
+        batch, batch.divergence(partial(clipped_reverse_kl_top, k=100))
+    )
 
 
-@method("trace", "TRACE: group GRPO, at first clipped forward KL on the decisive segments of correct rollouts",
-        full_distributions=True, groups=True, needs=dict(advantage="group", teacher_context="label"),
-        uses=("advantage",), marks=lambda correct, step: correct and step < 40,
-        recipe=dict(teacher_schedule="copy", teacher_every=10))
+@method(
+    "trace",
+    "TRACE: group GRPO, at first clipped forward KL on the decisive segments of correct rollouts",
+    full_distributions=True,
+    groups=True,
+    needs=dict(advantage="group", teacher_context="label"),
+    uses=("advantage",),
+    marks=lambda correct, step: correct and step < 40,
+    recipe=dict(teacher_schedule="copy", teacher_every=10),
+)
 def trace(batch: Batch, errors: bool = False, warmup: int = 10, decay_steps: int = 30) -> Tensor:
-    """c = A, but (1 - lam / 0.5) A on the marked segments S of correct rollouts; plus lam `clipped_forward_kl`, summed
-    over S, divided by the completion's length, mean over completions; lam = 0.5 for 10 steps, then to 0 in 30.
-    2605.10194. Grade S. Ours: the mean of c log p_theta is over tokens, as in grpo-group; the student itself marks (a
-    variant of the source); wording, kinds and segments (contexts.py). Unmarked rollouts are those of grpo-group."""
+    """c = A, but (1 - lam / 0.5) A on the marked segments S of correct rollouts; plus lam
+    `clipped_forward_kl`, summed over S, divided by the completion's length, mean over completions;
+    lam = 0.5 for 10 steps, then to 0 in 30. 2605.10194. Grade S. Ours: the mean of c log p_theta is
+    over tokens, as in grpo-group; the student itself marks (a variant of the source); wording,
+    kinds and segments (contexts.py). Unmarked rollouts are those of grpo-group."""
     lam = 0.5 * min(1.0, max(0.0, 1 - (batch.step - warmup) / decay_steps))
     marked = batch.marked & (batch.correct != errors).unsqueeze(-1)
     kl = mean_of_completions(batch, batch.divergence(reverse_kl if errors else clipped_forward_kl))
     return policy(batch, batch.A * torch.where(marked, 1 - lam / 0.5, 1.0)) + lam * marked * kl
 
 
-@method("trace-errors", "TRACE for weaker models: group GRPO, at first reverse KL on the mistakes of wrong rollouts",
-        full_distributions=True, groups=True, needs=dict(advantage="group", teacher_context="label"),
-        uses=("advantage",), marks=lambda correct, step: not correct and step < 40,
-        recipe=dict(teacher_schedule="copy", teacher_every=10))
+@method(
+    "trace-errors",
+    "TRACE for weaker models: group GRPO, at first reverse KL on the mistakes of wrong rollouts",
+    full_distributions=True,
+    groups=True,
+    needs=dict(advantage="group", teacher_context="label"),
+    uses=("advantage",),
+    marks=lambda correct, step: not correct and step < 40,
+    recipe=dict(teacher_schedule="copy", teacher_every=10),
+)
 def trace_errors(batch: Batch) -> Tensor:
-    """`trace` with KL(p_S || p_T) on the marked segments of wrong rollouts, a variant of the source. Grade S."""
+    """`trace` with KL(p_S || p_T) on the marked segments of wrong rollouts, a variant of the
+    source. Grade S."""
     return trace(batch, errors=True)
 
 
 def mean_of_completions(batch: Batch, losses: Tensor) -> Tensor:
-    """[B, T] -> [B, T], scaled so that the step takes the mean per completion, and of completions."""
+    """[B, T] -> [B, T], scaled so that the step takes the mean per completion, and of
+    completions."""
     return losses * batch.per_completion / batch.mask.sum(1, keepdim=True)
 
 
-# Divergences: log p_T and log p_S [n, V] of the same n tokens -> [n] in nats, with the gradient by log p_S. Rows must
-# be normalised: sum exp = 1. k is cut to V. Where a probability is 0, p log p is 0 and an infinite value large.
+# Divergences: log p_T and log p_S [n, V] of the same n tokens -> [n] in nats, with the gradient by
+# log p_S. Rows must be normalised: sum exp = 1. k is cut to V. Where a probability is 0, p log p is
+# 0 and an infinite value large.
 
 
 def finite(logs: Tensor) -> Tensor:
-    """Log-probs [...] in nats, -inf replaced by log 2^-149 = -103.3, of the smallest float32; this bound is ours."""
+    """Log-probs [...] in nats, -inf replaced by log 2^-149 = -103.3, of the smallest float32; this
+    bound is ours."""
     return logs.masked_fill(logs == -math.inf, -149 * math.log(2))
 
 
 def clipped_forward_kl(teacher: Tensor, student: Tensor, most: float = 0.05) -> Tensor:
-    """sum_v min(p_T log(p_T / p_S), most): [n, V] twice -> [n], nats; may be negative. OPSD, 2601.18734."""
+    """sum_v min(p_T log(p_T / p_S), most): [n, V] twice -> [n], nats; may be negative. OPSD,
+    2601.18734."""
     return (teacher.exp() * (finite(teacher) - finite(student))).clamp(max=most).sum(-1)
 
 
 def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(p_S || p_T): [n, V] twice -> [n], nats, >= 0. Where p_T = 0 < p_S it is infinite: `finite` bounds it."""
+    """KL(p_S || p_T): [n, V] twice -> [n], nats, >= 0. Where p_T = 0 < p_S it is infinite: `finite`
+    bounds it."""
     return (student.exp() * (finite(student) - finite(teacher))).sum(-1)
 
 
@@ -351,8 +517,9 @@ def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def forward_kl_top(teacher: Tensor, student: Tensor, k: int, renormalised: bool = True) -> Tensor:
-    """KL(p_T || p_S) on the teacher's k likeliest tokens, p_T renormalised, p_S not: [n, V] twice -> [n], nats, >= 0.
-    renormalised=False: only as the weight of log p_T - log p_S, which may be negative then."""
+    """KL(p_T || p_S) on the teacher's k likeliest tokens, p_T renormalised, p_S not: [n, V] twice
+    -> [n], nats, >= 0. renormalised=False: only as the weight of log p_T - log p_S, which may be
+    negative then."""
     top = teacher.topk(min(k, teacher.shape[-1])).indices
     p, q = finite(teacher.gather(-1, top)), finite(student.gather(-1, top))
     weights = p.log_softmax(-1)
@@ -360,37 +527,41 @@ def forward_kl_top(teacher: Tensor, student: Tensor, k: int, renormalised: bool 
 
 
 def policy_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
-    """-sum_v c log p_S on the student's k likeliest tokens, c = q (log p_T - log p_S) held constant, q being p_S
-    renormalised there, the logs not: [n, V] twice -> [n], nats; may be negative. 2604.13016."""
+    """-sum_v c log p_S on the student's k likeliest tokens, c = q (log p_T - log p_S) held
+    constant, q being p_S renormalised there, the logs not: [n, V] twice -> [n], nats; may be
+    negative. 2604.13016."""
     top = student.topk(min(k, student.shape[-1])).indices
     log_s, log_t = finite(student.gather(-1, top)), finite(teacher.gather(-1, top))
     return -((log_s.softmax(-1) * (log_t - log_s)).detach() * log_s).sum(-1)
 
 
 def jensen_shannon_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
-    """JSD on the student's k likeliest tokens and one bucket for the rest: [n, V] twice -> [n], nats, in [0, log 2].
-    2601.20802."""
+    """JSD on the student's k likeliest tokens and one bucket for the rest: [n, V] twice -> [n],
+    nats, in [0, log 2]. 2601.20802."""
     p, q = _with_rest(teacher, student, k)
     middle = torch.logaddexp(p, q) - math.log(2)
     return (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1) / 2
 
 
 def clipped_reverse_kl_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
-    """KL(p_S || p_T'), p_T' = max(p_T, 0.2 p_S) held constant, on the student's k likeliest tokens and one bucket for
-    the rest: [n, V] twice -> [n], nats; may be negative. 2605.12741."""
+    """KL(p_S || p_T'), p_T' = max(p_T, 0.2 p_S) held constant, on the student's k likeliest tokens
+    and one bucket for the rest: [n, V] twice -> [n], nats; may be negative. 2605.12741."""
     p, q = _with_rest(teacher, student, k)
     return (q.exp() * (q - torch.maximum(p, q.detach() + math.log(0.2)))).sum(-1)
 
 
-def _with_rest(teacher: Tensor, student: Tensor, k: int) -> list[Tensor]:  # log-probs [n, k + 1] each
+# log-probs [n, k + 1] each
+def _with_rest(teacher: Tensor, student: Tensor, k: int) -> list[Tensor]:
     top = student.topk(min(k, student.shape[-1])).indices
     tops = [finite(x.gather(-1, top)) for x in (teacher, student)]
-    return [torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()], -1) for x in tops]
+    return [
+        torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()], -1) for x in tops
+    ]
 
 
 def dual_weight(teacher: Tensor, student: Tensor, k: int = 20) -> Tensor:
-    """(1 - H / log k) (1 - p_S(y*)), H the entropy of p_T renormalised on its k likeliest tokens, y* the likeliest:
-    [n, V] twice -> [n], in [0, 1]. MSD, 2605.02971."""
+    """(1 - H / log k) (1 - p_S(y*)), H the entropy of p_T renormalised on its k likeliest tokens,
+    y* the likeliest: [n, V] twice -> [n], in [0, 1]. MSD, 2605.02971."""
     values, top = teacher.topk(min(k, teacher.shape[-1]))
     p = finite(values).log_softmax(-1)
     sure = 1 + (p.exp() * p).sum(-1) / math.log(p.shape[-1])
@@ -398,14 +569,19 @@ def dual_weight(teacher: Tensor, student: Tensor, k: int = 20) -> Tensor:
 
 
 def two_view_gate(views: Tensor) -> Tensor:
-    """0.05 + 0.95 sigmoid(2 z), z [B, T] how far a token's KL is above the mean, in deviations. RP-OPSD, 2608.06347."""
+    """0.05 + 0.95 sigmoid(2 z), z [B, T] how far a token's KL is above the mean, in deviations.
+    RP-OPSD, 2608.06347."""
     return 0.05 + 0.95 * torch.sigmoid(2 * views)
 
 
-def position_weight(mask: Tensor, least: float = 0.25, middle: float = 0.30, width: float = 0.10) -> Tensor:
-    """least + (1 - least) * sigmoid(((t - 0.5) / T_i - middle) / width), low at the start; PW-OPSD, 2605.21606.
+def position_weight(
+    mask: Tensor, least: float = 0.25, middle: float = 0.30, width: float = 0.10
+) -> Tensor:
+    """least + (1 - least) * sigmoid(((t - 0.5) / T_i - middle) / width), low at the start; PW-OPSD,
+    2605.21606.
 
-    Grade P. mask bool [B, T] -> [B, T]. Its mean over a completion is 0.77, and it is not renormalised.
+    Grade P. mask bool [B, T] -> [B, T]. Its mean over a completion is 0.77, and it is not
+    renormalised.
     """
     t = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     place = (t - 0.5) / mask.sum(1, keepdim=True)

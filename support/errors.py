@@ -20,17 +20,21 @@ def one_line(program: str):
     try:
         yield
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):  # else every rank says the same
+        # else every rank says the same
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
             print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
 def parse_early(program: str, parse: Callable) -> None:
-    """Before the imports that take seconds: parse() answers --help and mistakes, then a word says what goes on."""
+    """Before the imports that take seconds: parse() answers --help and mistakes, then a word says
+    what goes on."""
+
     def hook(kind, *error):
         if kind is not KeyboardInterrupt:
             return sys.__excepthook__(kind, *error)
         print(f"\n{program}: interrupted, nothing was written", file=sys.stderr)
+
     sys.excepthook = hook
     with one_line(program):
         parse()
@@ -43,6 +47,7 @@ DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, 
 
 
 def reason(error: BaseException) -> str:
-    """Type and first line of a library's message, without torch's advice to load a file unsafely."""
+    """Type and first line of a library's message, without torch's advice to load a file
+    unsafely."""
     line = (str(error).strip().splitlines() or [""])[0]
     return type(error).__name__ + (f": {line}" if line and "weights_only" not in line else "")

@@ -1,4 +1,5 @@
-"""Command lines from dataclasses: a field is a flag, with its default, its sentence in --help and its range."""
+"""Command lines from dataclasses: a field is a flag, with its default, its sentence in --help and
+its range."""
 
 import argparse
 import os
@@ -12,14 +13,20 @@ SEEDS = "[0, 1e18]"  # torch takes 64 bits
 
 
 def flag(default, help: str, interval: str = "", choices: tuple | None = None):
-    """One setting; interval: the numbers that it may be, such as "[0, 1)". A list takes several values at once, all of
-    the type of its first default; one that is empty by default is a flag to be repeated."""
-    keywords = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    """One setting; interval: the numbers that it may be, such as "[0, 1)". A list takes several
+    values at once, all of the type of its first default; one that is empty by default is a flag to
+    be repeated."""
+    keywords = (
+        {"default_factory": lambda: list(default)}
+        if isinstance(default, list)
+        else {"default": default}
+    )
     return field(**keywords, metadata={"help": help, "interval": interval, "choices": choices})
 
 
 def nonempty(value: str) -> str:
-    """The type of a flag that must say something: an empty name would mean the current directory."""
+    """The type of a flag that must say something: an empty name would mean the current
+    directory."""
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty: is a variable of the shell not set?")
     return value
@@ -38,8 +45,14 @@ class Parser(argparse.ArgumentParser):
     """Mistakes raise InputError; what is not on the command line is not in the result."""
 
     def __init__(self, description: str, epilog: str | None = None, prog: str | None = None):
-        super().__init__(prog, description=description, epilog=epilog, argument_default=argparse.SUPPRESS,
-                         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            prog,
+            description=description,
+            epilog=epilog,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str):
         raise InputError(f"{message}; see --help")
@@ -48,16 +61,28 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser, settings: Iterable[Field]) -> None:
     """A flag per field."""
     for f in settings:
-        kind = nonempty if f.type is str and f.default != "" else nonempty_path if f.type is Path else f.type
+        kind = (
+            nonempty
+            if f.type is str and f.default != ""
+            else nonempty_path
+            if f.type is Path
+            else f.type
+        )
         many = f.default_factory() if f.type is list else []
         keywords = {"type": kind, "choices": f.metadata["choices"]}
         if f.type is bool:
             keywords = {"action": argparse.BooleanOptionalAction}
         elif f.type is list:
-            keywords = {"type": type(many[0]), "nargs": "+"} if many else {"type": nonempty, "action": "append"}
+            keywords = (
+                {"type": type(many[0]), "nargs": "+"}
+                if many
+                else {"type": nonempty, "action": "append"}
+            )
         default = " ".join(map(str, many)) if f.type is list else f.default
         shown = f" (default: {default})" if default not in (None, "") else ""
-        parser.add_argument(flag_name(f.name), help=f.metadata["help"] + shown, dest=f.name, **keywords)
+        parser.add_argument(
+            flag_name(f.name), help=f.metadata["help"] + shown, dest=f.name, **keywords
+        )
 
 
 def parse(kind: type, argv: list[str], description: str):
@@ -82,10 +107,16 @@ def environment_number(name: str, default: int) -> int:
     """Of a variable of the environment, as torchrun sets them."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
-        raise LocalError(f"{name}={text} in the environment is no number: start with torchrun, or unset it")
+        raise LocalError(
+            f"{name}={text} in the environment is no number: start with torchrun, or unset it"
+        )
     return int(text)
 
 
 def is_inside(value: float, interval: str) -> bool:
     low, high = map(float, interval[1:-1].split(","))
-    return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+    return (
+        low < value < high
+        or (value == low and interval[0] == "[")
+        or (value == high and interval[-1] == "]")
+    )

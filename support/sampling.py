@@ -15,7 +15,8 @@ from support.settings import Sampling
 
 @dataclass
 class Rollout(rollout.Completion):
-    """One completion: token_ids, logprobs and finished as the sampler gives them, and what else is known of it."""
+    """One completion: token_ids, logprobs and finished as the sampler gives them, and what else is
+    known of it."""
 
     problem: Problem
     prompt: list[int]  # token ids of the student's prompt
@@ -24,19 +25,32 @@ class Rollout(rollout.Completion):
     correct: bool = False  # finished, and the verifier says that the answer is right
     reward: float = 0.0
     advantage: float = 0.0
-    is_reference: bool = False  # not the student's: the data's solution, or the teacher's, from which family/ may learn
+    # not the student's: the data's solution, or the teacher's, from which family/ may learn
+    is_reference: bool = False
     has_context: bool = True  # the teacher had something to be shown: family/ may have nothing
 
     def grade(self) -> "Rollout":
-        """Fill in answer and correct, from the text. A truncated completion is wrong whatever it says."""
+        """Fill in answer and correct, from the text. A truncated completion is wrong whatever it
+        says."""
         self.answer = reward.extract_answer(self.text)
-        self.correct = self.finished and self.answer is not None and reward.is_equal(self.answer, self.problem.answer)
+        self.correct = (
+            self.finished
+            and self.answer is not None
+            and reward.is_equal(self.answer, self.problem.answer)
+        )
         return self
 
     def as_json(self) -> dict:  # what a samples.jsonl says of it
-        return {"line": self.problem.line, "problem": self.problem.problem, "gold": self.problem.answer,
-                "completion": self.text, "answer": self.answer, "correct": self.correct, "finished": self.finished,
-                "tokens": len(self.token_ids)}
+        return {
+            "line": self.problem.line,
+            "problem": self.problem.problem,
+            "gold": self.problem.answer,
+            "completion": self.text,
+            "answer": self.answer,
+            "correct": self.correct,
+            "finished": self.finished,
+            "tokens": len(self.token_ids),
+        }
 
 
 def student_prompt(tokenizer, problem: Problem, thinking: bool) -> list[int]:
@@ -44,26 +58,49 @@ def student_prompt(tokenizer, problem: Problem, thinking: bool) -> list[int]:
     return teacher.encode(tokenizer, teacher.student_messages(problem.problem), thinking)
 
 
-def sample(model, tokenizer, problems: Sequence[Problem], sampling: Sampling, *, seed: tuple[int, ...],
-           first_row: int = 0, show: Callable[[int, int], None] | None = None, make_decoder: Callable | None = None,
-           leave_out: Container[int] = (), on_rollout: Callable[[int, Rollout], None] | None = None) -> list[Rollout]:
-    """`sampling.samples` rollouts of each problem, in the order of the problems, not graded yet. The first one is row
-    `first_row` of all ranks' rows: the result does not depend on how many ranks there are, nor on the rows to be left
-    out, numbers of the result. `on_rollout(number, rollout)` gets each one as soon as it is there."""
+def sample(
+    model,
+    tokenizer,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    *,
+    seed: tuple[int, ...],
+    first_row: int = 0,
+    show: Callable[[int, int], None] | None = None,
+    make_decoder: Callable | None = None,
+    leave_out: Container[int] = (),
+    on_rollout: Callable[[int, Rollout], None] | None = None,
+) -> list[Rollout]:
+    """`sampling.samples` rollouts of each problem, in the order of the problems, not graded yet.
+    The first one is row `first_row` of all ranks' rows: the result does not depend on how many
+    ranks there are, nor on the rows to be left out, numbers of the result. `on_rollout(number,
+    rollout)` gets each one as soon as it is there."""
     k = sampling.samples
     prompts = [student_prompt(tokenizer, problem, sampling.thinking) for problem in problems]
     rows = [i for i in range(k * len(problems)) if i not in leave_out]
     seeds = rollout.row_seeds(rollout.generator_for_rows(seed, first_row), k * len(problems))
-    whole = len(rows) == len(seeds)  # of a part, every row brings its prompt, which is prefilled more often
+    # of a part, every row brings its prompt, which is prefilled more often
+    whole = len(rows) == len(seeds)
 
     def rollout_of(i: int, c: rollout.Completion) -> Rollout:
         return Rollout(c.token_ids, c.logprobs, c.finished, problems[i // k], prompts[i // k])
+
     completions = rollout.sample(
-        model, prompts if whole else [prompts[i // k] for i in rows], max_new_tokens=sampling.max_new_tokens,
-        stop_ids=rollout.stop_ids(model, tokenizer), temperature=sampling.temperature, top_p=sampling.top_p,
-        top_k=sampling.top_k, samples_per_prompt=k if whole else 1, slots=sampling.slots,
-        seeds=[seeds[i] for i in rows], progress=show, make_decoder=make_decoder,
-        on_completion=on_rollout and (lambda number, c: on_rollout(rows[number], rollout_of(rows[number], c))))
+        model,
+        prompts if whole else [prompts[i // k] for i in rows],
+        max_new_tokens=sampling.max_new_tokens,
+        stop_ids=rollout.stop_ids(model, tokenizer),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        samples_per_prompt=k if whole else 1,
+        slots=sampling.slots,
+        seeds=[seeds[i] for i in rows],
+        progress=show,
+        make_decoder=make_decoder,
+        on_completion=on_rollout
+        and (lambda number, c: on_rollout(rows[number], rollout_of(rows[number], c))),
+    )
     return [rollout_of(i, c) for i, c in zip(rows, completions, strict=True)]
 
 
@@ -75,9 +112,15 @@ def grade_rollouts(tokenizer, rollouts: list[Rollout]) -> list[Rollout]:
     return rollouts
 
 
-def check_window(model, path: str, problems: Sequence[Problem], new_tokens: int,
-                 prompts: Callable[[Problem], list[list[int]]]) -> None:
-    """InputError with the line of the first problem one of whose prompts leaves no room for `new_tokens` tokens."""
+def check_window(
+    model,
+    path: str,
+    problems: Sequence[Problem],
+    new_tokens: int,
+    prompts: Callable[[Problem], list[list[int]]],
+) -> None:
+    """InputError with the line of the first problem one of whose prompts leaves no room for
+    `new_tokens` tokens."""
     window = rollout.window(model)
     rest = max(map(len, prompts(Problem("", "", "", 0)))) + new_tokens
     for p in problems:
@@ -85,14 +128,20 @@ def check_window(model, path: str, problems: Sequence[Problem], new_tokens: int,
             continue  # a token has at least one byte
         length = max(map(len, prompts(p)))
         if length + new_tokens > window:
-            raise InputError(f"{path}: line {p.line}: field 'problem' (with 'solution', where it is shown) makes a "
-                             f"prompt of {length} tokens, beyond the model's window of {window} together with "
-                             f"{new_tokens} new tokens: lower --max-new-tokens, or shorten or remove the row")
+            raise InputError(
+                f"{path}: line {p.line}: field 'problem' (with 'solution', where it is shown) "
+                f"makes a prompt of {length} tokens, beyond the model's window of {window} "
+                f"together with {new_tokens} new tokens: lower --max-new-tokens, or shorten or "
+                "remove the row"
+            )
 
 
-def progress(bar, prefix: str = "", counts: bool = True, check: Callable[[], None] = lambda: None) -> Callable:
-    """A callback for rollout.sample: tokens/s behind `prefix` beside the bar, and finished completions if it counts
-    them: then the rate is that of the whole bar. `check` is called first, and may raise to end the sampling."""
+def progress(
+    bar, prefix: str = "", counts: bool = True, check: Callable[[], None] = lambda: None
+) -> Callable:
+    """A callback for rollout.sample: tokens/s behind `prefix` beside the bar, and finished
+    completions if it counts them: then the rate is that of the whole bar. `check` is called first,
+    and may raise to end the sampling."""
     counted = vars(bar).setdefault("counted", Counter()) if counts else Counter()
     start = counted.setdefault("start", time.perf_counter())
 
@@ -102,4 +151,5 @@ def progress(bar, prefix: str = "", counts: bool = True, check: Callable[[], Non
         rate = counted["tokens"] / (time.perf_counter() - start)
         bar.set_postfix_str(f"{prefix}{rate:.0f} tokens/s", refresh=False)
         bar.update(finished if counts else 0)
+
     return show

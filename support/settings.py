@@ -1,7 +1,8 @@
 """What a run can be told: every setting with its sentence, presets, and what does not go together.
 
-Values come from the defaults, then presets, then the method, then flags; of a resumed run from its config.json. The
-package family/ brings more methods and flags, if it is there: the functions here take it as an argument.
+Values come from the defaults, then presets, then the method, then flags; of a resumed run from its
+config.json. The package family/ brings more methods and flags, if it is there: the functions here
+take it as an argument.
 """
 
 import json
@@ -10,11 +11,34 @@ from pathlib import Path
 
 from support import flags
 from support.errors import DAMAGED, InputError
-from support.flags import SEEDS, Parser, add_flags, check_ranges, environment_number, flag, flag_name
+from support.flags import (
+    SEEDS,
+    Parser,
+    add_flags,
+    check_ranges,
+    environment_number,
+    flag,
+    flag_name,
+)
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
-           "query_key_value", "c_attn", "c_fc", "c_proj"]  # those of lora.py, without its import of torch
-LEFT_BY_A_KILL = {"lock", "config.json.tmp", "results.json.tmp"}  # at the start: such a directory is still free
+TARGETS = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "qkv_proj",
+    "gate_up_proj",
+    # those of lora.py, without its import of torch
+    "query_key_value",
+    "c_attn",
+    "c_fc",
+    "c_proj",
+]
+# at the start: such a directory is still free
+LEFT_BY_A_KILL = {"lock", "config.json.tmp", "results.json.tmp"}
 REMEDY = "go on with --resume, or choose another --out"
 MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every", "cuda_graphs"}
 
@@ -23,50 +47,95 @@ MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every", "cuda_graphs"}
 class Settings:
     """One run. The defaults are the paper's recipe for Qwen3-4B."""
 
-    model: str = flag("Qwen/Qwen3-4B", "checkpoint directory or hub id; toy: the embedded tiny model")
-    data: str = flag("", "training problems: a JSONL file with problem, solution, answer; toy: the embedded ones")
-    eval_data: str = flag("", "held-out problems, evaluated before and after training; empty: no evaluation")
+    model: str = flag(
+        "Qwen/Qwen3-4B", "checkpoint directory or hub id; toy: the embedded tiny model"
+    )
+    data: str = flag(
+        "", "training problems: a JSONL file with problem, solution, answer; toy: the embedded ones"
+    )
+    eval_data: str = flag(
+        "", "held-out problems, evaluated before and after training; empty: no evaluation"
+    )
     out: str = flag("runs/train", "directory of the run; must be new or empty, unless --resume")
-    seed: int = flag(0, "seed of the adapter's initial weights, the order of the problems and all sampling", SEEDS)
+    seed: int = flag(
+        0,
+        "seed of the adapter's initial weights, the order of the problems and all sampling",
+        SEEDS,
+    )
     method: str = flag("cl-egrsd", "what is trained, see the list below")
     steps: int = flag(100, "optimizer steps of the run", "[1, inf)")
     prompts_per_step: int = flag(32, "problems per step, over all ranks", "[1, 1e6]")
     rollouts_per_prompt: int = flag(1, "completions sampled per problem", "[1, 1e6]")
-    micro_batch: int = flag(4, "completions of full length per pass on one rank; lower it to save memory", "[1, inf)")
-    slots: int = flag(0, "rows decoded together on one rank, 0: all; lower it to save memory", "[0, inf)")
-    max_new_tokens: int = flag(1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)")
+    micro_batch: int = flag(
+        4, "completions of full length per pass on one rank; lower it to save memory", "[1, inf)"
+    )
+    slots: int = flag(
+        0, "rows decoded together on one rank, 0: all; lower it to save memory", "[0, inf)"
+    )
+    max_new_tokens: int = flag(
+        1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)"
+    )
     temperature: float = flag(1.1, "sampling temperature of the rollouts", "[0.01, inf)")
-    top_p: float = flag(0.95, "rollouts are drawn from the likeliest tokens that make up this mass", "(0, 1]")
+    top_p: float = flag(
+        0.95, "rollouts are drawn from the likeliest tokens that make up this mass", "(0, 1]"
+    )
     top_k: int = flag(20, "rollouts are drawn from this many likeliest tokens, 0: all", "[0, inf)")
-    score_temperature: float = flag(1.0, "temperature at which teacher and student score completions", "[0.01, inf)")
-    thinking: bool = flag(False, "let the chat template open a thinking block, in training and evaluation")
+    score_temperature: float = flag(
+        1.0, "temperature at which teacher and student score completions", "[0.01, inf)"
+    )
+    thinking: bool = flag(
+        False, "let the chat template open a thinking block, in training and evaluation"
+    )
     lr: float = flag(5e-6, "learning rate of AdamW", "[0, 1e30]")
-    lr_warmup_steps: int = flag(0, "steps of linear warm-up; the rate is constant after them", "[0, inf)")
+    lr_warmup_steps: int = flag(
+        0, "steps of linear warm-up; the rate is constant after them", "[0, inf)"
+    )
     weight_decay: float = flag(0.0, "weight decay of AdamW", "[0, 1e30]")
     max_grad_norm: float = flag(0.1, "the gradient is clipped to this norm", "(0, inf)")
     gamma: float = flag(0.3, "strength of the confidence gate, eq. (6); 0: no gate", "[0, inf)")
-    window: int = flag(3, "lookahead of the gate in tokens, eq. (8): CL-EGRSD; 0: EGRSD", "[0, inf)")
-    eps: float = flag(0.2, "the magnitude is clipped to [1 - eps, 1 + eps], eq. (2); 0: no magnitude", "[0, 1)")
+    window: int = flag(
+        3, "lookahead of the gate in tokens, eq. (8): CL-EGRSD; 0: EGRSD", "[0, inf)"
+    )
+    eps: float = flag(
+        0.2, "the magnitude is clipped to [1 - eps, 1 + eps], eq. (2); 0: no magnitude", "[0, 1)"
+    )
     floor: float = flag(0.1, "smallest value of the gate, eq. (6)", "(0, 1]")
-    beta_length: float = flag(0.5, "largest extra reward of a correct completion for being short", "[0, inf)")
+    beta_length: float = flag(
+        0.5, "largest extra reward of a correct completion for being short", "[0, inf)"
+    )
     lora_rank: int = flag(64, "rank of the adapter", "[1, inf)")
-    lora_alpha: float = flag(128.0, "alpha of the adapter, whose scale is alpha / rank", "(0, 1e30]")
-    lora_targets: list = flag(TARGETS, "layers to adapt, by the last part of their names, or all-linear")
-    bf16: bool = flag(None, "bfloat16 base weights and autocast (default: on with CUDA, off without)")
+    lora_alpha: float = flag(
+        128.0, "alpha of the adapter, whose scale is alpha / rank", "(0, 1e30]"
+    )
+    lora_targets: list = flag(
+        TARGETS, "layers to adapt, by the last part of their names, or all-linear"
+    )
+    bf16: bool = flag(
+        None, "bfloat16 base weights and autocast (default: on with CUDA, off without)"
+    )
     cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
-    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass to save memory")
+    gradient_checkpointing: bool = flag(
+        True, "recompute activations in the backward pass to save memory"
+    )
     checkpoint_every: int = flag(25, "steps between checkpoints", "[1, inf)")
     eval_before: bool = flag(True, "evaluate before training too")
-    eval_samples: int = flag(4, "completions per problem in the evaluations before and after", "[1, inf)")
-    eval_max_new_tokens: int = flag(0, "longest completion in evaluation, 0: as in training", "[0, inf)")
+    eval_samples: int = flag(
+        4, "completions per problem in the evaluations before and after", "[1, inf)"
+    )
+    eval_max_new_tokens: int = flag(
+        0, "longest completion in evaluation, 0: as in training", "[0, inf)"
+    )
     eval_temperature: float = flag(1.0, "sampling temperature in evaluation", "[0, inf)")
     eval_top_p: float = flag(0.95, "top-p in evaluation", "(0, 1]")
-    skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
+    skip_ungradable: bool = flag(
+        False, "leave out rows whose gold answer the verifier cannot grade"
+    )
 
 
 @dataclass
 class Sampling:
-    """How completions are drawn, as flags of a command; the defaults are the evaluation of arXiv 2605.13255."""
+    """How completions are drawn, as flags of a command; the defaults are the evaluation of arXiv
+    2605.13255."""
 
     samples: int = flag(4, "completions per problem", "[1, inf)")
     max_new_tokens: int = flag(32768, "longest completion in tokens", "[1, inf)")
@@ -84,26 +153,54 @@ class EvaluationSettings(Sampling):
     model: list = flag([], "checkpoint directory, hub id or toy; repeat it to compare several")
     adapter: list = flag([], "LoRA adapter directory; k of them go to the last k models")
     data: list = flag([], "JSONL file with problem and answer, or toy; repeat it for several")
-    out: str = flag(None, "directory for samples.jsonl and results.json (default: runs/eval-<time>)")
-    from_: list = flag([], "JSONL file of completions to grade instead of sampling; repeat it to compare several")
+    out: str = flag(
+        None, "directory for samples.jsonl and results.json (default: runs/eval-<time>)"
+    )
+    from_: list = flag(
+        [], "JSONL file of completions to grade instead of sampling; repeat it to compare several"
+    )
     seed: int = flag(0, "seed of the sampling", SEEDS)
     resume: bool = flag(False, "go on in --out: keep the samples that are there, and make the rest")
     cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
-    skip_ungradable: bool = flag(False, "leave out rows whose gold answer the verifier cannot grade")
+    skip_ungradable: bool = flag(
+        False, "leave out rows whose gold answer the verifier cannot grade"
+    )
 
 
 PRESETS = {
     "paper-4b": {},
     "paper-8b": dict(model="Qwen/Qwen3-8B", gamma=1.0, window=5),
-    "toy": dict(model="toy", data="toy", eval_data="toy", steps=64, prompts_per_step=64, micro_batch=64,
-                max_new_tokens=128, temperature=1.0, top_p=1.0, top_k=0, lr=1e-3, lora_rank=16, lora_alpha=32.0,
-                checkpoint_every=16, gradient_checkpointing=False, eval_samples=1, eval_top_p=1.0),
+    "toy": dict(
+        model="toy",
+        data="toy",
+        eval_data="toy",
+        steps=64,
+        prompts_per_step=64,
+        micro_batch=64,
+        max_new_tokens=128,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        lr=1e-3,
+        lora_rank=16,
+        lora_alpha=32.0,
+        checkpoint_every=16,
+        gradient_checkpointing=False,
+        eval_samples=1,
+        eval_top_p=1.0,
+    ),
 }
 
 METHODS = {  # names for gamma and window: what each sets, and its line in --help
-    "cl-egrsd": ({}, "CL-EGRSD, --gamma and --window above 0: the gate looks --window tokens ahead"),
+    "cl-egrsd": (
+        {},
+        "CL-EGRSD, --gamma and --window above 0: the gate looks --window tokens ahead",
+    ),
     "egrsd": (dict(gamma=0.3, window=0), "EGRSD, --window 0: direction x magnitude x gate"),
-    "direction-aware": (dict(gamma=0.0), "--gamma 0, direction x magnitude: what the EGRSD paper calls RLSD"),
+    "direction-aware": (
+        dict(gamma=0.0),
+        "--gamma 0, direction x magnitude: what the EGRSD paper calls RLSD",
+    ),
 }
 
 
@@ -113,14 +210,17 @@ def method_name(gamma: float, window: int) -> str:
 
 
 def parse(argv: list[str], description: str, family=None) -> tuple[Settings, bool]:
-    """(settings, resume) from the command line; with --resume the settings of the run in --out, which flags may repeat
-    but not change."""
+    """(settings, resume) from the command line; with --resume the settings of the run in --out,
+    which flags may repeat but not change."""
     given = vars(_parser(description, family).parse_args(argv))
     resume, explain = given.pop("resume", False), given.pop("explain", False)
     implied = [] if resume else ["toy"] if given.get("model", "toy") == "toy" else ["paper-4b"]
-    preset = {key: value for name in given.pop("preset", implied) for key, value in PRESETS[name].items()}
+    preset = {
+        key: value for name in given.pop("preset", implied) for key, value in PRESETS[name].items()
+    }
     if "data" in given:
-        preset.pop("eval_data", None)  # a preset's held-out problems belong to its training problems
+        # a preset's held-out problems belong to its training problems
+        preset.pop("eval_data", None)
     if explain:
         family.check(s := _resolve(preset, given, family))
         family.explain(s)
@@ -131,15 +231,26 @@ def parse(argv: list[str], description: str, family=None) -> tuple[Settings, boo
     stored, world = read_config(Path(out), family)
     stored.out = out  # the directory may have been moved or copied
     brought = _brought(given.get("method", stored.method), preset, given, family)
-    repeated = {key: (preset | brought | given)[key] for key in preset | given if key not in MAY_CHANGE_ON_RESUME}
-    changed = [f"{flag_name(key)} was {getattr(stored, key)}" for key, value in repeated.items()
-               if value != getattr(stored, key)]
+    repeated = {
+        key: (preset | brought | given)[key]
+        for key in preset | given
+        if key not in MAY_CHANGE_ON_RESUME
+    }
+    changed = [
+        f"{flag_name(key)} was {getattr(stored, key)}"
+        for key, value in repeated.items()
+        if value != getattr(stored, key)
+    ]
     if changed:
-        raise InputError(f"{stored.out}: --resume with changed settings ({', '.join(changed)}): leave these flags out, "
-                         "or start a new run with another --out")
+        raise InputError(
+            f"{stored.out}: --resume with changed settings ({', '.join(changed)}): leave these "
+            "flags out, or start a new run with another --out"
+        )
     if world != (here := environment_number("WORLD_SIZE", 1)):
-        raise InputError(f"{stored.out}: --resume with another world size: the run was started with {world} "
-                         f"processes, this is {here}: set --nproc-per-node to match")
+        raise InputError(
+            f"{stored.out}: --resume with another world size: the run was started with {world} "
+            f"processes, this is {here}: set --nproc-per-node to match"
+        )
     return replace(stored, **{key: given[key] for key in MAY_CHANGE_ON_RESUME & given.keys()}), True
 
 
@@ -147,30 +258,49 @@ def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
     """InputError if there are more adapters than models, or none of what is needed."""
     s = flags.parse(EvaluationSettings, argv, description)
     if s.from_ and (len(s.data) != 1 or s.model or s.adapter or s.resume):
-        raise InputError("--from needs one --data, and neither --model, --adapter nor --resume; see --help")
+        raise InputError(
+            "--from needs one --data, and neither --model, --adapter nor --resume; see --help"
+        )
     if not s.from_ and not (s.model and s.data):
         raise InputError("--model and --data are needed; see --help")
     if s.resume and not s.out:
         raise InputError("--resume needs --out, the directory of the evaluation to go on with")
     if len(s.adapter) > len(s.model):
-        raise InputError(f"{len(s.adapter)} times --adapter, {len(s.model)} times --model: name a model for each one")
+        raise InputError(
+            f"{len(s.adapter)} times --adapter, {len(s.model)} times --model: name a model "
+            "for each one"
+        )
     return s
 
 
 def _parser(description: str, family) -> Parser:
     methods = {name: line for name, (_, line) in METHODS.items()} | (
-        {name: method.summary for name, method in family.METHODS.items()} if family else {})
+        {name: method.summary for name, method in family.METHODS.items()} if family else {}
+    )
     listed = "\n".join(f"  {name:16} {line}" for name, line in methods.items())
     others = "" if family else "\nneighbouring methods and ablations: python -m family --help"
-    parser = Parser(description, f"methods:\n{listed}{others}", "python -m family" if family else None)
-    parser.add_argument("--preset", nargs="+", choices=PRESETS, help="named settings, over which flags win (default: "
-                        "toy, or with another --model paper-4b, whose values are the defaults given below)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in --out")
+    parser = Parser(
+        description, f"methods:\n{listed}{others}", "python -m family" if family else None
+    )
+    parser.add_argument(
+        "--preset",
+        nargs="+",
+        choices=PRESETS,
+        help="named settings, over which flags win (default: "
+        "toy, or with another --model paper-4b, whose values are the defaults given below)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last complete checkpoint in --out"
+    )
     add_flags(parser, fields(Settings))
     if family:
         group = parser.add_argument_group("neighbouring methods and ablations (family/)")
-        group.add_argument("--explain", action="store_true", help="print what --method is, brings and costs, and end")
-        add_flags(group, fields(family.FamilySettings)[len(fields(Settings)):])
+        group.add_argument(
+            "--explain",
+            action="store_true",
+            help="print what --method is, brings and costs, and end",
+        )
+        add_flags(group, fields(family.FamilySettings)[len(fields(Settings)) :])
     return parser
 
 
@@ -179,23 +309,28 @@ def _brought(method: str, preset: dict, given: dict, family) -> dict:
     if family and method in family.METHODS:
         return family.bring(method, preset, given)
     if method not in METHODS:
-        raise InputError(f"--method {method}: not known; --help lists the methods" if family else
-                         f"--method {method}: train.py knows {', '.join(METHODS)}; neighbouring methods are run with "
-                         "python -m family")
+        raise InputError(
+            f"--method {method}: not known; --help lists the methods"
+            if family
+            else f"--method {method}: train.py knows {', '.join(METHODS)}; neighbouring methods are "
+            "run with python -m family"
+        )
     return METHODS[method][0] if "method" in given else {}
 
 
 def _resolve(preset: dict, given: dict, family) -> Settings:
-    """The defaults, over them the preset, what the method stands for, and flags. Flags that contradict the method or
-    change nothing are refused."""
+    """The defaults, over them the preset, what the method stands for, and flags. Flags that
+    contradict the method or change nothing are refused."""
     method = given.get("method", Settings.method)
     brought = _brought(method, preset, given, family)
     s = (family.FamilySettings if family else Settings)(**preset | brought | given)
     if method in METHODS:
         s.method = method_name(s.gamma, s.window)
         if given.get("method", s.method) != s.method:
-            raise InputError(f"--method {method} with --gamma {s.gamma} and --window {s.window}, which is "
-                             f"{s.method}: leave --method out, or these flags")
+            raise InputError(
+                f"--method {method} with --gamma {s.gamma} and --window {s.window}, which is "
+                f"{s.method}: leave --method out, or these flags"
+            )
     without_effect = family.without_effect(s) if family else {}
     if method in METHODS and s.gamma == 0:
         without_effect |= dict.fromkeys(("window", "floor"), "there is no gate with --gamma 0")
@@ -214,7 +349,8 @@ def in_use(out: str | Path) -> bool:
 def check_start(s: Settings, resume: bool) -> None:
     """What can be known of a start before anything is imported or made."""
     check(s)
-    if not resume and environment_number("WORLD_SIZE", 1) == 1 and in_use(s.out):  # several processes say it together
+    # several processes say it together
+    if not resume and environment_number("WORLD_SIZE", 1) == 1 and in_use(s.out):
         raise InputError(f"{s.out}: output directory in use: {REMEDY}")
 
 
@@ -223,7 +359,9 @@ def check(s: Settings) -> None:
     check_ranges(s)
     world = max(1, environment_number("WORLD_SIZE", 1))  # Ranks refuses 0
     if s.prompts_per_step % world:
-        raise InputError(f"--prompts-per-step {s.prompts_per_step} must be a multiple of the {world} processes")
+        raise InputError(
+            f"--prompts-per-step {s.prompts_per_step} must be a multiple of the {world} processes"
+        )
     if not s.data:
         raise InputError("--data is missing: name a JSONL file with problem, solution and answer")
 
@@ -231,32 +369,45 @@ def check(s: Settings) -> None:
 def _check_type(f, value) -> None:
     kinds = {bool: (bool, type(f.default)), float: (int, float)}.get(f.type, f.type)
     choices = f.metadata["choices"]
-    if not isinstance(value, kinds) or f.type is int and isinstance(value, bool) or (
-            f.type is list and not all(isinstance(item, str) for item in value)) or (
-            choices and value != f.default and value not in choices):
+    if (
+        not isinstance(value, kinds)
+        or f.type is int
+        and isinstance(value, bool)
+        or (f.type is list and not all(isinstance(item, str) for item in value))
+        or (choices and value != f.default and value not in choices)
+    ):
         raise ValueError(f"{f.name} is {value!r}")
 
 
 def read_config(run: Path, family) -> tuple[Settings, int]:
-    """Settings and world size of an earlier run. Older ones have a `gate` that says what gamma and window say."""
+    """Settings and world size of an earlier run. Older ones have a `gate` that says what gamma and
+    window say."""
     path, kind = run / "config.json", family.FamilySettings if family else Settings
     try:
         config = json.loads(path.read_text())
         values, world = dict(config["settings"]), config["world_size"]
         if not family and config.get("trainer") == "Neighbour":
-            raise InputError(f"{run}: this run was started with python -m family: go on with python -m family --out "
-                             f"{run} --resume")
+            raise InputError(
+                f"{run}: this run was started with python -m family: go on with python -m family "
+                f"--out {run} --resume"
+            )
         values.setdefault("lora_targets", TARGETS[:7])  # what a run adapted that does not name them
-        values |= {"lookahead": {"gate": ""}, "entropy": {"gate": "", "window": 0}, "none": {"gate": "", "gamma": 0.0},
-                   "position": {"window": 0}}.get(values.get("gate"), {})
+        values |= {
+            "lookahead": {"gate": ""},
+            "entropy": {"gate": "", "window": 0},
+            "none": {"gate": "", "gamma": 0.0},
+            "position": {"window": 0},
+        }.get(values.get("gate"), {})
         if values["method"] in METHODS:
             values["method"] = method_name(values["gamma"], values["window"])
-        if config.get("trainer") == "Trainer":  # then flags of family/, which may be gone, are at their defaults
+        # then flags of family/, which may be gone, are at their defaults
+        if config.get("trainer") == "Trainer":
             values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
         for f in fields(kind):
             if f.name in values:
                 _check_type(f, values[f.name])
         return kind(**values), int(world)
     except (OSError, *DAMAGED) as error:
-        raise InputError(f"{path}: no run that can be resumed here ({error}): check --out, or leave --resume "
-                         "out") from None
+        raise InputError(
+            f"{path}: no run that can be resumed here ({error}): check --out, or leave --resume out"
+        ) from None

@@ -2,10 +2,11 @@ r"""Call the verifier with random answers; look for exceptions, asymmetry and sl
 
     python tests/fuzz_verifier.py --calls 1000000 --seed 0 --data gsm8k.jsonl aime24.jsonl
 
-Answers are noise from fragments of TeX, golds of the data files, and golds with a piece changed, doubled or cut out.
-A mistake is a call that raises, a pair that is equal one way only, an answer that equals another but not itself, or a
-gold in dollars that does not equal the gold. Ends with the slowest inputs, timed again as the best of five: a single
-time says more about the machine. The exit status is 1 if there was a mistake.
+Answers are noise from fragments of TeX, golds of the data files, and golds with a piece changed,
+doubled or cut out. A mistake is a call that raises, a pair that is equal one way only, an answer
+that equals another but not itself, or a gold in dollars that does not equal the gold. Ends with the
+slowest inputs, timed again as the best of five: a single time says more about the machine. The exit
+status is 1 if there was a mistake.
 """
 
 import argparse
@@ -29,10 +30,14 @@ CALLS_PER_ROUND = 7
 
 def read_golds(files: list[str]) -> list[str]:
     """Golds that equal some answer: those of the tables, and of data files."""
-    rows = [case for table in TABLES.values() for case in table] + [case[:3] for case in SHARED["equal"]]
+    rows = [case for table in TABLES.values() for case in table] + [
+        case[:3] for case in SHARED["equal"]
+    ]
     golds = {gold for _, gold, expected in rows if expected}
     for path in files:
-        golds |= {json.loads(line)["answer"] for line in pathlib.Path(path).read_text().splitlines()}
+        golds |= {
+            json.loads(line)["answer"] for line in pathlib.Path(path).read_text().splitlines()
+        }
     return sorted(golds)
 
 
@@ -42,7 +47,11 @@ def mutate(draw: random.Random, text: str) -> str:
         if not sites:
             return text
         site = draw.choice(sites)
-        text = text[:site.start()] + draw.choice(["", site[0] * 2, draw.choice(FRAGMENTS)]) + text[site.end():]
+        text = (
+            text[: site.start()]
+            + draw.choice(["", site[0] * 2, draw.choice(FRAGMENTS)])
+            + text[site.end() :]
+        )
         sites = list(PIECE.finditer(text))
     return text
 
@@ -52,8 +61,10 @@ def draw_answer(draw: random.Random, golds: list[str]) -> str:
     if kind < 0.35:
         return "".join(draw.choices(FRAGMENTS, k=draw.randint(1, 20)))
     if kind < 0.45:  # one unit again and again: the worst cases are of this kind
-        unit = draw.choice(HOSTILE + FRAGMENTS) + draw.choice(["", "", "+", ",", "=", draw.choice(golds)])
-        return (unit * 250)[:draw.randint(1, 250)]
+        unit = draw.choice(HOSTILE + FRAGMENTS) + draw.choice(
+            ["", "", "+", ",", "=", draw.choice(golds)]
+        )
+        return (unit * 250)[: draw.randint(1, 250)]
     return mutate(draw, draw.choice(golds)) if kind < 0.8 else draw.choice(golds)
 
 
@@ -82,7 +93,10 @@ def fuzz(calls: int, seed: int, files: list[str]) -> tuple[list[str], list[tuple
             mistakes.append(f"equal to {right!r}, but not to itself: {left!r}")
         if not timed(reward.is_equal, f"$ {gold} $", gold):
             mistakes.append(f"not equal to itself: {gold!r}")
-        timed(reward.extract_answer, left + draw.choice([r"\boxed{", r"\fbox ", "</think>", ""]) + right)
+        timed(
+            reward.extract_answer,
+            left + draw.choice([r"\boxed{", r"\fbox ", "</think>", ""]) + right,
+        )
         timed(reward.grade, rf"so \boxed{{{left}}}", right)
         timed(reward.grade, rf"so \boxed{{{gold}}}.", gold)
     return mistakes, sorted(slowest, reverse=True)
@@ -99,16 +113,22 @@ def again(name: str, *arguments) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--calls", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", nargs="*", default=[], help="JSONL files whose answers are golds too")
+    parser.add_argument(
+        "--data", nargs="*", default=[], help="JSONL files whose answers are golds too"
+    )
     arguments = parser.parse_args()
     start = time.perf_counter()
     mistakes, slowest = fuzz(arguments.calls, arguments.seed, arguments.data)
     print(*mistakes[:50], sep="\n")
     seconds = time.perf_counter() - start
-    print(f"{arguments.calls} calls, seed {arguments.seed}, {seconds:.0f} s, {len(mistakes)} mistakes")
+    print(
+        f"{arguments.calls} calls, seed {arguments.seed}, {seconds:.0f} s, {len(mistakes)} mistakes"
+    )
     for seconds, call in sorted(((again(*call), call) for _, *call in slowest), reverse=True)[:5]:
         print(f"{1000 * seconds:.1f} ms: {call}")
     sys.exit(bool(mistakes))

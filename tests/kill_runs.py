@@ -2,11 +2,12 @@
 
     python tests/kill_runs.py --kills 1000 --seed 0
 
-A run on the tests' toy is started and killed with SIGKILL after a random time, again and again, until it comes to its
-end; it must then equal a run that was never stopped, byte by byte: samples, every checkpoint (adapter, optimizer,
-random state), evaluation, exported model, and metrics but for seconds and memory. Then the next run begins, with other
-settings. Every start is a fork of this process, in which torch is loaded already. A start that ends by itself must end
-well: else the script ends with its log, and leaves its directory.
+A run on the tests' toy is started and killed with SIGKILL after a random time, again and again,
+until it comes to its end; it must then equal a run that was never stopped, byte by byte: samples,
+every checkpoint (adapter, optimizer, random state), evaluation, exported model, and metrics but for
+seconds and memory. Then the next run begins, with other settings. Every start is a fork of this
+process, in which torch is loaded already. A start that ends by itself must end well: else the
+script ends with its log, and leaves its directory.
 """
 
 import argparse
@@ -37,18 +38,34 @@ from support import checkpoint, run
 
 STEPS = 6
 tqdm.monitor_interval = 0  # no thread in a process that forks
-PHASES = ("before loading", "loading", "lock and config", "evaluation", "step", "metrics", "checkpoint", "export",
-          "end")
+PHASES = (
+    "before loading",
+    "loading",
+    "lock and config",
+    "evaluation",
+    "step",
+    "metrics",
+    "checkpoint",
+    "export",
+    "end",
+)
 VARIANTS = [  # of a run; all have a reference for each of SEEDS
     {"checkpoint-every": 1},
     {"checkpoint-every": 2},
-    {"checkpoint-every": 2, "method": "antisd", "teacher-schedule": "ema", "prompts-per-step": 1,
-     "rollouts-per-prompt": 4}]
+    {
+        "checkpoint-every": 2,
+        "method": "antisd",
+        "teacher-schedule": "ema",
+        "prompts-per-step": 1,
+        "rollouts-per-prompt": 4,
+    },
+]
 SEEDS = 3
 
 
 class Phase:
-    """What a child is doing, in memory that it shares with its parent: what it was doing when it was killed."""
+    """What a child is doing, in memory that it shares with its parent: what it was doing when it
+    was killed."""
 
     def __init__(self):
         self.memory = mmap.mmap(-1, 64)
@@ -71,6 +88,7 @@ class Phase:
             if not before:
                 self.set(name)
             return result
+
         setattr(owner, attribute, marked)
 
     def watch_training(self) -> None:
@@ -86,13 +104,15 @@ class Phase:
 
 
 def forked(work: Callable[[], None], log: Path) -> int:
-    """The process id of a child that does this work and ends, 0 if all went well; its output goes to `log`."""
+    """The process id of a child that does this work and ends, 0 if all went well; its output goes
+    to `log`."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        tqdm.set_lock(threading.RLock())  # its own is shared with the parent: a killed child may hold it
+        # its own is shared with the parent: a killed child may hold it
+        tqdm.set_lock(threading.RLock())
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
@@ -109,7 +129,8 @@ def forked(work: Callable[[], None], log: Path) -> int:
 
 
 def ended(pid: int, seconds: float = 600, until: Callable[[], bool] = lambda: False) -> int | None:
-    """The child's exit code once it has ended, None if it still runs after so many seconds or when `until` is true."""
+    """The child's exit code once it has ended, None if it still runs after so many seconds or when
+    `until` is true."""
     deadline = time.perf_counter() + seconds
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -124,6 +145,7 @@ def start(flags: list, log: Path) -> int:
     def work():
         sys.argv = ["family", *map(str, flags)]
         lab.main()  # for the core's methods the same as train.main
+
     return forked(work, log)
 
 
@@ -150,15 +172,28 @@ class Killer:
         (self.toy / "test.jsonl").write_text("".join(rows[:2]))
 
     def flags(self, out: Path, variant: int, seed: int) -> list[str]:
-        return train_arguments(self.toy, out, **VARIANTS[variant] | {
-            "steps": STEPS, "seed": seed, "gradient-checkpointing": False,
-            "eval-data": self.toy / "test.jsonl", "eval-samples": 1, "eval-top-p": 1.0})
+        return train_arguments(
+            self.toy,
+            out,
+            **VARIANTS[variant]
+            | {
+                "steps": STEPS,
+                "seed": seed,
+                "gradient-checkpointing": False,
+                "eval-data": self.toy / "test.jsonl",
+                "eval-samples": 1,
+                "eval-top-p": 1.0,
+            },
+        )
 
     def reference(self, variant: int, seed: int) -> tuple[Path, float]:
         """A run that is not stopped, and how many seconds it took."""
         if (variant, seed) not in self.references:
             out, began = self.directory / f"reference-{variant}-{seed}", time.perf_counter()
-            finish(start(self.flags(out, variant, seed), self.directory / "log"), self.directory / "log")
+            finish(
+                start(self.flags(out, variant, seed), self.directory / "log"),
+                self.directory / "log",
+            )
             self.references[variant, seed] = out, time.perf_counter() - began
         return self.references[variant, seed]
 
@@ -189,11 +224,13 @@ class Killer:
                 self.hits[self.phase.get()] += 1
                 self.bar.update()
             elif code:
-                raise SystemExit(f"{log}: a start that was not killed ended with {code}:\n{log.read_text()}")
+                raise SystemExit(
+                    f"{log}: a start that was not killed ended with {code}:\n{log.read_text()}"
+                )
 
     def wait(self, pid: int, seconds: float) -> int | None:
-        """Until it is time to kill: any moment of a whole run, or one just after a phase began. The exit code, if the
-        child ends before that."""
+        """Until it is time to kill: any moment of a whole run, or one just after a phase began. The
+        exit code, if the child ends before that."""
         if self.random.random() < 0.5:
             return ended(pid, self.random.uniform(0, seconds))
         phase, delay = self.random.choice(PHASES), 0.02 * self.random.random() ** 2
@@ -207,17 +244,25 @@ class Killer:
         self.counts["lost"] += len(set(range(1, STEPS + 1)) - set(steps))
         self.counts["doubled"] += sum(steps.values()) - len(steps)
         assert [row["step"] for row in metrics(out)] == list(range(1, STEPS + 1)), f"{out}: {steps}"
-        assert without_seconds(metrics(whole)) == without_seconds(metrics(out)), f"{out}: metrics.jsonl"
+        assert without_seconds(metrics(whole)) == without_seconds(metrics(out)), (
+            f"{out}: metrics.jsonl"
+        )
         one, other = contents(whole), contents(out)
-        different = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+        different = sorted(
+            name for name in one.keys() | other.keys() if one.get(name) != other.get(name)
+        )
         assert not different, f"{out}: {different}"
 
 
 def contents(directory: Path) -> dict[str, bytes]:
     """The files of a run that may not depend on kills."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*")
-            if path.is_file() and path.name not in ("lock", "metrics.jsonl", "report.html")
-            and path != directory / "config.json"}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+        and path.name not in ("lock", "metrics.jsonl", "report.html")
+        and path != directory / "config.json"
+    }
 
 
 def main() -> None:
@@ -229,10 +274,15 @@ def main() -> None:
     killer = Killer(directory, arguments.kills, arguments.seed)
     killer.work()
     c = killer.counts
-    print("killed during: " + ", ".join(f"{name} {count}" for name, count in killer.hits.most_common()))
-    print(f"{arguments.kills} kills, {c['starts']} starts, {c['runs']} finished runs, "
-          f"{c['steps']} steps compared, {c['lost']} lost, {c['doubled']} doubled, "
-          f"{time.perf_counter() - began:.0f} seconds")
+    print(
+        "killed during: "
+        + ", ".join(f"{name} {count}" for name, count in killer.hits.most_common())
+    )
+    print(
+        f"{arguments.kills} kills, {c['starts']} starts, {c['runs']} finished runs, "
+        f"{c['steps']} steps compared, {c['lost']} lost, {c['doubled']} doubled, "
+        f"{time.perf_counter() - began:.0f} seconds"
+    )
     shutil.rmtree(directory)
 
 

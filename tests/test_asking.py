@@ -1,4 +1,5 @@
-"""What the teacher is shown, what the model is asked for, and rows that the student did not write."""
+"""What the teacher is shown, what the model is asked for, and rows that the student did not
+write."""
 
 import json
 import math
@@ -32,56 +33,86 @@ PROBLEMS = [Problem(f"P{line}", f"S{line}", "7", line, f"in words {line}") for l
 
 def shown(context, texts, correct, i, step=0, **changes):
     """What the teacher of rollout i is shown, as Neighbour.teacher_prompts asks for it."""
-    rows = [Row([2], [0.0], True, PROBLEMS[1], [3], text, "8", ok, **changes)
-            for text, ok in zip(texts, correct, strict=True)]
+    rows = [
+        Row([2], [0.0], True, PROBLEMS[1], [3], text, "8", ok, **changes)
+        for text, ok in zip(texts, correct, strict=True)
+    ]
     this = SimpleNamespace(
-        s=SimpleNamespace(rollouts_per_prompt=len(rows), prompts_per_step=1, seed=0), step=step, rows="",
-        ranks=SimpleNamespace(rank=0, world=1), problems=PROBLEMS, longest=PROBLEMS[0], is_ready=True,
-        method=METHODS["sdpo"], context=CONTEXTS[context], teacher_prompt=lambda problem, text: text)
+        s=SimpleNamespace(rollouts_per_prompt=len(rows), prompts_per_step=1, seed=0),
+        step=step,
+        rows="",
+        ranks=SimpleNamespace(rank=0, world=1),
+        problems=PROBLEMS,
+        longest=PROBLEMS[0],
+        is_ready=True,
+        method=METHODS["sdpo"],
+        context=CONTEXTS[context],
+        teacher_prompt=lambda problem, text: text,
+    )
     this.prompt_of = lambda *arguments: neighbour.Neighbour.prompt_of(this, *arguments)
     asked = neighbour.Neighbour.teacher_prompts(this, rows)
     assert neighbour.Neighbour.teacher_prompts(this, rows) == asked
     return None if asked[i] == [3] and not rows[i].has_context else asked[i]
 
 
-@pytest.mark.parametrize("context,i,expected", [
-    ("solution", 0, "S2"),
-    ("answer", 0, "The final answer is \\boxed{7}."),
-    ("peer", 0, "c"),
-    ("peer", 2, "a"),
-    ("peers", 0, "Correct attempt:\nc\n\nFailed attempt:\nb"),
-    ("feedback", 0, "c\n\nYour answer is correct."),
-    ("restated", 0, "The same problem in other words:\nin words 2"),
-    ("reflection", 0, "Correct attempt:\na"),
-    ("reflection", 1, "Failed attempt:\nb\n\nThe answer 8 is wrong.\n\nWhat went wrong:\n"),
-    ("label", 0, None)])
+@pytest.mark.parametrize(
+    "context,i,expected",
+    [
+        ("solution", 0, "S2"),
+        ("answer", 0, "The final answer is \\boxed{7}."),
+        ("peer", 0, "c"),
+        ("peer", 2, "a"),
+        ("peers", 0, "Correct attempt:\nc\n\nFailed attempt:\nb"),
+        ("feedback", 0, "c\n\nYour answer is correct."),
+        ("restated", 0, "The same problem in other words:\nin words 2"),
+        ("reflection", 0, "Correct attempt:\na"),
+        ("reflection", 1, "Failed attempt:\nb\n\nThe answer 8 is wrong.\n\nWhat went wrong:\n"),
+        ("label", 0, None),
+    ],
+)
 def test_contexts(context, i, expected):
     assert shown(context, ["a", "b", "c"], [True, False, True], i) == expected
 
 
 def test_contexts_without_a_correct_peer():
-    for context, expected in (("peer", None), ("peers", None), ("feedback", "S2\n\nYour answer is correct.")):
+    for context, expected in (
+        ("peer", None),
+        ("peers", None),
+        ("feedback", "S2\n\nYour answer is correct."),
+    ):
         assert shown(context, ["a", "b"], [True, False], 0) == expected
 
 
 def test_what_was_asked_for_is_shown():
-    assert shown("reflection", ["b"], [False], 0, asked={"reflection": "I forgot"}).endswith("went wrong:\nI forgot")
+    assert shown("reflection", ["b"], [False], 0, asked={"reflection": "I forgot"}).endswith(
+        "went wrong:\nI forgot"
+    )
     assert shown("label", ["b"], [False], 0, label="setup") == "What matters here: setup."
 
 
 def test_peers_are_drawn_at_random_and_never_the_rollout_itself():
     """The others uniformly, seeded by step and row: the same again when asked again."""
-    one = Counter(shown("peer", list("abcde"), [True, True, False, True, True], 1, step) for step in range(400))
+    one = Counter(
+        shown("peer", list("abcde"), [True, True, False, True, True], 1, step)
+        for step in range(400)
+    )
     assert one.keys() == {"a", "d", "e"} and min(one.values()) > 100
-    two = Counter(shown("peers", list("abcde"), [True, True, True, False, False], 0, step) for step in range(400))
+    two = Counter(
+        shown("peers", list("abcde"), [True, True, True, False, False], 0, step)
+        for step in range(400)
+    )
     first, second = (f"Correct attempt:\n{x}\n\nCorrect attempt:\n{y}" for x, y in ("bc", "cb"))
-    assert two.keys() == {f"{pair}\n\nFailed attempt:\n{z}" for pair in (first, second) for z in "de"}
+    assert two.keys() == {
+        f"{pair}\n\nFailed attempt:\n{z}" for pair in (first, second) for z in "de"
+    }
     assert min(two.values()) > 60
 
 
 def test_the_other_problem_is_any_but_the_own():
     found = Counter(shown("other", ["a"], [True], 0, step) for step in range(300))
-    assert found.keys() == {f"Another problem:\nP{line}\n\nIts solution:\nS{line}" for line in (1, 5, 6)}
+    assert found.keys() == {
+        f"Another problem:\nP{line}\n\nIts solution:\nS{line}" for line in (1, 5, 6)
+    }
     assert min(found.values()) > 70
 
 
@@ -101,8 +132,14 @@ def test_segments_are_lines_and_sentences(tokenizer):
     text = "12+3=15. So 1.5 is it!\nThen 20+5=25. ok. Is it 7? yes"
     row = row_of(tokenizer, text)
     parts = contexts.segments(row, tokenizer)
-    assert [tokenizer.decode(row.token_ids[part.start:part.stop]).strip() for part in parts] == [
-        "12+3=15.", "So 1.5 is it!", "Then 20+5=25.", "ok. Is it 7?", "yes"]  # too short ones go with the next
+    assert [tokenizer.decode(row.token_ids[part.start : part.stop]).strip() for part in parts] == [
+        # too short ones go with the next
+        "12+3=15.",
+        "So 1.5 is it!",
+        "Then 20+5=25.",
+        "ok. Is it 7?",
+        "yes",
+    ]
     assert [i for part in parts for i in part] == list(range(len(row.token_ids)))
     assert contexts.segments(row_of(tokenizer, ""), tokenizer) == []
 
@@ -110,7 +147,9 @@ def test_segments_are_lines_and_sentences(tokenizer):
 def test_sentences_end_where_a_tokenizer_hides_spaces():
     """As SentencePiece's: a token decoded alone has no space before it."""
     words = dict(enumerate("First we add seven . Then we take nine away . It is two .".split()))
-    hiding = SimpleNamespace(decode=lambda ids, **_: " ".join(words[i] for i in ids).replace(" .", "."))
+    hiding = SimpleNamespace(
+        decode=lambda ids, **_: " ".join(words[i] for i in ids).replace(" .", ".")
+    )
     parts = contexts.segments(Row(list(words), [], True, PROBLEMS[0], []), hiding)
     assert [(part.start, part.stop) for part in parts] == [(0, 5), (5, 11), (11, 15)]
 
@@ -118,36 +157,57 @@ def test_sentences_end_where_a_tokenizer_hides_spaces():
 LONG = "Let us count. " + "1+2=3 and then it is also so that 3+4=7. " * 3 + "So it is 7. \\boxed{7}"
 
 
-@pytest.mark.parametrize("answer, marked, label", [
-    ("Segments: 1. Kind: setup", [1], "setup"),
-    ("hm\nsegment: 1 , 2.\nkind: Case distinction.", [1, 2], "case distinction"),
-    ("<think>Segments: 2. Kind: idea</think>Segments: 1. Kind: setup", [1], "setup"),
-    ("Segments: 2, 2, 99, 0. Kind: idea", [2], "idea"),
-    ("Segments: 2, 3, 1. Kind: idea", [2, 1], "idea"),  # 3 as well would be more than a quarter
-    ("**Segments:** [2] and 1; **Kinds:** calculations", [2, 1], "calculation"),
-    ("Segments: 99999999999999999999. Kind: idea", [], ""), ("<think>Segments: 1. Kind: setup", [], ""),
-    ("Segments: 1" + " " * 50_000 + "x" + "Segments: " + "1 and 1" * 9_000, [], ""),  # ends soon, too
-    ("Segments: 1. Kind: magic", [], ""), ("Segments: . Kind: idea", [], ""), ("7+5=12. \\boxed{12}", [], "")])
+@pytest.mark.parametrize(
+    "answer, marked, label",
+    [
+        ("Segments: 1. Kind: setup", [1], "setup"),
+        ("hm\nsegment: 1 , 2.\nkind: Case distinction.", [1, 2], "case distinction"),
+        ("<think>Segments: 2. Kind: idea</think>Segments: 1. Kind: setup", [1], "setup"),
+        ("Segments: 2, 2, 99, 0. Kind: idea", [2], "idea"),
+        ("Segments: 2, 3, 1. Kind: idea", [2, 1], "idea"),  # 3 as well would be more than a quarter
+        ("**Segments:** [2] and 1; **Kinds:** calculations", [2, 1], "calculation"),
+        ("Segments: 99999999999999999999. Kind: idea", [], ""),
+        ("<think>Segments: 1. Kind: setup", [], ""),
+        # ends soon, too
+        ("Segments: 1" + " " * 50_000 + "x" + "Segments: " + "1 and 1" * 9_000, [], ""),
+        ("Segments: 1. Kind: magic", [], ""),
+        ("Segments: . Kind: idea", [], ""),
+        ("7+5=12. \\boxed{12}", [], ""),
+    ],
+)
 def test_marks(tokenizer, monkeypatch, answer, marked, label):
     row = row_of(tokenizer, LONG)
     parts = contexts.segments(row, tokenizer)
-    monkeypatch.setattr(contexts, "MOST_MARKED", (sum(len(parts[i - 1]) for i in (1, 2)) + 1) / len(row.token_ids))
+    monkeypatch.setattr(
+        contexts, "MOST_MARKED", (sum(len(parts[i - 1]) for i in (1, 2)) + 1) / len(row.token_ids)
+    )
     contexts.MARKS.take(row, answer, tokenizer)
     assert row.label == label and row.asked == {"marks": answer, "label": label}
-    assert row.marked.nonzero().flatten().tolist() == sorted(i for n in marked for i in parts[n - 1])
+    assert row.marked.nonzero().flatten().tolist() == sorted(
+        i for n in marked for i in parts[n - 1]
+    )
 
 
 def test_questions(tokenizer):
-    """The gold answer is not given away where a reflection is asked for; nothing is asked about a correct one."""
+    """The gold answer is not given away where a reflection is asked for; nothing is asked about a
+    correct one."""
     reflect, mark = contexts.REFLECTION.text, contexts.MARKS.text
     assert reflect(row_of(tokenizer, "x"), tokenizer) is None
     failed = row_of(tokenizer, "It is 8", False)
     asked = reflect(failed, tokenizer)
-    assert asked.startswith("P1\n\n[Attempt]\nIt is 8\n") and "The answer 8 is wrong." in asked and "7" not in asked
+    assert (
+        asked.startswith("P1\n\n[Attempt]\nIt is 8\n")
+        and "The answer 8 is wrong." in asked
+        and "7" not in asked
+    )
     assert "no boxed answer" in reflect(replace(failed, answer=None), tokenizer)
     assert "cut off" in reflect(replace(failed, finished=False), tokenizer)
     asked = mark(row_of(tokenizer, LONG), tokenizer)
-    assert "S1" in asked and "[1] Let us count. \n[2] 1+2=3" in asked and all(label in asked for label in LABELS)
+    assert (
+        "S1" in asked
+        and "[1] Let us count. \n[2] 1+2=3" in asked
+        and all(label in asked for label in LABELS)
+    )
     assert "is correct" in asked and "is wrong" in mark(failed, tokenizer)
 
 
@@ -156,35 +216,58 @@ def test_questions(tokenizer):
 
 def test_likeness_compares_as_far_as_both_reach():
     top = torch.tensor([[1, 2], [3, 4], [5, 6]])
-    for ids, expected in (([1, 4, 5], 1.0), ([1, 9], 0.5), ([9, 9, 9, 5, 5], 0.0), ([2, 9, 9, 1], 1 / 3)):
+    for ids, expected in (
+        ([1, 4, 5], 1.0),
+        ([1, 9], 0.5),
+        ([9, 9, 9, 5, 5], 0.0),
+        ([2, 9, 9, 1], 1 / 3),
+    ):
         assert asking.likeness(Row(ids, [], True, PROBLEMS[0], []), top) == pytest.approx(expected)
     assert asking.likeness(Row([1], [], True, PROBLEMS[0], []), None) == 0
 
 
-@pytest.mark.parametrize("overlap, texts, hint, chosen", [
-    (True, ["\\boxed{7} aaa", "bbb \\boxed{7}", "bbb"], None, 1),  # the most alike of the correct ones
-    (True, ["bbb", "aab", "aaa"], "x \\boxed{7}", 3),  # none is correct, the one that is shown the answer is
-    (True, ["bbb", "aab", "aaa"], "x \\boxed{8}", 0),
-    (False, ["bbb", "\\boxed{7} b", "\\boxed{7}"], None, 1)])
+@pytest.mark.parametrize(
+    "overlap, texts, hint, chosen",
+    [
+        # the most alike of the correct ones
+        (True, ["\\boxed{7} aaa", "bbb \\boxed{7}", "bbb"], None, 1),
+        # none is correct, the one that is shown the answer is
+        (True, ["bbb", "aab", "aaa"], "x \\boxed{7}", 3),
+        (True, ["bbb", "aab", "aaa"], "x \\boxed{8}", 0),
+        (False, ["bbb", "\\boxed{7} b", "\\boxed{7}"], None, 1),
+    ],
+)
 def test_the_chosen_solution(tokenizer, monkeypatch, overlap, texts, hint, chosen):
-    """The student's rollout is of b's only; correct goes before alike, and alike counts for some methods only."""
+    """The student's rollout is of b's only; correct goes before alike, and alike counts for some
+    methods only."""
+
     def answers(t, prompts, what, by_teacher):
-        assert by_teacher and prompts == (["shown S1"] * 3 if what == "solutions" else [
-            hint and "shown The final answer is \\boxed{7}."])
+        assert by_teacher and prompts == (
+            ["shown S1"] * 3
+            if what == "solutions"
+            else [hint and "shown The final answer is \\boxed{7}."]
+        )
         found = texts if what == "solutions" else [hint]
         return [text and rollout.Completion(tokenizer.encode(text), [], True) for text in found]
+
     monkeypatch.setattr(asking, "ask", answers)
     b = tokenizer.encode("b")
     monkeypatch.setattr(asking, "top_tokens", lambda t, rows: [torch.tensor([b] * 50)])
     notes, first = {}, row_of(tokenizer, "bbb", False)
-    t = SimpleNamespace(s=SimpleNamespace(teacher_rollouts=3), method=SimpleNamespace(overlap=overlap),
-                        tokenizer=tokenizer, note=notes.__setitem__,
-                        prompt_of=lambda row, group, i: "shown " + row.problem.solution,
-                        teacher_prompt=lambda problem, text: "shown " + text)
-    row, = asking.solutions(t, [PROBLEMS[0]], [first])
+    t = SimpleNamespace(
+        s=SimpleNamespace(teacher_rollouts=3),
+        method=SimpleNamespace(overlap=overlap),
+        tokenizer=tokenizer,
+        note=notes.__setitem__,
+        prompt_of=lambda row, group, i: "shown " + row.problem.solution,
+        teacher_prompt=lambda problem, text: "shown " + text,
+    )
+    (row,) = asking.solutions(t, [PROBLEMS[0]], [first])
     all_texts = texts + ([hint] if chosen == 3 else [])
     assert row.text == all_texts[chosen] and first.asked["solutions"] == all_texts
-    assert first.asked["chosen"] == chosen and first.asked["correct"] == ["7" in text for text in all_texts]
+    assert first.asked["chosen"] == chosen and first.asked["correct"] == [
+        "7" in text for text in all_texts
+    ]
     assert row.is_reference and row.teacher_prompt == "shown S1" and row.prompt == [3]
     assert notes["teacher_accuracy"] == [row.correct] == ["7" in row.text]
 
@@ -210,24 +293,41 @@ def trainer(tiny_toy, out, name, **changes):
 
 
 def test_pbsd_s_gradient_is_that_of_the_preference_loss():
-    """Against autograd through -log sigma(m), on whole completions of random log-probs; two pairs."""
-    generator, mask = torch.Generator().manual_seed(0), torch.arange(6) < torch.tensor([[4], [6], [5], [2]])
+    """Against autograd through -log sigma(m), on whole completions of random log-probs; two
+    pairs."""
+    generator, mask = (
+        torch.Generator().manual_seed(0),
+        torch.arange(6) < torch.tensor([[4], [6], [5], [2]]),
+    )
     logp, teacher = -3 * torch.rand(2, 4, 6, generator=generator, dtype=torch.float64) * mask
     logp.requires_grad_()
     ratios = ((logp - teacher) * mask).sum(1)  # two rollouts, then the teacher's two solutions
     loss = -torch.nn.functional.logsigmoid(0.1 * (ratios[2:] - ratios[:2])).mean()
-    exact, = torch.autograd.grad(loss, logp)
-    batch = SimpleNamespace(margin=(ratios[2:] - ratios[:2]).detach().repeat(2), logp=logp, mask=mask,
-                            is_reference=torch.tensor([False, False, True, True]), num_tokens=10.0, num_reference=7.0,
-                            num_completions=2)
+    (exact,) = torch.autograd.grad(loss, logp)
+    batch = SimpleNamespace(
+        margin=(ratios[2:] - ratios[:2]).detach().repeat(2),
+        logp=logp,
+        mask=mask,
+        is_reference=torch.tensor([False, False, True, True]),
+        num_tokens=10.0,
+        num_reference=7.0,
+        num_completions=2,
+    )
     batch.per_completion = methods.Batch.per_completion.fget(batch)
     share = torch.tensor([[10.0], [10.0], [7.0], [7.0]])  # by which the step divides
-    found, = torch.autograd.grad((methods.pbsd(batch) / share).sum(), logp)
+    (found,) = torch.autograd.grad((methods.pbsd(batch) / share).sum(), logp)
     torch.testing.assert_close(found, exact)
 
 
-NEW = {"msd": {}, "rp-opsd": {}, "pbsd": {}, "brts": {}, "resd": {}, "trace": {"max-new-tokens": 24},
-       "sft": {"rows": "teacher"}}
+NEW = {
+    "msd": {},
+    "rp-opsd": {},
+    "pbsd": {},
+    "brts": {},
+    "resd": {},
+    "trace": {"max-new-tokens": 24},
+    "sft": {"rows": "teacher"},
+}
 
 
 @pytest.mark.parametrize("name", ["brts"])  # the others below
@@ -242,7 +342,8 @@ def test_a_resumed_run_is_the_same(tiny_toy, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEW)
 def test_twenty_steps_with_a_kill_by_one_and_two_processes(tiny_toy, tmp_path, name):
-    """Killed without warning while it works, then resumed: by one process the same to the last bit."""
+    """Killed without warning while it works, then resumed: by one process the same to the last
+    bit."""
     family_here(*arguments(tiny_toy, tmp_path / "whole", name, steps=20, **NEW[name]))
     for world, place in ((1, "one"), (2, "two")):
         out = tmp_path / place
@@ -264,40 +365,64 @@ def samples(run):
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name, key", [("pbsd", "solutions"), ("brts", "solutions"), ("resd", "reflection"),
-                                       ("trace-errors", "marks"), ("sft", "solutions")])
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("pbsd", "solutions"),
+        ("brts", "solutions"),
+        ("resd", "reflection"),
+        ("trace-errors", "marks"),
+        ("sft", "solutions"),
+    ],
+)
 def test_what_is_asked_for_is_written_down(tiny_toy, tmp_path, name, key):
     out = tmp_path / "run"
     family_here(*arguments(tiny_toy, out, name, steps=1, **NEW.get(name, {})))
     rows, (row,) = samples(out), metrics(out)
-    assert len(rows) == 4 and all(row["correct"] and key != "solutions" or key in row["asked"] for row in rows)
+    assert len(rows) == 4 and all(
+        row["correct"] and key != "solutions" or key in row["asked"] for row in rows
+    )
     assert row["asked_tokens"] > 0 and 0 < row["ask_s"] < row["step_s"]
     figures = {"solutions": {"teacher_accuracy", "teacher_truncated"}}.get(key, set())
     assert figures <= row.keys() and ("margin" in row) == (name == "pbsd")
     assert ("teacher_likeness" in row) == (name == "brts")
     if name == "brts":
-        assert all(4 <= len(row["asked"]["solutions"]) <= 5 > row["asked"]["chosen"] for row in rows)
+        assert all(
+            4 <= len(row["asked"]["solutions"]) <= 5 > row["asked"]["chosen"] for row in rows
+        )
 
 
 def test_the_progress_line_names_what_is_asked_for(tiny_toy, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(asking, "progress", lambda bar, prefix, f=asking.progress, **more: (
-        shown.append(prefix), f(bar, prefix, **more))[1])
+    monkeypatch.setattr(
+        asking,
+        "progress",
+        lambda bar, prefix, f=asking.progress, **more: (
+            shown.append(prefix),
+            f(bar, prefix, **more),
+        )[1],
+    )
     family_here(*arguments(tiny_toy, tmp_path / "run", "brts", steps=2))
     assert [text.split(", ")[-1] for text in shown] == ["solutions: ", "shown the answer: "] * 2
     assert "accuracy" in shown[2]
 
 
 def with_answers(tiny_toy, tmp_path, answer):
-    rows = [json.loads(line) | {"answer": answer} for line in (tiny_toy / "train.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) | {"answer": answer}
+        for line in (tiny_toy / "train.jsonl").read_text().splitlines()
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"data": tmp_path / "data.jsonl"}
 
 
 @pytest.mark.parametrize("name", NEW)
-@pytest.mark.parametrize("kind", ["all right", "all wrong", pytest.param("truncated", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["all right", "all wrong", pytest.param("truncated", marks=pytest.mark.slow)]
+)
 def test_degenerate_steps(tiny_toy, tmp_path, monkeypatch, name, kind):
-    """Nothing to be learned is learned from rewards alone; everything stays finite, and is defined."""
+    """Nothing to be learned is learned from rewards alone; everything stays finite, and is
+    defined."""
     changes = NEW[name] | ({"max-new-tokens": 2} if kind == "truncated" else {})
     changes |= with_answers(tiny_toy, tmp_path, "-1") if kind == "all wrong" else {}
     if kind == "all right":
@@ -310,7 +435,8 @@ def test_degenerate_steps(tiny_toy, tmp_path, monkeypatch, name, kind):
         if name in ("pbsd", "brts", "sft"):
             assert row["teacher_accuracy"] == (kind == "all right")
             assert row["teacher_truncated"] == 1 or kind != "truncated"
-        if name == "trace":  # only correct ones are asked about; all rewards alike, nothing can be parsed
+        # only correct ones are asked about; all rewards alike, nothing can be parsed
+        if name == "trace":
             assert row.get("unmarked") == (1 if kind == "all right" else None)
             assert row["grad_norm"] == 0 or kind == "all right"
         if name == "resd" and kind == "all right":
@@ -331,9 +457,15 @@ def test_unmarked_trace_is_group_grpo(tiny_toy, tmp_path, monkeypatch):
 def test_solved_and_failed_ones_weigh_the_same_in_resd():
     for solved in (1, 3, 7):
         correct = torch.arange(8) < solved
-        batch = SimpleNamespace(success_rate=solved / 8, correct=correct, advantage=torch.zeros(8), num_tokens=8.0,
-                                per_completion=torch.ones(8, 1), mask=torch.ones(8, 1).bool(),
-                                divergence=lambda f: torch.ones(8, 1))
+        batch = SimpleNamespace(
+            success_rate=solved / 8,
+            correct=correct,
+            advantage=torch.zeros(8),
+            num_tokens=8.0,
+            per_completion=torch.ones(8, 1),
+            mask=torch.ones(8, 1).bool(),
+            divergence=lambda f: torch.ones(8, 1),
+        )
         weights = methods.resd(batch)[:, 0]
         assert weights.mean().item() == pytest.approx(1)
         assert weights[correct].sum().item() == pytest.approx(weights[~correct].sum().item())
@@ -349,23 +481,39 @@ def test_gates_of_others(tiny_toy, tmp_path, gate):
 def test_the_two_view_gate_uses_running_statistics(tiny_toy, tmp_path):
     """Those of all tokens so far, this step's included, over the whole run."""
     t = trainer(tiny_toy, tmp_path / "run", "egrsd", gate="two-view")
-    t.log.bar, seen = SimpleNamespace(set_postfix_str=lambda *_, **__: None, update=lambda *_: None), []
+    t.log.bar, seen = (
+        SimpleNamespace(set_postfix_str=lambda *_, **__: None, update=lambda *_: None),
+        [],
+    )
     t.out.mkdir()
     before_clipping, rows = t.before_clipping, []
-    t.before_clipping = lambda n: (before_clipping(n), rows.append([replace(row) for row in t.rollouts]))
+    t.before_clipping = lambda n: (
+        before_clipping(n),
+        rows.append([replace(row) for row in t.rollouts]),
+    )
     for _ in range(2):
         t.train_step()
         seen += [value for row in rows[-1] for value in row.views.tolist()]
-    assert t.view_sums == pytest.approx([len(seen), sum(seen), sum(x ** 2 for x in seen)])
+    assert t.view_sums == pytest.approx([len(seen), sum(seen), sum(x**2 for x in seen)])
     expected = (torch.tensor(rows[1][0].views.tolist()) - np.mean(seen)) / np.std(seen)
-    torch.testing.assert_close(t.views(SimpleNamespace(rows=rows[1][:2]))[0, :len(expected)], expected.float(),
-                               atol=1e-4, rtol=1e-4)
-    assert all(row.views is row.bare_hidden is None for row in t.rollouts)  # not kept while the next step samples
+    torch.testing.assert_close(
+        t.views(SimpleNamespace(rows=rows[1][:2]))[0, : len(expected)],
+        expected.float(),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    # not kept while the next step samples
+    assert all(row.views is row.bare_hidden is None for row in t.rollouts)
     tensors, numbers = t.state()
     t.view_sums = [0.0] * 3
     t.load_state({"teacher": []}, json.loads(json.dumps(numbers)))
-    assert t.view_sums == numbers["view_sums"] and t.load_state({"teacher": []}, {
-        key: value for key, value in numbers.items() if key != "view_sums"}) is None
+    assert (
+        t.view_sums == numbers["view_sums"]
+        and t.load_state(
+            {"teacher": []}, {key: value for key, value in numbers.items() if key != "view_sums"}
+        )
+        is None
+    )
 
 
 # ---- data, settings
@@ -376,48 +524,92 @@ def test_a_second_wording_comes_from_the_data(tiny_toy, tmp_path):
     assert first.restated.startswith("What is ") and first.restated != first.problem
     lines = (tiny_toy / "train.jsonl").read_text().splitlines(keepends=True)[:9]
     row = json.loads(lines[3])
-    for value, complaint in ((None, "line 4: field 'restated' is missing: add it"), (5, "must be text, got int")):
+    for value, complaint in (
+        (None, "line 4: field 'restated' is missing: add it"),
+        (5, "must be text, got int"),
+    ):
         lines[3] = json.dumps(row | {"restated": value}) + "\n"
         (tmp_path / "bad.jsonl").write_text("".join(lines))
         with pytest.raises(InputError, match=complaint):
             family_here(*arguments(tiny_toy, tmp_path / "run", "msd", data=tmp_path / "bad.jsonl"))
-    family_here(*arguments(tiny_toy, tmp_path / "run", "opsd", steps=1, data=tiny_toy / "train.jsonl"))
+    family_here(
+        *arguments(tiny_toy, tmp_path / "run", "opsd", steps=1, data=tiny_toy / "train.jsonl")
+    )
 
 
 def test_another_problem_needs_two(tiny_toy, tmp_path):
-    (tmp_path / "one.jsonl").write_text((tiny_toy / "train.jsonl").read_text().splitlines(keepends=True)[0])
+    (tmp_path / "one.jsonl").write_text(
+        (tiny_toy / "train.jsonl").read_text().splitlines(keepends=True)[0]
+    )
     with pytest.raises(InputError, match="one problem, --teacher-context other needs two"):
-        family_here(*arguments(tiny_toy, tmp_path / "run", "egrsd", data=tmp_path / "one.jsonl",
-                              **{"teacher-context": "other"}))
+        family_here(
+            *arguments(
+                tiny_toy,
+                tmp_path / "run",
+                "egrsd",
+                data=tmp_path / "one.jsonl",
+                **{"teacher-context": "other"},
+            )
+        )
 
 
-@pytest.mark.parametrize("name, context, most", [("egrsd", "reflection", 1400), ("trace", "label", 1000)])
+@pytest.mark.parametrize(
+    "name, context, most", [("egrsd", "reflection", 1400), ("trace", "label", 1000)]
+)
 def test_questions_must_fit_the_window(tiny_toy, tmp_path, name, context, most):
     """The toy's window of 4,096 tokens holds question, quoted attempts and answer."""
     with pytest.raises(InputError, match="beyond the model's window"):
-        family_here(*arguments(tiny_toy, tmp_path / "run", name, **{
-            "teacher-context": context, "max-new-tokens": most}))
+        family_here(
+            *arguments(
+                tiny_toy,
+                tmp_path / "run",
+                name,
+                **{"teacher-context": context, "max-new-tokens": most},
+            )
+        )
 
 
-@pytest.mark.parametrize("name, changes, field", [
-    ("sft", {"rows": "teacher"}, "solution"), ("brts", {"teacher-context": "none"}, "answer")])
+@pytest.mark.parametrize(
+    "name, changes, field",
+    [("sft", {"rows": "teacher"}, "solution"), ("brts", {"teacher-context": "none"}, "answer")],
+)
 def test_what_the_teacher_is_asked_must_fit_the_window(tiny_toy, tmp_path, name, changes, field):
     lines = (tiny_toy / "train.jsonl").read_text().splitlines(keepends=True)[:9]
     lines[3] = json.dumps(json.loads(lines[3]) | {field: "12345 " * 900}) + "\n"
     (tmp_path / "long.jsonl").write_text("".join(lines))
     with pytest.raises(InputError, match="line 4: .* beyond the model's window"):
-        family_here(*arguments(tiny_toy, tmp_path / "run", name, data=tmp_path / "long.jsonl", **changes,
-                              **{"skip-ungradable": False}))
+        family_here(
+            *arguments(
+                tiny_toy,
+                tmp_path / "run",
+                name,
+                data=tmp_path / "long.jsonl",
+                **changes,
+                **{"skip-ungradable": False},
+            )
+        )
 
 
 def test_what_does_not_fit_is_not_asked(tiny_toy, tmp_path, monkeypatch):
     """Quotations may become longer when they are encoded anew: then there is no reflection."""
     monkeypatch.setattr(rollout, "window", lambda model: 60)
-    t = SimpleNamespace(s=SimpleNamespace(max_new_tokens=20), context=CONTEXTS["reflection"], tokenizer=None, step=0,
-                        method=METHODS["resd"], model=None, encode=lambda text: [0] * (39 + len(text.split("x"))))
-    rows = [Row([1], [], True, PROBLEMS[0], [], "", "8"), Row([1], [], True, PROBLEMS[0], [], "x" * 9, "8")]
+    t = SimpleNamespace(
+        s=SimpleNamespace(max_new_tokens=20),
+        context=CONTEXTS["reflection"],
+        tokenizer=None,
+        step=0,
+        method=METHODS["resd"],
+        model=None,
+        encode=lambda text: [0] * (39 + len(text.split("x"))),
+    )
+    rows = [
+        Row([1], [], True, PROBLEMS[0], [], "", "8"),
+        Row([1], [], True, PROBLEMS[0], [], "x" * 9, "8"),
+    ]
     asked = []
-    monkeypatch.setattr(asking, "ask", lambda t, prompts, what: asked.extend(prompts) or [None] * len(prompts))
+    monkeypatch.setattr(
+        asking, "ask", lambda t, prompts, what: asked.extend(prompts) or [None] * len(prompts)
+    )
     asking.ask_about(t, rows)
     assert [prompt is not None for prompt in asked] == [True, False]
 
@@ -431,12 +623,22 @@ def test_explain(name, capsys):
     assert name not in METHODS or "Grade" in said
 
 
-@pytest.mark.parametrize("flags, cost", [
-    ([], "5 forward passes"), (["--method", "sft"], "3 forward"),
-    (["--method", "sft", "--rows", "teacher"], "4 forward"),
-    (["--method", "grpo"], "4 forward"), (["--method", "pbsd"], "12 forward"), (["--method", "brts"], "15 forward"),
-    (["--method", "rp-opsd"], "6 forward"), (["--method", "resd"], "6 forward"), (["--method", "trace"], "48 forward"),
-    (["--method", "egrsd", "--gate", "two-view"], "6 forward"), (["--method", "egrsd", "--gate", "dual"], "5 forward")])
+@pytest.mark.parametrize(
+    "flags, cost",
+    [
+        ([], "5 forward passes"),
+        (["--method", "sft"], "3 forward"),
+        (["--method", "sft", "--rows", "teacher"], "4 forward"),
+        (["--method", "grpo"], "4 forward"),
+        (["--method", "pbsd"], "12 forward"),
+        (["--method", "brts"], "15 forward"),
+        (["--method", "rp-opsd"], "6 forward"),
+        (["--method", "resd"], "6 forward"),
+        (["--method", "trace"], "48 forward"),
+        (["--method", "egrsd", "--gate", "two-view"], "6 forward"),
+        (["--method", "egrsd", "--gate", "dual"], "5 forward"),
+    ],
+)
 def test_costs(flags, cost, capsys):
     with pytest.raises(SystemExit):
         lab.parse_arguments([*flags, "--explain"])
@@ -446,19 +648,42 @@ def test_costs(flags, cost, capsys):
 @pytest.mark.slow
 def test_rows_of_the_comparison_have_gradients(tiny_toy):
     """By their own training step; EGRSD's are those of the other way to make them."""
-    s = gradients.Settings(model=str(tiny_toy / "model"), data=str(tiny_toy / "train.jsonl"), batches=3, batch=8,
-                           max_new_tokens=12, gamma=[0.3], window=[0], eps=[0.2], also=["msd", "two-view gate"])
+    s = gradients.Settings(
+        model=str(tiny_toy / "model"),
+        data=str(tiny_toy / "train.jsonl"),
+        batches=3,
+        batch=8,
+        max_new_tokens=12,
+        gamma=[0.3],
+        window=[0],
+        eps=[0.2],
+        also=["msd", "two-view gate"],
+    )
     found = gradients.measure(s)["rows"]
     assert {"msd", "two-view gate", "egrsd"} < found.keys()
     assert len({round(row["alignment"][0], 6) for row in found.values()}) == len(found)
 
 
 def test_gradients_of_steps_are_those_of_gradients(tiny_toy, monkeypatch):
-    s = gradients.Settings(model=str(tiny_toy / "model"), data=str(tiny_toy / "train.jsonl"), batches=3, batch=8,
-                           max_new_tokens=12, gamma=[0.3], window=[0], eps=[0.2])
+    s = gradients.Settings(
+        model=str(tiny_toy / "model"),
+        data=str(tiny_toy / "train.jsonl"),
+        batches=3,
+        batch=8,
+        max_new_tokens=12,
+        gamma=[0.3],
+        window=[0],
+        eps=[0.2],
+    )
     made = []
-    monkeypatch.setattr(gradients, "batch_sketches", lambda model, tokenizer, rows, s, f=gradients.batch_sketches: (
-        made.append((model, list(rows), f(model, tokenizer, rows, s))), made[-1][2])[1])
+    monkeypatch.setattr(
+        gradients,
+        "batch_sketches",
+        lambda model, tokenizer, rows, s, f=gradients.batch_sketches: (
+            made.append((model, list(rows), f(model, tokenizer, rows, s))),
+            made[-1][2],
+        )[1],
+    )
     gradients.measure(s)
     names = list(gradients.configurations(s))
     for name in ("grpo", "direction-aware", "egrsd"):
@@ -469,8 +694,29 @@ def test_gradients_of_steps_are_those_of_gradients(tiny_toy, monkeypatch):
 
 def test_settings_of_methods_that_ask():
     s, _ = settings.parse(["--model", "m", "--data", "d", "--method", "brts"], "", family)
-    assert (s.teacher_rollouts, s.ask_temperature, s.ask_top_p, s.rollouts_per_prompt) == (4, 0.7, 0.95, 1)
-    s, _ = settings.parse(["--model", "m", "--data", "d", "--method", "sft", "--rows", "teacher", "--teacher-rollouts",
-                           "3", "--teacher-context", "answer"], "", family)
+    assert (s.teacher_rollouts, s.ask_temperature, s.ask_top_p, s.rollouts_per_prompt) == (
+        4,
+        0.7,
+        0.95,
+        1,
+    )
+    s, _ = settings.parse(
+        [
+            "--model",
+            "m",
+            "--data",
+            "d",
+            "--method",
+            "sft",
+            "--rows",
+            "teacher",
+            "--teacher-rollouts",
+            "3",
+            "--teacher-context",
+            "answer",
+        ],
+        "",
+        family,
+    )
     family.check(s)
     assert family.settings.rows(s) == "teacher" and s.teacher_rollouts == 3

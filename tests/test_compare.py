@@ -25,13 +25,15 @@ def test_doctests():
 def test_interval_is_student_s_t():
     found = compare.interval([0.8, 0.9, 0.85, 0.95, 0.7])
     assert found["mean"] == pytest.approx(0.84)
-    error = np.std([0.8, 0.9, 0.85, 0.95, 0.7], ddof=1) / 5 ** 0.5
+    error = np.std([0.8, 0.9, 0.85, 0.95, 0.7], ddof=1) / 5**0.5
     assert found["half_width"] == pytest.approx(2.776445 * error, rel=1e-5)
     assert compare.interval([0.5])["half_width"] is compare.interval([0.5])["p"] is None
     assert compare.interval([0.0, 0.0])["p"] == 1 and compare.interval([0.1, 0.1])["p"] == 0
 
 
-@pytest.mark.parametrize("freedom, p, t", [(1, 0.975, 12.7062), (4, 0.975, 2.77645), (9, 0.995, 3.24984), (9, 0.5, 0)])
+@pytest.mark.parametrize(
+    "freedom, p, t", [(1, 0.975, 12.7062), (4, 0.975, 2.77645), (9, 0.995, 3.24984), (9, 0.5, 0)]
+)
 def test_quantiles_of_student_s_t(freedom, p, t):  # a table's
     values, below = compare.student_t(freedom)
     assert np.interp(p, below, values) == pytest.approx(t, rel=1e-4, abs=1e-4)
@@ -41,7 +43,9 @@ def test_p_value_is_that_of_the_interval():
     """An interval of 1 - p that just reaches 0."""
     values = [0.3, 0.1, 0.4, -0.1, 0.2, 0.35, 0.0, 0.15]
     t, below = compare.student_t(7)
-    half = np.interp(1 - compare.interval(values)["p"] / 2, below, t) * np.std(values, ddof=1) / 8 ** 0.5
+    half = (
+        np.interp(1 - compare.interval(values)["p"] / 2, below, t) * np.std(values, ddof=1) / 8**0.5
+    )
     assert half == pytest.approx(np.mean(values), rel=1e-4)
 
 
@@ -50,17 +54,26 @@ def arguments(tmp_path, *flags):
     return compare.parse_arguments([*paths, *map(str, flags)])
 
 
-@pytest.mark.parametrize("accuracy,chosen,tried", [
-    ({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.4}, 1e-3, 3),  # inside
-    ({3e-4: 0.6, 1e-3: 0.6, 3e-3: 0.4, 1e-4: 0.5}, 3e-4, 4),  # of equals the smallest; an edge is gone beyond
-    ({3e-4: 0.1, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.4, 3e-2: 0.5, 1e-1: 0.6}, 1e-1, 6)])  # as far as the ladder goes
+@pytest.mark.parametrize(
+    "accuracy,chosen,tried",
+    [
+        ({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.4}, 1e-3, 3),  # inside
+        # of equals the smallest; an edge is gone beyond
+        ({3e-4: 0.6, 1e-3: 0.6, 3e-3: 0.4, 1e-4: 0.5}, 3e-4, 4),
+        # as far as the ladder goes
+        ({3e-4: 0.1, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.4, 3e-2: 0.5, 1e-1: 0.6}, 1e-1, 6),
+    ],
+)
 def test_rule_for_the_learning_rate(tmp_path, monkeypatch, accuracy, chosen, tried):
     asked = []
 
     def run_all(jobs, a, title):
         asked.extend(jobs)
         assert all(seed == a.choose_seed and split == "validation" for _, _, seed, split in jobs)
-        return [{"name": name, "rate": rate, "accuracy": accuracy[rate]} for name, rate, _, _ in jobs]
+        return [
+            {"name": name, "rate": rate, "accuracy": accuracy[rate]} for name, rate, _, _ in jobs
+        ]
+
     monkeypatch.setattr(compare, "run_all", run_all)
     rates, runs = compare.choose_rates(["grpo"], arguments(tmp_path))
     assert rates == {"grpo": chosen} and len(runs) == tried == len(asked)
@@ -82,8 +95,11 @@ def test_order_of_the_table():
     if not path.exists():
         pytest.skip("no recorded comparison")
     recorded = json.loads(path.read_text())
-    assert compare.methods()[:len(recorded["methods"])] == recorded["methods"]
-    assert list(recorded["rows"]) == [compare.BASE, *(name for name in compare.variants() if name in recorded["rows"])]
+    assert compare.methods()[: len(recorded["methods"])] == recorded["methods"]
+    assert list(recorded["rows"]) == [
+        compare.BASE,
+        *(name for name in compare.variants() if name in recorded["rows"]),
+    ]
 
 
 def test_jobs(tmp_path, monkeypatch):
@@ -93,19 +109,32 @@ def test_jobs(tmp_path, monkeypatch):
     def run_all(jobs, a, title):
         seen.extend(jobs)
         accuracy = {"opsd": {1e-3: 0.5, 3e-3: 0.6}, "cl-egrsd": {1e-3: 0.7}}
-        return [result(name, seed, accuracy.get(name, {}).get(rate, 0.2)) | {"rate": rate, "seconds": 1.0}
-                for name, rate, seed, _ in jobs]
+        return [
+            result(name, seed, accuracy.get(name, {}).get(rate, 0.2))
+            | {"rate": rate, "seconds": 1.0}
+            for name, rate, seed, _ in jobs
+        ]
+
     monkeypatch.setattr(compare, "run_all", run_all)
     monkeypatch.setattr(compare, "make_splits", lambda a: None)
-    monkeypatch.setattr(sys, "argv", ["compare", "--only", "opsd", "magnitude off", "--work", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["compare", "--only", "opsd", "magnitude off", "--work", str(tmp_path)]
+    )
     compare.main()
     few = range(5)
     assert sorted(job for job in seen if job[3] == "test") == sorted(
-        [(compare.BASE, 0.0, seed, "test") for seed in range(20)] + [("opsd", 3e-3, seed, "test") for seed in few] +
-        [("magnitude off", 1e-3, seed, "test") for seed in range(20)])
+        [(compare.BASE, 0.0, seed, "test") for seed in range(20)]
+        + [("opsd", 3e-3, seed, "test") for seed in few]
+        + [("magnitude off", 1e-3, seed, "test") for seed in range(20)]
+    )
     written = json.loads((tmp_path / "only.json").read_text())  # not over the recorded comparison
-    assert written["command"] == "python -m experiments.compare" and written["settings"]["seeds"] == [*range(20)]
-    assert list(written["rows"]) == [compare.BASE, "opsd", "magnitude off"] and "magnitude off" in written["curves"]
+    assert written["command"] == "python -m experiments.compare" and written["settings"][
+        "seeds"
+    ] == [*range(20)]
+    assert (
+        list(written["rows"]) == [compare.BASE, "opsd", "magnitude off"]
+        and "magnitude off" in written["curves"]
+    )
     assert written["rows"]["opsd"]["seeds"] == [*few] and written["questions"] == []
 
 
@@ -114,10 +143,14 @@ def test_every_question_is_about_rows_that_exist():
     assert asked <= compare.variants().keys()
 
 
-@pytest.mark.parametrize("name, complaint", [("short", "1 problems, --validation takes 480"), ("none", "no such data")])
+@pytest.mark.parametrize(
+    "name, complaint", [("short", "1 problems, --validation takes 480"), ("none", "no such data")]
+)
 def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys, name, complaint):
     (tmp_path / "short.jsonl").write_text("one problem\n")
-    monkeypatch.setattr(sys, "argv", ["compare", "--work", str(tmp_path), "--data", str(tmp_path / f"{name}.jsonl")])
+    monkeypatch.setattr(
+        sys, "argv", ["compare", "--work", str(tmp_path), "--data", str(tmp_path / f"{name}.jsonl")]
+    )
     with pytest.raises(SystemExit, match="1"):
         compare.main()
     message = capsys.readouterr().err
@@ -139,14 +172,29 @@ def test_nothing_is_run_twice(tmp_path):
 
 
 def result(name, seed, accuracy):
-    return {"name": name, "seed": seed, "rate": 1e-3, "command": "c", "accuracy": accuracy, "length": 30.0, "eff": 2.0,
-            "markers_per_response": 1.0, "markers_per_1000_tokens": 2.0, "repetition": 0.0, "curves": {},
-            "mean_accuracy": accuracy, "mean_reward": 1.5 * accuracy, "mean_length": 40 - seed}
+    return {
+        "name": name,
+        "seed": seed,
+        "rate": 1e-3,
+        "command": "c",
+        "accuracy": accuracy,
+        "length": 30.0,
+        "eff": 2.0,
+        "markers_per_response": 1.0,
+        "markers_per_1000_tokens": 2.0,
+        "repetition": 0.0,
+        "curves": {},
+        "mean_accuracy": accuracy,
+        "mean_reward": 1.5 * accuracy,
+        "mean_length": 40 - seed,
+    }
 
 
 def by_name(accuracies):
-    return {name: {seed: result(name, seed, value) for seed, value in enumerate(values)}
-            for name, values in accuracies.items()}
+    return {
+        name: {seed: result(name, seed, value) for seed, value in enumerate(values)}
+        for name, values in accuracies.items()
+    }
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -155,50 +203,93 @@ def test_differences_are_taken_seed_by_seed():
     found = rows["grpo"]["cl-egrsd minus this"]["mean_accuracy"]
     assert found["values"] == [0.1, 0.1] and found["half_width"] == pytest.approx(0, abs=1e-9)
     assert "cl-egrsd minus this" not in rows["cl-egrsd"]
-    assert "| cl-egrsd | 0.001 | 2 | 70.0 ± 127.1 | 30.0 ± 0.0 | 2 ± 0 | 1.00 ± 0.00 | 70.0" in compare.table(rows)
+    assert (
+        "| cl-egrsd | 0.001 | 2 | 70.0 ± 127.1 | 30.0 ± 0.0 | 2 ± 0 | 1.00 ± 0.00 | 70.0"
+        in compare.table(rows)
+    )
 
 
 def test_answers_are_adjusted_for_their_number():
-    runs = by_name({"direction-aware": [0.8, 0.82, 0.79], "grpo": [0.7, 0.7, 0.7], "egrsd": [0.81, 0.80, 0.80]})
+    runs = by_name(
+        {"direction-aware": [0.8, 0.82, 0.79], "grpo": [0.7, 0.7, 0.7], "egrsd": [0.81, 0.80, 0.80]}
+    )
     found = compare.answers(runs)
-    assert [row["difference"] for row in found] == ["direction-aware - grpo", "egrsd - direction-aware", "egrsd - grpo"]
+    assert [row["difference"] for row in found] == [
+        "direction-aware - grpo",
+        "egrsd - direction-aware",
+        "egrsd - grpo",
+    ]
     p = [row[area]["p"] for row in found for area in compare.AREAS]
     assert [row[area]["holm"] for row in found for area in compare.AREAS] == compare.holm(p)
     for values in ([0.001, 0.02, 0.02, 0.9], [0.5, 0.6]):  # against the definition
         order = sorted(range(len(values)), key=values.__getitem__)
-        steps = [min(1, max((len(values) - k) * values[order[k]] for k in range(place + 1)))
-                 for place in range(len(values))]
+        steps = [
+            min(1, max((len(values) - k) * values[order[k]] for k in range(place + 1)))
+            for place in range(len(values))
+        ]
         assert [compare.holm(values)[i] for i in order] == pytest.approx(steps)
-    assert "| whole method | egrsd - grpo | +10.3 ± 1.4 * | +0.155 ± 0.022 * |" in compare.questions_table(found)
+    assert (
+        "| whole method | egrsd - grpo | +10.3 ± 1.4 * | +0.155 ± 0.022 * |"
+        in compare.questions_table(found)
+    )
 
 
 def test_a_run_is_made_once_and_says_how(tiny_toy, tmp_path, monkeypatch):
-    a = arguments(tmp_path, "--model", tiny_toy / "model", "--data", tiny_toy / "train.jsonl",
-                  "--test", tiny_toy / "test.jsonl", "--steps", 1, "--max-new-tokens", 12, "--samples", 1,
-                  "--completions", 8, "--validation", 50)
+    a = arguments(
+        tmp_path,
+        "--model",
+        tiny_toy / "model",
+        "--data",
+        tiny_toy / "train.jsonl",
+        "--test",
+        tiny_toy / "test.jsonl",
+        "--steps",
+        1,
+        "--max-new-tokens",
+        12,
+        "--samples",
+        1,
+        "--completions",
+        8,
+        "--validation",
+        50,
+    )
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [])  # which the run sets, as it does these
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     compare.make_splits(a)
     train, validation = ((a.work / f"{name}.jsonl").read_text() for name in ("train", "validation"))
-    assert train + validation == (tiny_toy / "train.jsonl").read_text() and validation.count("\n") == 50
+    assert (
+        train + validation == (tiny_toy / "train.jsonl").read_text()
+        and validation.count("\n") == 50
+    )
     first = compare.run("grpo", 1e-3, 0, "validation", a)
-    assert first["problems"] == 50 and 0 < first["accuracy"] < 1 and len(first["curves"]["reward"]) == 1
+    assert (
+        first["problems"] == 50
+        and 0 < first["accuracy"] < 1
+        and len(first["curves"]["reward"]) == 1
+    )
     assert "--method grpo --lr 0.001 --seed 0" in first["command"]
-    samples = (a.work / "grpo" / "lr0.001-seed0" / "validation-samples.jsonl").read_text().splitlines()
+    samples = (
+        (a.work / "grpo" / "lr0.001-seed0" / "validation-samples.jsonl").read_text().splitlines()
+    )
     assert sum(json.loads(line)["correct"] for line in samples) / 50 == first["accuracy"]
     trained = (a.work / "grpo" / "lr0.001-seed0" / "run" / "metrics.jsonl").stat().st_mtime_ns
     assert compare.run("grpo", 1e-3, 0, "validation", a) == first
-    (a.work / "grpo" / "lr0.001-seed0" / "validation.json").write_text('{"na')  # what a kill may have left earlier
+    # what a kill may have left earlier
+    (a.work / "grpo" / "lr0.001-seed0" / "validation.json").write_text('{"na')
     again = compare.run("grpo", 1e-3, 0, "validation", a)
     assert again | {"seconds": 0} == first | {"seconds": 0}
     compare.run("grpo", 1e-3, 0, "test", a)  # the same model on other problems
-    assert (a.work / "grpo" / "lr0.001-seed0" / "run" / "metrics.jsonl").stat().st_mtime_ns == trained
+    assert (
+        a.work / "grpo" / "lr0.001-seed0" / "run" / "metrics.jsonl"
+    ).stat().st_mtime_ns == trained
     a.steps = 2  # other settings, another run
 
     def train_again():
         assert sys.argv[sys.argv.index("--steps") + 1] == "2"
         sys.exit("trains again")
+
     monkeypatch.setattr(compare.lab, "main", train_again)
     with pytest.raises(InputError, match="the run ended with code trains again"):
         compare.run("grpo", 1e-3, 0, "test", a)
@@ -211,41 +302,71 @@ def test_a_recorded_comparison_is_that_of_the_documentation():
         pytest.skip("no recorded comparison")
     recorded = json.loads(path.read_text())
     documentation = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    for line in [*compare.table(recorded["rows"]).splitlines(), *compare.questions_table(
-            recorded["questions"]).splitlines()]:
+    for line in [
+        *compare.table(recorded["rows"]).splitlines(),
+        *compare.questions_table(recorded["questions"]).splitlines(),
+    ]:
         assert line in documentation
-    gradients = {time: json.loads((path.parent / f"gradients_{time}.json").read_text()) for time in plot.TIMES}
-    for line in plot.foretold(recorded, gradients, resamples=2)[1].splitlines():  # whose intervals are others
+    gradients = {
+        time: json.loads((path.parent / f"gradients_{time}.json").read_text())
+        for time in plot.TIMES
+    }
+    # whose intervals are others
+    for line in plot.foretold(recorded, gradients, resamples=2)[1].splitlines():
         cells = [re.escape(cell.split("[")[0]) for cell in line.split(" | ")]
         assert not line or re.search(r"[^|]*\| ".join(cells), documentation)
-    for line in gradients_table(recorded["rows"], {time: file["rows"] for time, file in gradients.items()}):
+    for line in gradients_table(
+        recorded["rows"], {time: file["rows"] for time, file in gradients.items()}
+    ):
         assert line in documentation
 
 
 def test_the_recorded_rows_that_need_more_are_those_of_the_documentation():
-    rows, gradients = (json.loads((ROOT / "results" / f"{name}_asked.json").read_text())["rows"]
-                       for name in ("compare", "gradients"))
+    rows, gradients = (
+        json.loads((ROOT / "results" / f"{name}_asked.json").read_text())["rows"]
+        for name in ("compare", "gradients")
+    )
     trained = json.loads((ROOT / "results" / "compare.json").read_text())["rows"] | rows
     documentation = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     for line in compare.table(rows).splitlines():
         assert line in documentation
     for name, row in gradients.items():
-        cells = [f"{row[key][0]:{sign}.3f} ± {row[key][1]:.3f}" for key, sign in (
-            ("alignment", ""), ("- grpo", "+"), ("sign", ""), ("shorter", "+"), ("bias", ""), ("norm", ""))]
+        cells = [
+            f"{row[key][0]:{sign}.3f} ± {row[key][1]:.3f}"
+            for key, sign in (
+                ("alignment", ""),
+                ("- grpo", "+"),
+                ("sign", ""),
+                ("shorter", "+"),
+                ("bias", ""),
+                ("norm", ""),
+            )
+        ]
         if "mean_accuracy" in trained.get(name, {}):
             cells.append(f"{100 * trained[name]['mean_accuracy']['mean']:.1f}")
         assert f"| {' | '.join([name, *cells])} | " in documentation.replace("\n", " ")
 
 
-COLUMNS = [("start", "alignment", ""), ("start", "- gamma 0", "+"), ("middle", "alignment", ""),
-           ("end", "alignment", ""), ("start", "sign", ""), ("start", "shorter", "+"), ("middle", "shorter", "+"),
-           ("end", "shorter", "+"), ("start", "bias", "")]
+COLUMNS = [
+    ("start", "alignment", ""),
+    ("start", "- gamma 0", "+"),
+    ("middle", "alignment", ""),
+    ("end", "alignment", ""),
+    ("start", "sign", ""),
+    ("start", "shorter", "+"),
+    ("middle", "shorter", "+"),
+    ("end", "shorter", "+"),
+    ("start", "bias", ""),
+]
 
 
 def gradients_table(trained, gradients):
     """Of the rows that were trained too, and two more baselines."""
     for name in gradients["start"]:
         if name in trained or name.startswith("r"):
-            cells = ["{0:{2}.3f} ± {1:.3f}".format(*gradients[time][name][key], sign) for time, key, sign in COLUMNS]
+            cells = [
+                "{0:{2}.3f} ± {1:.3f}".format(*gradients[time][name][key], sign)
+                for time, key, sign in COLUMNS
+            ]
             reward = f"{trained[name]['mean_reward']['mean']:.3f}" if name in trained else ""
             yield f"| {' | '.join([name, *cells, reward])} |"

@@ -18,18 +18,28 @@ GOOD = {"problem": "What is 2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5
 
 def write(tmp_path, *lines):
     path = tmp_path / "data.jsonl"
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    path.write_bytes(
+        b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+    )
     return path
 
 
 def test_accepted_forms(tmp_path):
-    path = write(tmp_path, GOOD, b"", {"question": "q", "solution": "\\boxed{7}"},
-                 {"prompt": "p", "solution": "s", "answer": 0.5},
-                 {"problem": "line\u2028separator", "solution": "s", "answer": "1"})
+    path = write(
+        tmp_path,
+        GOOD,
+        b"",
+        {"question": "q", "solution": "\\boxed{7}"},
+        {"prompt": "p", "solution": "s", "answer": 0.5},
+        {"problem": "line\u2028separator", "solution": "s", "answer": "1"},
+    )
     problems, left_out = load_problems(path)
     assert left_out == 0 and problems == [
-        Problem(GOOD["problem"], GOOD["solution"], "5", 1), Problem("q", "\\boxed{7}", "7", 3),
-        Problem("p", "s", "0.5", 4), Problem("line\u2028separator", "s", "1", 5)]
+        Problem(GOOD["problem"], GOOD["solution"], "5", 1),
+        Problem("q", "\\boxed{7}", "7", 3),
+        Problem("p", "s", "0.5", 4),
+        Problem("line\u2028separator", "s", "1", 5),
+    ]
 
 
 def test_evaluation_needs_no_solution(tmp_path):
@@ -39,25 +49,35 @@ def test_evaluation_needs_no_solution(tmp_path):
         load_problems(path)
 
 
-@pytest.mark.parametrize("line, message", [
-    (b'{"problem": "p"', "line 2: not valid JSON"), (b"\xff\xfe", "line 2: not valid JSON"),
-    (b"[1, 2]", "line 2: a JSON list"),
-    ({"solution": "s", "answer": "1"}, "line 2: field 'problem' is missing"),
-    ({"question": 5, "solution": "s", "answer": "1"}, "line 2: field 'question' must be text"),
-    ({"problem": " ", "solution": "s", "answer": "1"}, "line 2: field 'problem' is empty"),
-    ({"problem": "p", "answer": "1"}, "line 2: field 'solution' is missing"),
-    ({"problem": "p", "solution": "s", "answer": ["1"]}, "line 2: field 'answer' must be text"),
-    ({"problem": "p", "solution": "no box"}, "line 2: field 'answer': 1 gold answers"),
-    ({"problem": "p", "solution": "s", "answer": "\\frac{1}{0}"}, "--skip-ungradable")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"problem": "p"', "line 2: not valid JSON"),
+        (b"\xff\xfe", "line 2: not valid JSON"),
+        (b"[1, 2]", "line 2: a JSON list"),
+        ({"solution": "s", "answer": "1"}, "line 2: field 'problem' is missing"),
+        ({"question": 5, "solution": "s", "answer": "1"}, "line 2: field 'question' must be text"),
+        ({"problem": " ", "solution": "s", "answer": "1"}, "line 2: field 'problem' is empty"),
+        ({"problem": "p", "answer": "1"}, "line 2: field 'solution' is missing"),
+        ({"problem": "p", "solution": "s", "answer": ["1"]}, "line 2: field 'answer' must be text"),
+        ({"problem": "p", "solution": "no box"}, "line 2: field 'answer': 1 gold answers"),
+        ({"problem": "p", "solution": "s", "answer": "\\frac{1}{0}"}, "--skip-ungradable"),
+    ],
+)
 def test_mistakes_name_file_line_field_and_remedy(tmp_path, line, message):
     path = write(tmp_path, GOOD, line)
     with pytest.raises(InputError) as error:
         load_problems(path)
-    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    assert (
+        message in str(error.value)
+        and str(path) in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_ungradable_golds_are_refused_with_their_lines_or_left_out(tmp_path):
-    """An unparseable gold counts as correct, or as wrong for ever, in other trainers: reward noise."""
+    """An unparseable gold counts as correct, or as wrong for ever, in other trainers: reward
+    noise."""
     path = write(tmp_path, GOOD, GOOD | {"answer": ""}, GOOD, GOOD | {"answer": "\\frac{1}{0}"})
     with pytest.raises(InputError, match="line 2, 4: field 'answer': 2 gold"):
         load_problems(path)
@@ -76,9 +96,14 @@ def test_a_model_that_cannot_be_sampled_is_refused_in_one_line(tiny_toy, tmp_pat
     """Found at the start, not after hours."""
     shutil.copytree(tiny_toy / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["sliding_window"], config["layer_types"] = 8, ["chunked_attention"] * config["num_hidden_layers"]
+    config["sliding_window"], config["layer_types"] = (
+        8,
+        ["chunked_attention"] * config["num_hidden_layers"],
+    )
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="chunked_attention by 'sdpa': choose another --model") as error:
+    with pytest.raises(
+        InputError, match="chunked_attention by 'sdpa': choose another --model"
+    ) as error:
         load_model(str(tmp_path / "model"), torch.float32, torch.device("cpu"))
     assert "\n" not in str(error.value)
 
@@ -89,7 +114,9 @@ def test_a_model_that_cannot_be_scored_is_refused_in_one_line_where_it_would_be(
     toy.make_tokenizer().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 30.0}))
-    with pytest.raises(InputError, match="final_logit_softcapping.*: choose another --model") as error:
+    with pytest.raises(
+        InputError, match="final_logit_softcapping.*: choose another --model"
+    ) as error:
         load_model(str(tmp_path), torch.float32, torch.device("cpu"))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     model, tokenizer = load_model(str(tmp_path), torch.float32, torch.device("cpu"), scored=False)
@@ -98,7 +125,9 @@ def test_a_model_that_cannot_be_scored_is_refused_in_one_line_where_it_would_be(
 
 def test_no_dropout_is_left(tmp_path):
     """A student read with dropout would be another one than sampled."""
-    tiny_qwen3(vocab_size=len(toy.make_tokenizer()), attention_dropout=0.5).save_pretrained(tmp_path)
+    tiny_qwen3(vocab_size=len(toy.make_tokenizer()), attention_dropout=0.5).save_pretrained(
+        tmp_path
+    )
     toy.make_tokenizer().save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path), torch.float32, torch.device("cpu"))
     assert model.model.layers[0].self_attn.attention_dropout == 0
@@ -112,19 +141,42 @@ def test_the_adapter_says_what_it_covers():
     usual = "gate_proj, up_proj, down_proj, q_proj, k_proj, v_proj, o_proj"
     assert add_adapter(tiny_hybrid(), 4, 8) == (
         f"adapter: 16 of 31 linear layers ({usual}); "
-        "left out: out_proj, in_proj_qkv, in_proj_z, in_proj_b, in_proj_a")
-    assert add_adapter(tiny_hybrid(), 4, 8, ["all-linear"]).startswith("adapter: 31 of 31 linear layers (out_proj,")
+        "left out: out_proj, in_proj_qkv, in_proj_z, in_proj_b, in_proj_a"
+    )
+    assert add_adapter(tiny_hybrid(), 4, 8, ["all-linear"]).startswith(
+        "adapter: 31 of 31 linear layers (out_proj,"
+    )
     line = add_adapter(tiny_qwen3(), 4, 8, ["up_proj", "v_proj"])
-    assert line == ("adapter: 4 of 14 linear layers (v_proj, up_proj); "
-                    "left out: q_proj, k_proj, o_proj, gate_proj, down_proj")
+    assert line == (
+        "adapter: 4 of 14 linear layers (v_proj, up_proj); "
+        "left out: q_proj, k_proj, o_proj, gate_proj, down_proj"
+    )
 
 
-@pytest.mark.parametrize("targets, message", [
-    (["q_proj"], "leave out all of the MLPs: say --lora-targets q_proj gate_proj up_proj down_proj, or all-linear"),
-    (["up_proj"], "leave out all of the attention: say --lora-targets up_proj q_proj k_proj v_proj o_proj, or all"),
-    (["c_attn"], "leave out all of the attention"),
-    (["q_proj", "up_proj", "lm_head"], "no layer that can be adapted is named lm_head: there are q_proj, k_proj"),
-    (["q_proj", "up_projj"], "no layer that can be adapted is named up_projj: there are q_proj, k_proj, v_proj")])
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (
+            ["q_proj"],
+            "leave out all of the MLPs: say --lora-targets q_proj gate_proj up_proj "
+            "down_proj, or all-linear",
+        ),
+        (
+            ["up_proj"],
+            "leave out all of the attention: say --lora-targets up_proj q_proj k_proj v_proj "
+            "o_proj, or all",
+        ),
+        (["c_attn"], "leave out all of the attention"),
+        (
+            ["q_proj", "up_proj", "lm_head"],
+            "no layer that can be adapted is named lm_head: there are q_proj, k_proj",
+        ),
+        (
+            ["q_proj", "up_projj"],
+            "no layer that can be adapted is named up_projj: there are q_proj, k_proj, v_proj",
+        ),
+    ],
+)
 def test_targets_that_are_not_there_or_leave_half_the_model_out_are_refused(targets, message):
     with pytest.raises(InputError, match=message):
         add_adapter(tiny_qwen3(), 4, 8, targets)
@@ -132,32 +184,55 @@ def test_targets_that_are_not_there_or_leave_half_the_model_out_are_refused(targ
 
 def test_routers_and_experts_stay_frozen():
     torch.manual_seed(0)
-    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16))
+    model = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=61,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        )
+    )
     line = add_adapter(model, 4, 8, ["all-linear"])
-    assert line.startswith("adapter: 7 of 7 linear layers") and line.endswith("; routers and experts stay frozen")
+    assert line.startswith("adapter: 7 of 7 linear layers") and line.endswith(
+        "; routers and experts stay frozen"
+    )
     assert isinstance(model.model.layers[0].mlp.shared_expert_gate, torch.nn.Linear)
     assert isinstance(model.model.layers[0].mlp.shared_expert.up_proj, lora.LoRALinear)
 
 
 # ---- chat templates
 
-OPEN = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant"
+OPEN = (
+    "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant"
+)
 TEMPLATES = {
-    toy.CHAT_TEMPLATE: (r"--no-thinking: prompts end in '<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n'; "
-                        r"with --thinking in '<|im_end|>\n<|im_start|>assistant\n'"),
+    toy.CHAT_TEMPLATE: (
+        r"--no-thinking: prompts end in "
+        r"'<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n'; with --thinking in "
+        r"'<|im_end|>\n<|im_start|>assistant\n'"
+    ),
     OPEN + "{% if not thinking %}</think>{% endif %}": (
-        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant</think>'; with --thinking in "
-        "'<|im_end|><|im_start|>assistant'"),
-    OPEN + "<think>": ("--no-thinking: prompts end in '<|im_end|><|im_start|>assistant<think>'; --thinking changes "
-                       "nothing: this chat template has no switch of that name"),
+        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant</think>'; with "
+        "--thinking in '<|im_end|><|im_start|>assistant'"
+    ),
+    OPEN + "<think>": (
+        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant<think>'; --thinking "
+        "changes nothing: this chat template has no switch of that name"
+    ),
     "Effort: {{ reasoning_effort | default('medium') }}" + OPEN: (
-        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant'; --thinking changes nothing: this chat "
-        "template has no switch of that name, but reasoning_effort, which is left at its default"),
+        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant'; --thinking changes "
+        "nothing: this chat template has no switch of that name, but reasoning_effort, which is "
+        "left at its default"
+    ),
     "{% if enable_thinking %}/think{% endif %}" + OPEN: (
         "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant'; with --thinking they "
-        "end the same, but the text before differs"),
+        "end the same, but the text before differs"
+    ),
 }
 
 
@@ -169,14 +244,23 @@ def test_what_thinking_does_is_said(template):
     assert thinking_line(tokenizer, True).startswith("--thinking: prompts end in '<|im_end|>")
 
 
-@pytest.mark.parametrize("condition", ["'Reference' in messages[0].content", "messages[0].content | length > 900",
-                                       "enable_thinking and 'Reference' in messages[0].content"])
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "'Reference' in messages[0].content",
+        "messages[0].content | length > 900",
+        "enable_thinking and 'Reference' in messages[0].content",
+    ],
+)
 def test_a_template_that_asks_student_and_teacher_otherwise_is_refused(tmp_path, condition):
     tiny_qwen3(vocab_size=len(toy.make_tokenizer())).save_pretrained(tmp_path)
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = OPEN + "{% if " + condition + " %}<think>{% endif %}"
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"end in '<\|im_end.*<think>'.*: correct chat_template.jinja") as error:
+    with pytest.raises(
+        InputError, match=r"end in '<\|im_end.*<think>'.*: correct chat_template.jinja"
+    ) as error:
         load_model(str(tmp_path), torch.float32, torch.device("cpu"))
-    load_model(str(tmp_path), torch.float32, torch.device("cpu"), scored=False)  # evaluation has no teacher
+    # evaluation has no teacher
+    load_model(str(tmp_path), torch.float32, torch.device("cpu"), scored=False)
     assert "\n" not in str(error.value)

@@ -1,4 +1,5 @@
-"""experiments.diagnostics against plain loops and transformers' generate, and the page made of its output."""
+"""experiments.diagnostics against plain loops and transformers' generate, and the page made of its
+output."""
 
 import doctest
 import html.parser
@@ -25,7 +26,9 @@ def test_doctests():
 
 
 def test_markers_count_as_the_authors_do_and_by_words():
-    found = diagnostics.markers(["Hmm, maybe. Let me CHECK: 2+3=5. Checking again, likely right."], tokens=20)
+    found = diagnostics.markers(
+        ["Hmm, maybe. Let me CHECK: 2+3=5. Checking again, likely right."], tokens=20
+    )
     assert found["markers_per_response"] == 5
     assert found["markers_per_1000_tokens"] == 1000 * 4 / 20  # the word "checking" is no marker
 
@@ -37,12 +40,15 @@ def test_repetition_is_that_of_the_tail():
 
 
 def test_top_overlap_equals_sets():
-    log_t, log_s = (torch.randn(9, 61, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    log_t, log_s = (
+        torch.randn(9, 61, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
     for row, value in enumerate(diagnostics.top_overlap(log_t, log_s, k=16).tolist()):
         sets = [set(sorted(range(61), key=lambda v: -x[row, v])[:16]) for x in (log_t, log_s)]
         assert value == len(sets[0] & sets[1]) / 16
     assert diagnostics.top_overlap(log_t, log_t).tolist() == [1.0] * 9
-    assert diagnostics.top_overlap(log_t[:, :5], log_s[:, :5]).tolist() == [1.0] * 9  # a vocabulary below k
+    # a vocabulary below k
+    assert diagnostics.top_overlap(log_t[:, :5], log_s[:, :5]).tolist() == [1.0] * 9
 
 
 def test_auroc():
@@ -56,101 +62,171 @@ def test_auroc():
     assert diagnostics.auroc_interval(labels.astype(float), labels) == [1, 1, 1]
     assert diagnostics.auroc_interval(scores, np.zeros(40, dtype=bool)) is None
     assert math.isnan(diagnostics.auroc(scores, np.ones(40, dtype=bool)))
-    chosen = np.random.default_rng(0).integers(40, size=(2000, 40))  # the 95 % are those between the quantiles
+    # the 95 % are those between the quantiles
+    chosen = np.random.default_rng(0).integers(40, size=(2000, 40))
     draws = [diagnostics.auroc(scores[rows], labels[rows]) for rows in chosen]
     assert np.mean([low <= x <= high for x in draws]) == pytest.approx(0.95, abs=0.015)
     assert np.mean([x < low for x in draws]) < 0.03 and np.mean([x > high for x in draws]) < 0.03
 
 
 def test_the_bootstrap_covers():
-    """Of 95 % intervals about 95 % contain the truth: for normal scores one apart it is Phi(1 / sqrt 2) = 0.760."""
+    """Of 95 % intervals about 95 % contain the truth: for normal scores one apart it is Phi(1 /
+    sqrt 2) = 0.760."""
     rng, hits = np.random.default_rng(1), 0
     for _ in range(100):
         labels = np.arange(60) < 20
-        _, low, high = diagnostics.auroc_interval(rng.normal(size=60) + labels, labels, resamples=200)
+        _, low, high = diagnostics.auroc_interval(
+            rng.normal(size=60) + labels, labels, resamples=200
+        )
         hits += low <= 0.7602 <= high
     assert 85 <= hits <= 100
 
 
 def run(tiny_toy, out, *flags):
-    arguments = ["--model", tiny_toy / "model", "--data", tiny_toy / "test.jsonl", "--out", out, "--problems", 12,
-                 "--samples", 2, "--max-new-tokens", 12, *flags]
+    arguments = [
+        "--model",
+        tiny_toy / "model",
+        "--data",
+        tiny_toy / "test.jsonl",
+        "--out",
+        out,
+        "--problems",
+        12,
+        "--samples",
+        2,
+        "--max-new-tokens",
+        12,
+        *flags,
+    ]
     return diagnostics.diagnose(diagnostics.parse_arguments(list(map(str, arguments))))
 
 
 @pytest.fixture(scope="module")
 def diagnosed(tiny_toy, tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("diagnosed") / "out"
-    run(tiny_toy, out, "--adapter", tiny_run / "checkpoints" / "step-000004" / "adapter", "--branches", 20)
+    run(
+        tiny_toy,
+        out,
+        "--adapter",
+        tiny_run / "checkpoints" / "step-000004" / "adapter",
+        "--branches",
+        20,
+    )
     return out
 
 
 def test_a_run_adds_up(diagnosed):
-    result = json.loads((diagnosed / "diagnostics.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    # no NaN
+    result = json.loads((diagnosed / "diagnostics.json").read_text(), parse_constant=pytest.fail)
     rows = [json.loads(line) for line in (diagnosed / "tokens.jsonl").read_text().splitlines()]
-    assert result["completions"] == len(rows) == 24 and result["tokens"] == sum(len(row["tokens"]) for row in rows)
+    assert result["completions"] == len(rows) == 24 and result["tokens"] == sum(
+        len(row["tokens"]) for row in rows
+    )
     assert sum(part["tokens"] for part in result["deciles"]) == result["tokens"]
     assert sum(kind["share"] for kind in result["kinds"].values()) == pytest.approx(1, abs=1e-6)
     assert all(len(row[name]) == len(row["tokens"]) for row in rows for name in COLUMNS)
     H = np.array([x for row in rows for x in row["entropy"]])
     assert result["kinds"]["lock"]["share"] == pytest.approx((H < 0.5).mean(), abs=1e-6)
     columns = {name: np.array([x for row in rows for x in row[name]]) for name in COLUMNS}
-    tenth = np.argsort(-H, kind="stable")[:len(H) // 10]
+    tenth = np.argsort(-H, kind="stable")[: len(H) // 10]
     assert result["deciles"][9]["entropy"] == pytest.approx(H[tenth].mean(), rel=0.01)
-    assert result["deciles"][9]["|d|"] == pytest.approx(np.abs(columns["delta"][tenth]).mean(), rel=0.05)
-    assert result["kinds"]["lock"]["cl_gate"] == pytest.approx(columns["gate"][H < 0.5].mean(), abs=1e-3)
-    assert result["kinds"]["lock"]["gate"] == pytest.approx((1 - 0.3 * H / max(1, H.max()))[H < 0.5].mean(), abs=1e-3)
+    assert result["deciles"][9]["|d|"] == pytest.approx(
+        np.abs(columns["delta"][tenth]).mean(), rel=0.05
+    )
+    assert result["kinds"]["lock"]["cl_gate"] == pytest.approx(
+        columns["gate"][H < 0.5].mean(), abs=1e-3
+    )
+    assert result["kinds"]["lock"]["gate"] == pytest.approx(
+        (1 - 0.3 * H / max(1, H.max()))[H < 0.5].mean(), abs=1e-3
+    )
     assert result["kinds"]["lock"]["gate"] < result["kinds"]["lock"]["cl_gate"]
     for row in rows:  # kinds against a loop
         for t, (kind, entropy) in enumerate(zip(row["kind"], row["entropy"], strict=True)):
-            assert kind == (0 if entropy < 0.5 else 1 if min(row["entropy"][t:t + 4]) < 0.2 else 2)
+            assert kind == (
+                0 if entropy < 0.5 else 1 if min(row["entropy"][t : t + 4]) < 0.2 else 2
+            )
     for row in rows:  # the sign of a token's advantage is that of its completion
         assert all(x * row["A"] >= 0 for x in row["advantage"]) and (row["A"] > 0) == row["correct"]
 
 
 def test_readings_are_those_of_student_and_teacher(diagnosed, tiny_toy, tiny_run):
     row = json.loads((diagnosed / "tokens.jsonl").read_text().splitlines()[5])
-    model, tokenizer = (kind.from_pretrained(tiny_toy / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        kind.from_pretrained(tiny_toy / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
     problem = load_problems(tiny_toy / "test.jsonl")[0][2]
     ids = tokenizer.encode("".join(row["tokens"]))
-    assert problem.problem == row["problem"] and [tokenizer.decode([i]) for i in ids] == row["tokens"]
+    assert (
+        problem.problem == row["problem"] and [tokenizer.decode([i]) for i in ids] == row["tokens"]
+    )
     with torch.no_grad():
-        privileged = teacher.encode(tokenizer, teacher.teacher_messages(problem.problem, problem.solution))
+        privileged = teacher.encode(
+            tokenizer, teacher.teacher_messages(problem.problem, problem.solution)
+        )
         seen = teacher.read(model, [privileged], [ids], entropy=True)
         lora.load_adapter(model, tiny_run / "checkpoints" / "step-000004" / "adapter")
-        own = teacher.read(model, [teacher.encode(tokenizer, teacher.student_messages(problem.problem))], [ids])
+        own = teacher.read(
+            model, [teacher.encode(tokenizer, teacher.student_messages(problem.problem))], [ids]
+        )
     assert row["entropy"] == pytest.approx(seen.entropy[0].tolist(), abs=2e-4)
     assert row["delta"] == pytest.approx((seen.logp - own.logp)[0].tolist(), abs=2e-3)
 
 
 def places_by_generate(row, model, tokenizer):
-    """(token, viability of its branches) of a row of tokens.jsonl, greedily: by plain forward passes and generate."""
+    """(token, viability of its branches) of a row of tokens.jsonl, greedily: by plain forward
+    passes and generate."""
     messages = teacher.teacher_messages(row["problem"], row["solution"])
-    privileged, prompt = teacher.encode(tokenizer, messages), tokenizer.encode(row["prompt"], add_special_tokens=False)
+    privileged, prompt = (
+        teacher.encode(tokenizer, messages),
+        tokenizer.encode(row["prompt"], add_special_tokens=False),
+    )
     ids = tokenizer.encode("".join(row["tokens"]))
     with torch.no_grad():
-        p = model(torch.tensor([privileged + ids])).logits[0, len(privileged) - 1:-1].softmax(-1)
+        p = model(torch.tensor([privileged + ids])).logits[0, len(privileged) - 1 : -1].softmax(-1)
     p[:, tokenizer.eos_token_id] = 0
     for t in range(len(ids)):
         branches = [v for v in p[t].argsort(descending=True).tolist()[:4] if p[t, v] >= 0.02]
         ends = []
         for v in branches if len(branches) >= 2 else []:
             start = torch.tensor([prompt + ids[:t] + [v]])
-            end = model.generate(start, max_new_tokens=12, do_sample=False)[0, len(prompt):].tolist()
+            end = model.generate(start, max_new_tokens=12, do_sample=False)[
+                0, len(prompt) :
+            ].tolist()
             text = tokenizer.decode(end, skip_special_tokens=True)
-            ends.append(float(end[-1] == tokenizer.eos_token_id and reward.grade(text, row["answer"])))
+            ends.append(
+                float(end[-1] == tokenizer.eos_token_id and reward.grade(text, row["answer"]))
+            )
         if ends:
             yield t, ends
 
 
 def test_branch_viability_equals_generate(tiny_toy, tmp_path):
     """Greedy, every branch ends in one way only: as transformers' generate goes on from it."""
-    result = run(tiny_toy, tmp_path / "out", "--temperature", 0, "--branches", 10_000, "--branch-probability", 0.02,
-                 "--problems", 15)["branches"]
+    result = run(
+        tiny_toy,
+        tmp_path / "out",
+        "--temperature",
+        0,
+        "--branches",
+        10_000,
+        "--branch-probability",
+        0.02,
+        "--problems",
+        15,
+    )["branches"]
     assert result["positions"] == result["candidates"] > 5
-    rows = [json.loads(line) for line in (tmp_path / "out" / "tokens.jsonl").read_text().splitlines()]
-    model, tokenizer = (kind.from_pretrained(tiny_toy / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    found = [(row, t, ends) for row in rows if row["correct"] for t, ends in places_by_generate(row, model, tokenizer)]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "tokens.jsonl").read_text().splitlines()
+    ]
+    model, tokenizer = (
+        kind.from_pretrained(tiny_toy / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    found = [
+        (row, t, ends)
+        for row in rows
+        if row["correct"]
+        for t, ends in places_by_generate(row, model, tokenizer)
+    ]
     viability = [ends for _, _, ends in found]
     assert len(viability) == result["positions"] and sum(map(len, viability)) == result["branches"]
     assert result["mean_viability"] == pytest.approx(np.mean([x for v in viability for x in v]))
@@ -160,32 +236,61 @@ def test_branch_viability_equals_generate(tiny_toy, tmp_path):
     if labels.all() or not labels.any():
         assert set(result["auroc"].values()) == {None}
         return
-    scores = {"position": [(t + 0.5) / len(row["tokens"]) for row, t, _ in found],
-              "entropy": [row["entropy"][t] for row, t, _ in found],
-              "|d|": [abs(row["delta"][t]) for row, t, _ in found],
-              "lookahead": [min(row["entropy"][t:t + 4]) for row, t, _ in found]}
+    scores = {
+        "position": [(t + 0.5) / len(row["tokens"]) for row, t, _ in found],
+        "entropy": [row["entropy"][t] for row, t, _ in found],
+        "|d|": [abs(row["delta"][t]) for row, t, _ in found],
+        "lookahead": [min(row["entropy"][t : t + 4]) for row, t, _ in found],
+    }
     for name, values in scores.items():
-        assert result["auroc"][name][0] == pytest.approx(diagnostics.auroc(np.array(values), labels), abs=0.05)
+        assert result["auroc"][name][0] == pytest.approx(
+            diagnostics.auroc(np.array(values), labels), abs=0.05
+        )
 
 
 def test_overlap_in_a_reading_is_that_of_full_distributions():
     model, completions = tiny_qwen3(), random_ids([6, 3], seed=1)
-    by_teacher, by_student = (teacher.read(model, random_ids([4, 5], seed=seed), completions, hidden=True)
-                              for seed in (3, 2))
-    found = teacher.per_token_divergence(model.lm_head, by_student.hidden, by_teacher.hidden, by_student.mask,
-                                         diagnostics.top_overlap)
-    logs = [model.lm_head(torch.cat(reading.hidden)).log_softmax(-1) for reading in (by_teacher, by_student)]
+    by_teacher, by_student = (
+        teacher.read(model, random_ids([4, 5], seed=seed), completions, hidden=True)
+        for seed in (3, 2)
+    )
+    found = teacher.per_token_divergence(
+        model.lm_head,
+        by_student.hidden,
+        by_teacher.hidden,
+        by_student.mask,
+        diagnostics.top_overlap,
+    )
+    logs = [
+        model.lm_head(torch.cat(reading.hidden)).log_softmax(-1)
+        for reading in (by_teacher, by_student)
+    ]
     assert torch.equal(found[by_student.mask], diagnostics.top_overlap(*logs))
 
 
-@pytest.mark.parametrize("flags,complaint", [
-    (["--problems", 0], "--problems must be in [1, inf), got 0"), (["--low", 2], "--low must be at most --high"),
-    (["--data", ""], "argument --data: it is empty"), (["--window"], "expected one argument; see --help"),
-    (["--top-p", 0], "--top-p"), (["--adapter", "nowhere"], "nowhere: cannot load the adapter"),
-    (["--max-new-tokens", 4000], "lower --max-new-tokens"),
-    (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file")])
+@pytest.mark.parametrize(
+    "flags,complaint",
+    [
+        (["--problems", 0], "--problems must be in [1, inf), got 0"),
+        (["--low", 2], "--low must be at most --high"),
+        (["--data", ""], "argument --data: it is empty"),
+        (["--window"], "expected one argument; see --help"),
+        (["--top-p", 0], "--top-p"),
+        (["--adapter", "nowhere"], "nowhere: cannot load the adapter"),
+        (["--max-new-tokens", 4000], "lower --max-new-tokens"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
+    ],
+)
 def test_mistakes_end_in_one_line(tiny_toy, tmp_path, flags, complaint, capsys, monkeypatch):
-    arguments = ["--model", tiny_toy / "model", "--data", tiny_toy / "test.jsonl", "--out", tmp_path / "out", *flags]
+    arguments = [
+        "--model",
+        tiny_toy / "model",
+        "--data",
+        tiny_toy / "test.jsonl",
+        "--out",
+        tmp_path / "out",
+        *flags,
+    ]
     monkeypatch.setattr(sys, "argv", ["diagnostics", *map(str, arguments)])
     with pytest.raises(SystemExit, match="1"):
         diagnostics.main()
@@ -219,7 +324,12 @@ class Parsed(html.parser.HTMLParser):
 
 
 def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
-    assert forked(tmp_path, token_view.main, "v", diagnosed / "tokens.jsonl", "--out", tmp_path / "v.html")[0] == 0
+    assert (
+        forked(
+            tmp_path, token_view.main, "v", diagnosed / "tokens.jsonl", "--out", tmp_path / "v.html"
+        )[0]
+        == 0
+    )
     text = (tmp_path / "v.html").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in (diagnosed / "tokens.jsonl").read_text().splitlines()]
     parsed = Parsed(text)
@@ -227,7 +337,9 @@ def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
     assert "url(" not in text and "http" not in text and "prefers-color-scheme: dark" in text
     shown = [{name: row[name] for name in ("tokens", *COLUMNS)} for row in rows]
     assert json.loads(parsed.script["data"]) == shown
-    spans = [attributes for tag, attributes in parsed.tags if tag == "span" and "data-t" in attributes]
+    spans = [
+        attributes for tag, attributes in parsed.tags if tag == "span" and "data-t" in attributes
+    ]
     kinds = [KINDS[k] for row in rows for k in row["kind"]]
     assert [attributes["class"].split()[1] for attributes in spans] == kinds
     assert rows[0]["problem"] in parsed.text and rows[0]["solution"] in parsed.text
@@ -235,11 +347,19 @@ def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
 
 def test_page_cannot_be_broken_by_a_completion():
     evil = "</script><script>alert(1)</script><!--"
-    row = dict.fromkeys(("problem", "prompt", "solution", "answer"), evil) | dict.fromkeys(COLUMNS, [0, 1])
+    row = dict.fromkeys(("problem", "prompt", "solution", "answer"), evil) | dict.fromkeys(
+        COLUMNS, [0, 1]
+    )
     row |= {"tokens": [evil, "\n"], "correct": True, "reward": 1.0, "A": 0.5}
     parsed = Parsed(token_view.page([row], evil))
-    assert [attributes.get("id") for tag, attributes in parsed.tags if tag == "script"] == ["data", None]
-    assert json.loads(parsed.script["data"])[0]["tokens"] == [evil, "\n"] and "alert" not in parsed.script[""]
+    assert [attributes.get("id") for tag, attributes in parsed.tags if tag == "script"] == [
+        "data",
+        None,
+    ]
+    assert (
+        json.loads(parsed.script["data"])[0]["tokens"] == [evil, "\n"]
+        and "alert" not in parsed.script[""]
+    )
 
 
 def test_page_refuses_other_files(tmp_path):

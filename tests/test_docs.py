@@ -1,4 +1,5 @@
-"""README.md and docs/: every link, file and flag that they name exists, and the README stays short."""
+"""README.md and docs/: every link, file and flag that they name exists, and the README stays
+short."""
 
 import re
 import sys
@@ -14,10 +15,30 @@ from family import __main__ as lab
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TORCHRUN = {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
-OF_A_RUN = {"config.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "results.json", "state.json",
-            "tokens.jsonl", "diagnostics.json", "adapter_config.json", "only.json", "test.json", "validation.json",
-            "validation.jsonl", "token_view.html", "train.jsonl", "test.jsonl", "openthoughts.jsonl", "aime24.jsonl",
-            "math500.jsonl", "gsm8k_200.jsonl", "bench.json", "report.html"}
+OF_A_RUN = {
+    "config.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "evaluation.json",
+    "results.json",
+    "state.json",
+    "tokens.jsonl",
+    "diagnostics.json",
+    "adapter_config.json",
+    "only.json",
+    "test.json",
+    "validation.json",
+    "validation.jsonl",
+    "token_view.html",
+    "train.jsonl",
+    "test.jsonl",
+    "openthoughts.jsonl",
+    "aime24.jsonl",
+    "math500.jsonl",
+    "gsm8k_200.jsonl",
+    "bench.json",
+    "report.html",
+}
 
 
 def text_of(page):
@@ -39,7 +60,9 @@ def test_links(page):
         path = (page.parent / target).resolve() if target else page
         assert path.exists(), link
         if anchor and not re.fullmatch(r"L\d+", anchor):
-            headings = [line.lstrip("#") for line in text_of(path).splitlines() if line.startswith("#")]
+            headings = [
+                line.lstrip("#") for line in text_of(path).splitlines() if line.startswith("#")
+            ]
             assert anchor in [slug(heading) for heading in headings], link
 
 
@@ -48,13 +71,19 @@ def test_links_to_lines_point_at_what_they_name():
     assert len(links) >= 11
     for name, file, number in links:
         line = text_of(ROOT / file).splitlines()[int(number) - 1]
-        assert re.match(rf"\s*(def|class) {name}\b", line), f"{file}#L{number} is {line!r}, not {name}"
+        assert re.match(rf"\s*(def|class) {name}\b", line), (
+            f"{file}#L{number} is {line!r}, not {name}"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files(page):
-    for name in set(re.findall(r"`([\w./-]+\.(?:py|md|json|jsonl|png|html|toml|txt))`", text_of(page))):
-        assert (ROOT / name).exists() or (page.parent / name).exists() or Path(name).name in OF_A_RUN, name
+    for name in set(
+        re.findall(r"`([\w./-]+\.(?:py|md|json|jsonl|png|html|toml|txt))`", text_of(page))
+    ):
+        assert (
+            (ROOT / name).exists() or (page.parent / name).exists() or Path(name).name in OF_A_RUN
+        ), name
 
 
 def flags_in_help(name, module):
@@ -63,6 +92,7 @@ def flags_in_help(name, module):
 
     def print_message(self, message, file=None):
         printed.append(message)
+
     patch = pytest.MonkeyPatch()
     patch.setattr(sys, "argv", [name, "--help"])
     patch.setattr("argparse.ArgumentParser._print_message", print_message)
@@ -75,10 +105,19 @@ def flags_in_help(name, module):
 @pytest.fixture(scope="module")
 def flags_of():
     """The flags of every command."""
-    commands = {"train.py": train, "eval.py": evaluation, "experiments.bench": bench, "experiments.plot": plot,
-                "experiments.compare": compare, "experiments.diagnostics": diagnostics,
-                "experiments.gradients": gradients, "experiments.report": report,
-                "experiments.token_view": token_view, "experiments.walk": walk, "family": lab}
+    commands = {
+        "train.py": train,
+        "eval.py": evaluation,
+        "experiments.bench": bench,
+        "experiments.plot": plot,
+        "experiments.compare": compare,
+        "experiments.diagnostics": diagnostics,
+        "experiments.gradients": gradients,
+        "experiments.report": report,
+        "experiments.token_view": token_view,
+        "experiments.walk": walk,
+        "family": lab,
+    }
     return {name: flags_in_help(name, module) for name, module in commands.items()}
 
 
@@ -89,8 +128,10 @@ def test_flags(page, flags_of):
     for line in text.splitlines():
         flags = {flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", line)}
         assert flags <= known, line
-        command = re.match(r"(?:torchrun|python|\.venv/bin/python)\b.*?(train\.py|eval\.py|experiments\.\w+|family\b)",
-                           line)
+        command = re.match(
+            r"(?:torchrun|python|\.venv/bin/python)\b.*?(train\.py|eval\.py|experiments\.\w+|family\b)",
+            line,
+        )
         if command:  # a line of a code block: the flags must be those of this command
             assert flags <= flags_of[command[1]] | TORCHRUN, line
 
@@ -106,12 +147,23 @@ def test_the_readme_is_short():
 def test_the_readme_says_what_helps_a_reader_to_trust_it():
     """Nothing that nobody tried may pass for tried."""
     text = text_of(ROOT / "README.md")
-    for sentence in ("No CUDA line has run on a GPU", "Nobody has tried vLLM",
-                     "none of the paper's results were reproduced"):
+    for sentence in (
+        "No CUDA line has run on a GPU",
+        "Nobody has tried vLLM",
+        "none of the paper's results were reproduced",
+    ):
         assert sentence in " ".join(text.split())
 
 
 def test_ci_runs_the_readme_s_commands_in_this_order():
-    commands = [line for line in text_of(ROOT / "README.md").splitlines() if line.startswith("python3 -m venv")]
+    commands = [
+        line
+        for line in text_of(ROOT / "README.md").splitlines()
+        if line.startswith("python3 -m venv")
+    ]
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert len(commands) == 2 and [line for line in lines if line in commands] == commands and lines[-1] == commands[1]
+    assert (
+        len(commands) == 2
+        and [line for line in lines if line in commands] == commands
+        and lines[-1] == commands[1]
+    )

@@ -13,7 +13,11 @@ import egrsd
 
 def loop_step(A, teacher, student, H, lengths, gamma, window, eps, floor, max_entropy=None):
     """Ahat and the loss of eq. (2) to (8), token by token in float64."""
-    raw = max(H[i][t] for i in range(len(A)) for t in range(lengths[i])) if max_entropy is None else max_entropy
+    raw = (
+        max(H[i][t] for i in range(len(A)) for t in range(lengths[i]))
+        if max_entropy is None
+        else max_entropy
+    )
     Ahat, loss = [[0.0] * len(H[0]) for _ in A], 0.0
     for i, a in enumerate(A):
         direction = (a > 0) - (a < 0)
@@ -30,7 +34,8 @@ def random_step(seed, B=5, T=9):
     g = torch.Generator().manual_seed(seed)
     lengths = [T, 1, *torch.randint(1, T + 1, (B - 2,), generator=g).tolist()]
     student, teacher = (torch.randn(B, T, generator=g, dtype=torch.float64) - 2 for _ in range(2))
-    H = torch.rand(B, T, generator=g, dtype=torch.float64) * 4 * (seed % 3)  # seed 0: no entropy at all
+    # seed 0: no entropy at all
+    H = torch.rand(B, T, generator=g, dtype=torch.float64) * 4 * (seed % 3)
     A = torch.randn(B, generator=g, dtype=torch.float64)
     A[2] = 0.0
     mask = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
@@ -38,22 +43,38 @@ def random_step(seed, B=5, T=9):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("gamma, window, eps, floor", [(0.0, 0, 0.2, 0.1), (0.3, 0, 0.2, 0.1), (0.3, 3, 0.2, 0.1),
-                                                       (1.0, 5, 0.2, 0.1), (7.0, 100, 0.0, 0.5), (0.3, 2, 0.9, 1.0)])
+@pytest.mark.parametrize(
+    "gamma, window, eps, floor",
+    [
+        (0.0, 0, 0.2, 0.1),
+        (0.3, 0, 0.2, 0.1),
+        (0.3, 3, 0.2, 0.1),
+        (1.0, 5, 0.2, 0.1),
+        (7.0, 100, 0.0, 0.5),
+        (0.3, 2, 0.9, 1.0),
+    ],
+)
 def test_every_equation_equals_the_loop(seed, gamma, window, eps, floor):
     A, teacher, student, H, mask, lengths = random_step(seed)
     settings = dict(gamma=gamma, window=window, eps=eps, floor=floor)
-    expected, loss = loop_step(A.tolist(), teacher.tolist(), student.tolist(), H.tolist(), lengths, **settings)
+    expected, loss = loop_step(
+        A.tolist(), teacher.tolist(), student.tolist(), H.tolist(), lengths, **settings
+    )
     garbage = torch.where(mask, 0.0, torch.nan)  # whatever stands on padding must not matter
-    Ahat = egrsd.token_advantages(A, teacher + garbage, student + garbage, H + garbage, mask, **settings)
+    Ahat = egrsd.token_advantages(
+        A, teacher + garbage, student + garbage, H + garbage, mask, **settings
+    )
     torch.testing.assert_close(Ahat, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
     assert egrsd.policy_loss(student + garbage, Ahat, mask).item() == pytest.approx(loss, abs=1e-9)
     single = [x.float() for x in (A, teacher, student, H)]
-    torch.testing.assert_close(egrsd.token_advantages(*single, mask, **settings).double(), Ahat, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        egrsd.token_advantages(*single, mask, **settings).double(), Ahat, atol=1e-6, rtol=1e-6
+    )
 
 
 def test_maximum_is_of_the_raw_entropy_not_of_the_window_minimum():
-    """Algorithm 1 of the paper overwrites H before the maximum is taken; eq. (8) does not, and eq. (8) is meant."""
+    """Algorithm 1 of the paper overwrites H before the maximum is taken; eq. (8) does not, and eq.
+    (8) is meant."""
     H, mask = torch.tensor([[4.0, 2.0, 4.0, 2.0]]), torch.ones(1, 4, dtype=torch.bool)
     assert egrsd.confidence_gate(H, mask, gamma=1.0, window=1).tolist() == [[0.5, 0.5, 0.5, 0.5]]
 
@@ -73,9 +94,13 @@ def test_terms_without_reduction_add_up_to_the_loss_and_carry_the_gradient():
     student.requires_grad_()
     Ahat = egrsd.token_advantages(A, teacher, student, H, mask, gamma=0.3, window=2)
     garbage = torch.where(mask, 0.0, torch.nan)
-    terms = egrsd.policy_loss(student + garbage, Ahat + garbage, mask, num_tokens=7, reduction="none")
+    terms = egrsd.policy_loss(
+        student + garbage, Ahat + garbage, mask, num_tokens=7, reduction="none"
+    )
     assert terms.shape == mask.shape and (terms[~mask] == 0).all() and (terms[mask] != 0).any()
-    torch.testing.assert_close(terms.sum(), 7 * egrsd.policy_loss(student, Ahat, mask, num_tokens=7))
+    torch.testing.assert_close(
+        terms.sum(), 7 * egrsd.policy_loss(student, Ahat, mask, num_tokens=7)
+    )
     torch.testing.assert_close(terms.sum() / mask.sum(), egrsd.policy_loss(student, Ahat, mask))
     weights = torch.rand_like(terms)  # as a method that weighs single tokens would
     (terms * weights).sum().backward()
@@ -86,7 +111,9 @@ def test_micro_batches_add_up_and_padding_changes_nothing():
     """Six public trainers divide per micro-batch: a mean of means, 0.5 instead of 0.2 in a toy."""
     A, teacher, student, H, mask, lengths = random_step(5)
     settings = dict(gamma=0.3, window=2, max_entropy=H[mask].max())
-    whole = egrsd.policy_loss(student, egrsd.token_advantages(A, teacher, student, H, mask, **settings), mask)
+    whole = egrsd.policy_loss(
+        student, egrsd.token_advantages(A, teacher, student, H, mask, **settings), mask
+    )
     parts = 0.0
     for rows in ([0, 1], [2], [3, 4]):
         T = max(lengths[i] for i in rows)
@@ -102,8 +129,12 @@ def test_micro_batches_add_up_and_padding_changes_nothing():
 def test_arguments_are_not_written_to():
     A, teacher, student, H, mask, _ = random_step(1)
     before = [x.clone() for x in (A, teacher, student, H, mask)]
-    egrsd.policy_loss(student, egrsd.token_advantages(A, teacher, student, H, mask, gamma=0.3, window=3), mask)
-    assert all(torch.equal(x, y) for x, y in zip(before, (A, teacher, student, H, mask), strict=True))
+    egrsd.policy_loss(
+        student, egrsd.token_advantages(A, teacher, student, H, mask, gamma=0.3, window=3), mask
+    )
+    assert all(
+        torch.equal(x, y) for x, y in zip(before, (A, teacher, student, H, mask), strict=True)
+    )
 
 
 def test_masked_rows_and_batches():
@@ -113,14 +144,18 @@ def test_masked_rows_and_batches():
     assert Ahat[1].abs().sum() == 0 and Ahat.isfinite().all()
     empty = torch.zeros_like(mask)
     student.requires_grad_()
-    loss = egrsd.policy_loss(student, egrsd.token_advantages(A, teacher, student, H, empty, gamma=0.3), empty)
+    loss = egrsd.policy_loss(
+        student, egrsd.token_advantages(A, teacher, student, H, empty, gamma=0.3), empty
+    )
     loss.backward()
     assert loss.item() == 0 and student.grad.abs().sum() == 0
 
 
 def test_teacher_that_rules_a_token_out_gives_no_nan():
     impossible, student, one = torch.tensor([[-math.inf]]), torch.tensor([[-1.0]]), torch.ones(1)
-    assert [egrsd.magnitude(impossible, student, a * one).item() for a in (1, 0, -1)] == pytest.approx([0.8, 1.0, 1.2])
+    assert [
+        egrsd.magnitude(impossible, student, a * one).item() for a in (1, 0, -1)
+    ] == pytest.approx([0.8, 1.0, 1.2])
 
 
 def test_running_advantage_equals_statistics():
@@ -143,20 +178,41 @@ def test_warm_up_lasts_until_the_rewards_differ():
     running = egrsd.RunningAdvantage(warmup_steps=2)
     for _ in range(5):
         running.update(torch.full((3,), 1.3))
-        assert running.std == 0 and running.advantage(torch.tensor([1.3])).item() == pytest.approx(0.8)
+        assert running.std == 0 and running.advantage(torch.tensor([1.3])).item() == pytest.approx(
+            0.8
+        )
     running.update(torch.tensor([0.0]))
     assert running.advantage(torch.tensor([1.3])).item() != pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("name, change", [
-    ("gamma", dict(gamma=-0.1)), ("gamma", dict(gamma=math.inf)), ("gamma", dict(gamma=math.nan)),
-    ("window", dict(window=-1)), ("window", dict(window=1.5)), ("floor", dict(floor=0.0)), ("floor", dict(floor=1.1)),
-    ("eps", dict(eps=1.0)), ("eps", dict(eps=-0.1)), ("advantage", dict(advantage=torch.ones(2, 1))),
-    ("advantage", dict(advantage=torch.ones(3))), ("entropy", dict(entropy=torch.ones(2, 4))),
-    ("student_logp", dict(student_logp=torch.ones(3, 3))), ("mask", dict(mask=torch.ones(2, 3)))])
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("gamma", dict(gamma=-0.1)),
+        ("gamma", dict(gamma=math.inf)),
+        ("gamma", dict(gamma=math.nan)),
+        ("window", dict(window=-1)),
+        ("window", dict(window=1.5)),
+        ("floor", dict(floor=0.0)),
+        ("floor", dict(floor=1.1)),
+        ("eps", dict(eps=1.0)),
+        ("eps", dict(eps=-0.1)),
+        ("advantage", dict(advantage=torch.ones(2, 1))),
+        ("advantage", dict(advantage=torch.ones(3))),
+        ("entropy", dict(entropy=torch.ones(2, 4))),
+        ("student_logp", dict(student_logp=torch.ones(3, 3))),
+        ("mask", dict(mask=torch.ones(2, 3))),
+    ],
+)
 def test_bad_arguments_are_named(name, change):
-    arguments = dict(advantage=torch.ones(2), teacher_logp=torch.ones(2, 3), student_logp=torch.ones(2, 3),
-                     entropy=torch.ones(2, 3), mask=torch.ones(2, 3, dtype=torch.bool), gamma=0.3)
+    arguments = dict(
+        advantage=torch.ones(2),
+        teacher_logp=torch.ones(2, 3),
+        student_logp=torch.ones(2, 3),
+        entropy=torch.ones(2, 3),
+        mask=torch.ones(2, 3, dtype=torch.bool),
+        gamma=0.3,
+    )
     with pytest.raises(ValueError, match=name):
         egrsd.token_advantages(**(arguments | change))
 

@@ -12,7 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import assert_ended_well, family_here, random_ids, run_copy, start_ranks, tiny_qwen3, train_arguments
+from conftest import (
+    assert_ended_well,
+    family_here,
+    random_ids,
+    run_copy,
+    start_ranks,
+    tiny_qwen3,
+    train_arguments,
+)
 from test_train import ROOT, adapter, assert_close_gradients, assert_same_run, metrics
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -36,32 +44,53 @@ V = 150  # above the largest k, 100
 
 
 def make_batch(teacher_logits=None, student_logits=None, **changes):
-    """Four completions over a vocabulary of 150, in float64, and all log-probs: (batch, log p_T, log p_S)."""
+    """Four completions over a vocabulary of 150, in float64, and all log-probs: (batch, log p_T,
+    log p_S)."""
     generator = torch.Generator().manual_seed(3)
     B, T = len(LENGTHS), max(LENGTHS)
     if teacher_logits is None:
-        teacher_logits, student_logits = 3 * torch.randn(2, B, T, V, generator=generator, dtype=torch.float64)
-    log_t, log_s = teacher_logits.log_softmax(-1), student_logits.clone().requires_grad_().log_softmax(-1)
+        teacher_logits, student_logits = 3 * torch.randn(
+            2, B, T, V, generator=generator, dtype=torch.float64
+        )
+    log_t, log_s = (
+        teacher_logits.log_softmax(-1),
+        student_logits.clone().requires_grad_().log_softmax(-1),
+    )
     tokens = torch.randint(V // 10, (B, T, 1), generator=generator) * 10
     mask = torch.arange(T) < torch.tensor(LENGTHS).unsqueeze(1)
 
     def pick(logs):
         return logs.gather(-1, tokens).squeeze(-1).masked_fill(~mask, 0.0)
+
     entropy = torch.special.entr(log_t.exp()).sum(-1) * mask
     batch = Batch(
-        rows=[SimpleNamespace(token_ids=ids[:length]) for ids, length in zip(tokens[..., 0].tolist(), LENGTHS,
-                                                                             strict=True)],
-        hidden=None, teacher_hidden=None, logp=pick(log_s), teacher_logp=pick(log_t), entropy=entropy, mask=mask,
+        rows=[
+            SimpleNamespace(token_ids=ids[:length])
+            for ids, length in zip(tokens[..., 0].tolist(), LENGTHS, strict=True)
+        ],
+        hidden=None,
+        teacher_hidden=None,
+        logp=pick(log_s),
+        teacher_logp=pick(log_t),
+        entropy=entropy,
+        mask=mask,
         advantage=torch.tensor([1.3, -0.7, 0.0, 2.1], dtype=torch.float64),
         correct=torch.tensor([True, False, False, True]),
         is_reference=torch.tensor([False, False, False, True]),
         divergence=lambda f: f(log_t.flatten(0, 1), log_s.flatten(0, 1)).view(B, T) * mask,
-        max_entropy=entropy.max().item(), num_tokens=float(sum(LENGTHS)), num_completions=4.0, step=10,
-        median_entropies=[0.5, 0.6, 0.4, 0.7, 0.5, 0.55], num_reference=11.0, success_rate=0.4,
+        max_entropy=entropy.max().item(),
+        num_tokens=float(sum(LENGTHS)),
+        num_completions=4.0,
+        step=10,
+        median_entropies=[0.5, 0.6, 0.4, 0.7, 0.5, 0.55],
+        num_reference=11.0,
+        success_rate=0.4,
         margin=torch.tensor([3.0, -20.0, 0.0, 1.0], dtype=torch.float64),
         marked=torch.rand(B, T, generator=generator) < 0.6,
         views=torch.randn(B, T, generator=generator, dtype=torch.float64),
-        anchor=lambda f: f(log_t.flip(-1).flatten(0, 1), log_s.flatten(0, 1)).view(B, T) * mask, **changes)
+        anchor=lambda f: f(log_t.flip(-1).flatten(0, 1), log_s.flatten(0, 1)).view(B, T) * mask,
+        **changes,
+    )
     return batch, log_t, log_s
 
 
@@ -93,29 +122,63 @@ def position(t, T):  # t from 1
 def dual(p, q, n=20):
     """MSD's weight of a token."""
     P = renormalised(p, top(p, n))
-    return (1 + sum(a * math.log(a) for a in P if a) / math.log(n)) * (1 - math.exp(q[top(p, 1)[0]]))
+    return (1 + sum(a * math.log(a) for a in P if a) / math.log(n)) * (
+        1 - math.exp(q[top(p, 1)[0]])
+    )
 
 
-def tokens_of(log_t, log_s, ids, A, correct, is_reference=False, shown=True, step=10, per_completion=1.0, log_r=None,
-              views=None, marked=None, **more):
+def tokens_of(
+    log_t,
+    log_s,
+    ids,
+    A,
+    correct,
+    is_reference=False,
+    shown=True,
+    step=10,
+    per_completion=1.0,
+    log_r=None,
+    views=None,
+    marked=None,
+    **more,
+):
     """All that the formulas below may use of each token of a completion, in plain numbers.
 
-    log_t, log_s, log_r: log p_T, log p_S and those of the teacher without a text, over the vocabulary at every token; a
-    probability of 0 counts as 2^-149.
+    log_t, log_s, log_r: log p_T, log p_S and those of the teacher without a text, over the
+    vocabulary at every token; a probability of 0 counts as 2^-149.
     """
-    log_t, log_s, log_r = ([[max(x, -149 * math.log(2)) for x in logs] for logs in rows]
-                           for rows in (log_t, log_s, log_r or log_t))
+    log_t, log_s, log_r = (
+        [[max(x, -149 * math.log(2)) for x in logs] for logs in rows]
+        for rows in (log_t, log_s, log_r or log_t)
+    )
     T = len(ids)
     duals = [dual(p, q) for p, q in zip(log_t, log_s, strict=True)]
-    uncertain = sorted(range(T), key=lambda t: -entropy_of(log_s[t]))[:math.ceil(0.2 * T)]
+    uncertain = sorted(range(T), key=lambda t: -entropy_of(log_s[t]))[: math.ceil(0.2 * T)]
     for t, (p, q, y) in enumerate(zip(log_t, log_s, ids, strict=True)):
         d = p[y] - q[y] if shown else 0.0
         yield SimpleNamespace(
-            p=p, q=q, y=y, d=d, A=A, H=entropy_of(p) if shown else 0.0, correct=correct, is_reference=is_reference,
-            w=clip(math.exp(sign(A) * d), 0.8, 1.2) if A else 1.0, step=step, shown=shown, uncertain=t in uncertain,
-            w_reversed=clip(math.exp(-sign(A) * d), 0.8, 1.2) if A else 1.0, weight=position(t + 1, T) * per_completion,
-            per_completion=per_completion, T=T, dual_share=duals[t] / sum(duals), r=log_r[t],
-            z=views[t] if views else 0.0, marked=marked[t] if marked else False, **more)
+            p=p,
+            q=q,
+            y=y,
+            d=d,
+            A=A,
+            H=entropy_of(p) if shown else 0.0,
+            correct=correct,
+            is_reference=is_reference,
+            w=clip(math.exp(sign(A) * d), 0.8, 1.2) if A else 1.0,
+            step=step,
+            shown=shown,
+            uncertain=t in uncertain,
+            w_reversed=clip(math.exp(-sign(A) * d), 0.8, 1.2) if A else 1.0,
+            weight=position(t + 1, T) * per_completion,
+            per_completion=per_completion,
+            T=T,
+            dual_share=duals[t] / sum(duals),
+            r=log_r[t],
+            z=views[t] if views else 0.0,
+            marked=marked[t] if marked else False,
+            **more,
+        )
 
 
 # Divergences: the value, and its slope by log p_S(v) for each v that it depends on.
@@ -123,12 +186,16 @@ def tokens_of(log_t, log_s, ids, A, correct, is_reference=False, shown=True, ste
 
 def clipped_forward(k):
     terms = {v: math.exp(a) * (a - b) for v, (a, b) in enumerate(zip(k.p, k.q, strict=True))}
-    return sum(min(x, 0.05) for x in terms.values()), {v: -math.exp(k.p[v]) for v, x in terms.items() if x < 0.05}
+    return sum(min(x, 0.05) for x in terms.values()), {
+        v: -math.exp(k.p[v]) for v, x in terms.items() if x < 0.05
+    }
 
 
 def reverse(k):
-    return (sum(math.exp(b) * (b - a) for a, b in zip(k.p, k.q, strict=True)),
-            {v: math.exp(b) * (b - a + 1) for v, (a, b) in enumerate(zip(k.p, k.q, strict=True))})
+    return (
+        sum(math.exp(b) * (b - a) for a, b in zip(k.p, k.q, strict=True)),
+        {v: math.exp(b) * (b - a + 1) for v, (a, b) in enumerate(zip(k.p, k.q, strict=True))},
+    )
 
 
 def forward_top(k, n=16):
@@ -139,7 +206,9 @@ def forward_top(k, n=16):
 
 def advantage_top(k, n=16):
     indices = top(k.q, n)
-    advantage = {v: b * (k.p[v] - k.q[v]) for v, b in zip(indices, renormalised(k.q, indices), strict=True)}
+    advantage = {
+        v: b * (k.p[v] - k.q[v]) for v, b in zip(indices, renormalised(k.q, indices), strict=True)
+    }
     return -sum(a * k.q[v] for v, a in advantage.items()), {v: -a for v, a in advantage.items()}
 
 
@@ -148,10 +217,19 @@ def jensen_shannon(k, n=100):
     P, Q = ([math.exp(x[v]) for v in indices] for x in (k.p, k.q))
     rests = [1 - sum(x) for x in (P, Q)]
     P, Q = (x + [max(rest, 1e-7)] for x, rest in zip((P, Q), rests, strict=True))
-    value = sum(a * math.log(2 * a / (a + b)) + b * math.log(2 * b / (a + b)) for a, b in zip(P, Q, strict=True)) / 2
-    by_q = [math.log(2 * b / (a + b)) / 2 for a, b in zip(P, Q, strict=True)]  # where q of the rest is 1 - sum of q
-    return value, {v: b * (x - by_q[-1] * (rests[1] > 1e-7))
-                   for v, b, x in zip(indices, Q[:-1], by_q[:-1], strict=True)}
+    value = (
+        sum(
+            a * math.log(2 * a / (a + b)) + b * math.log(2 * b / (a + b))
+            for a, b in zip(P, Q, strict=True)
+        )
+        / 2
+    )
+    # where q of the rest is 1 - sum of q
+    by_q = [math.log(2 * b / (a + b)) / 2 for a, b in zip(P, Q, strict=True)]
+    return value, {
+        v: b * (x - by_q[-1] * (rests[1] > 1e-7))
+        for v, b, x in zip(indices, Q[:-1], by_q[:-1], strict=True)
+    }
 
 
 def clipped_reverse(k, n=100):
@@ -159,15 +237,21 @@ def clipped_reverse(k, n=100):
     P, Q = ([math.exp(x[v]) for v in indices] for x in (k.p, k.q))
     rest = 1 - sum(Q)
     P, Q = (x + [max(1 - sum(x), 1e-7)] for x in (P, Q))
-    by_q = [math.log(b) - max(math.log(a), math.log(0.2 * b)) if a else math.log(5)
-            for a, b in zip(P, Q, strict=True)]
+    by_q = [
+        math.log(b) - max(math.log(a), math.log(0.2 * b)) if a else math.log(5)
+        for a, b in zip(P, Q, strict=True)
+    ]
     return sum(b * x for b, x in zip(Q, by_q, strict=True)), {
-        v: b * (x + 1 - (by_q[-1] + 1) * (rest > 1e-7)) for v, b, x in zip(indices, Q[:-1], by_q[:-1], strict=True)}
+        v: b * (x + 1 - (by_q[-1] + 1) * (rest > 1e-7))
+        for v, b, x in zip(indices, Q[:-1], by_q[:-1], strict=True)
+    }
 
 
 def forward(p):
-    return lambda q: (sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)),
-                      {v: -math.exp(a) for v, a in enumerate(p)})
+    return lambda q: (
+        sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)),
+        {v: -math.exp(a) for v, a in enumerate(p)},
+    )
 
 
 def two_views(k):
@@ -184,11 +268,19 @@ def forward_top_as_it_is(k, n=16):
 
 def routed(k, on, divergence):
     lam = {10: 0.5, 25: 0.25}[k.step]
-    return (k.A * (1 - lam / 0.5), times(lam * k.shown * k.per_completion, divergence(k))) if on else policy(k.A)
+    return (
+        (k.A * (1 - lam / 0.5), times(lam * k.shown * k.per_completion, divergence(k)))
+        if on
+        else policy(k.A)
+    )
 
 
 def solved_weight(k):  # mean 1 over s solved and 1 - s not
-    return (1 - k.s if k.correct else k.s) / (k.s * (1 - k.s) + (1 - k.s) * k.s) if 0 < k.s < 1 else 1.0
+    return (
+        (1 - k.s if k.correct else k.s) / (k.s * (1 - k.s) + (1 - k.s) * k.s)
+        if 0 < k.s < 1
+        else 1.0
+    )
 
 
 def policy(c):
@@ -206,7 +298,8 @@ FORMULAS = {  # (coefficient, divergence) of a token: one formula of family.md e
     "grpo-group": lambda k: policy(k.A),
     "rlsd": lambda k: policy(k.A * (1 - 0.5 * (1 - k.step / 50) + 0.5 * (1 - k.step / 50) * k.w)),
     "rlrt": lambda k: policy(k.A * (0.5 + 0.5 * k.w_reversed) if k.correct else k.A),
-    "antisd": lambda k: policy(k.A - 0.25 * (math.log1p(math.exp(k.d)) - math.log(2))),  # where g = 1
+    # where g = 1
+    "antisd": lambda k: policy(k.A - 0.25 * (math.log1p(math.exp(k.d)) - math.log(2))),
     "reopold": lambda k: policy(max(k.d, BOUND) if kept(k, "reopold") else 0.0),
     "vopd": lambda k: policy(k.d + k.shown * reverse(k)[0]),
     "eopd": lambda k: (k.d, times(k.H > 0.8, forward_top(k))),
@@ -218,9 +311,13 @@ FORMULAS = {  # (coefficient, divergence) of a token: one formula of family.md e
     "mopd": lambda k: (0.0, times(k.shown, jensen_shannon(k))),
     "msd": lambda k: (0.0, times(k.shown * k.dual_share * k.T * k.per_completion, reverse(k))),
     "rp-opsd": lambda k: (0.0, two_views(k)),
-    "pbsd": lambda k: policy((0.1 if k.is_reference else -0.1) / (1 + math.exp(0.1 * k.margin)) * k.T
-                             * k.per_completion),
-    "brts": lambda k: (0.0, times(10, forward_top_as_it_is(k)) if k.is_reference else advantage_top(k)),
+    "pbsd": lambda k: policy(
+        (0.1 if k.is_reference else -0.1) / (1 + math.exp(0.1 * k.margin)) * k.T * k.per_completion
+    ),
+    "brts": lambda k: (
+        0.0,
+        times(10, forward_top_as_it_is(k)) if k.is_reference else advantage_top(k),
+    ),
     "resd": lambda k: (0.0, times(solved_weight(k) * k.per_completion, clipped_reverse(k))),
     "trace": lambda k: routed(k, k.marked and k.correct, clipped_forward),
     "trace-errors": lambda k: routed(k, k.marked and not k.correct, reverse),
@@ -235,19 +332,31 @@ def kept(k, name):
 
 def tokens_of_batch(s, log_t, log_s):
     for i, length in enumerate(LENGTHS):
-        tokens = tokens_of(log_t[i, :length].tolist(), log_s[i, :length].tolist(), s.rows[i].token_ids,
-                           s.advantage[i].item(), s.correct[i].item(), s.is_reference[i].item(), step=s.step,
-                           per_completion=(s.num_reference if s.is_reference[i] else s.num_tokens) / (4 * length),
-                           log_r=log_t[i, :length].flip(-1).tolist(), views=s.views[i].tolist(), s=s.success_rate,
-                           marked=s.marked[i].tolist(), margin=s.margin[i].item())
+        tokens = tokens_of(
+            log_t[i, :length].tolist(),
+            log_s[i, :length].tolist(),
+            s.rows[i].token_ids,
+            s.advantage[i].item(),
+            s.correct[i].item(),
+            s.is_reference[i].item(),
+            step=s.step,
+            per_completion=(s.num_reference if s.is_reference[i] else s.num_tokens) / (4 * length),
+            log_r=log_t[i, :length].flip(-1).tolist(),
+            views=s.views[i].tolist(),
+            s=s.success_rate,
+            marked=s.marked[i].tolist(),
+            margin=s.margin[i].item(),
+        )
         for t, k in enumerate(tokens):
             yield i, t, k
 
 
 def logits_with_zeros():
-    """Teacher: of every ten tokens the first two are ruled out, the first of which the student samples. Student: the
-    second and the third."""
-    logits = 3 * torch.randn(2, 4, 7, V, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    """Teacher: of every ten tokens the first two are ruled out, the first of which the student
+    samples. Student: the second and the third."""
+    logits = 3 * torch.randn(
+        2, 4, 7, V, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
     logits[0][..., 0::10] = logits[:, ..., 1::10] = logits[1][..., 2::10] = -math.inf
     return logits
 
@@ -255,28 +364,36 @@ def logits_with_zeros():
 @pytest.mark.parametrize("zeros", [False, True], ids=["", "with probabilities of zero"])
 @pytest.mark.parametrize("name,step", CASES)
 def test_every_method_equals_a_loop(name, step, zeros):
-    """Values, and gradients by every log p_S: a probability taken for a constant changes what is learned, no value."""
+    """Values, and gradients by every log p_S: a probability taken for a constant changes what is
+    learned, no value."""
     s, log_t, log_s = make_batch(*(logits_with_zeros() if zeros else ()), eps=0.7)
     s.step = step
     loss = METHODS[name].loss(s)
     assert loss.shape == s.mask.shape and torch.isfinite(loss).all()
-    slopes, = torch.autograd.grad(loss.sum(), log_s)
+    (slopes,) = torch.autograd.grad(loss.sum(), log_s)
     possible = log_s.isfinite()
     for i, t, k in tokens_of_batch(s, log_t, log_s):
         c, (divergence, slope) = FORMULAS[name](k)
         assert loss[i, t].item() == pytest.approx(divergence - c * k.q[k.y], rel=1e-6, abs=1e-12)
-        expected = [slope.get(v, 0.0) - c * (v == k.y) if possible[i, t, v] else 0.0 for v in range(V)]
+        expected = [
+            slope.get(v, 0.0) - c * (v == k.y) if possible[i, t, v] else 0.0 for v in range(V)
+        ]
         assert slopes[i, t].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-9)
         assert name != "reopold" or s.kept[i, t] == kept(k, name)
 
 
 @pytest.mark.parametrize("name,step", CASES)
 def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step):
-    """Loss and gradient norm of metrics.jsonl, from the whole logits of one row at a time and the loops above: the mean
-    is one over the micro-batches of the step, and over the tokens that the method keeps."""
+    """Loss and gradient norm of metrics.jsonl, from the whole logits of one row at a time and the
+    loops above: the mean is one over the micro-batches of the step, and over the tokens that the
+    method keeps."""
     (tmp_path / "few.jsonl").write_text("".join((tiny_toy / "train.jsonl").open().readlines()[:20]))
-    few = {"data": tmp_path / "few.jsonl", "micro-batch": 3} | ({} if METHODS[name].groups else {"prompts-per-step": 5})
-    s, *_ = lab.parse_arguments(list(map(str, arguments(tiny_toy, tmp_path, name, lr=0.0, seed=3, **few))))
+    few = {"data": tmp_path / "few.jsonl", "micro-batch": 3} | (
+        {} if METHODS[name].groups else {"prompts-per-step": 5}
+    )
+    s, *_ = lab.parse_arguments(
+        list(map(str, arguments(tiny_toy, tmp_path, name, lr=0.0, seed=3, **few)))
+    )
     t = neighbour.Neighbour(s, Ranks())
     t.log.bar = tqdm(disable=True)
     torch.manual_seed(0)
@@ -285,36 +402,74 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
     rows, read, ask = [], t.read_as_teacher, asking.ask
     t.read_as_teacher = lambda some: rows.extend(some) or read(some)
     monkeypatch.setattr(contexts, "MOST_MARKED", 0.8)
-    monkeypatch.setattr(contexts, "segments", lambda row, _: [range(3), range(3, len(row.token_ids))])
+    monkeypatch.setattr(
+        contexts, "segments", lambda row, _: [range(3), range(3, len(row.token_ids))]
+    )
     monkeypatch.setattr(train, "grade_rollouts", every_other_one_is_correct(train.grade_rollouts))
     marks = [t.tokenizer.encode(f"Segments: {i % 4 // 2}, 7. Kind: idea") for i in range(8)]
-    monkeypatch.setattr(asking, "ask", lambda t, prompts, what, **more: ask(t, prompts, what, **more) if (
-        what != "marks") else [p and rollout.Completion(ids, [], True) for p, ids in zip(prompts, marks, strict=True)])
+    monkeypatch.setattr(
+        asking,
+        "ask",
+        lambda t, prompts, what, **more: (
+            ask(t, prompts, what, **more)
+            if (what != "marks")
+            else [
+                p and rollout.Completion(ids, [], True)
+                for p, ids in zip(prompts, marks, strict=True)
+            ]
+        ),
+    )
     t.step, t.median_entropies = step, [0.0] * 5  # at most every median: g = 1
     metrics = t.train_step()
     t.model.eval()
     with torch.no_grad(), t.as_teacher():
-        log_ts = [whole_logits(t.model, prompt, row) for prompt, row in zip(t.teacher_prompts(rows), rows, strict=True)]
+        log_ts = [
+            whole_logits(t.model, prompt, row)
+            for prompt, row in zip(t.teacher_prompts(rows), rows, strict=True)
+        ]
         log_rs = [whole_logits(t.model, row.prompt, row) for row in rows]
-    num_tokens, num_reference = (sum(len(r.token_ids) for r in rows if r.is_reference == it) for it in (False, True))
+    num_tokens, num_reference = (
+        sum(len(r.token_ids) for r in rows if r.is_reference == it) for it in (False, True)
+    )
     n, margins = s.prompts_per_step * s.rollouts_per_prompt, [0.0] * len(rows)
     if name == "pbsd":
         with torch.no_grad():
-            ratios = [(whole_logits(t.model, row.prompt, row) - log_t)[range(len(row.token_ids)), row.token_ids].sum()
-                      for row, log_t in zip(rows, log_ts, strict=True)]
+            ratios = [
+                (whole_logits(t.model, row.prompt, row) - log_t)[
+                    range(len(row.token_ids)), row.token_ids
+                ].sum()
+                for row, log_t in zip(rows, log_ts, strict=True)
+            ]
         margins = [(ratios[i + n] - ratios[i]).item() for i in range(n)] * 2
-    views = [(log_t.exp() * (log_t - log_r)).sum(-1) for log_t, log_r in zip(log_ts, log_rs, strict=True)]
-    seen = torch.cat([v for v, row in zip(views, rows, strict=True) if not row.is_reference] or [torch.zeros(2)])
+    views = [
+        (log_t.exp() * (log_t - log_r)).sum(-1) for log_t, log_r in zip(log_ts, log_rs, strict=True)
+    ]
+    seen = torch.cat(
+        [v for v, row in zip(views, rows, strict=True) if not row.is_reference] or [torch.zeros(2)]
+    )
     views = [((v - seen.mean()) / (seen.std(correction=0) + 1e-6)).tolist() for v in views]
     solved = sum(row.correct for row in rows[:n]) / n
     sums, counts = [0.0, 0.0], [0, 0]  # of rollouts and of reference solutions
     for row, log_t, log_r, z, margin in zip(rows, log_ts, log_rs, views, margins, strict=True):
         log_s, T = whole_logits(t.model, row.prompt, row), len(row.token_ids)
-        tokens = list(tokens_of(
-            log_t.tolist(), log_s.tolist(), row.token_ids, row.advantage, row.correct, row.is_reference, step=step,
-            shown=row.has_context, per_completion=(num_reference if row.is_reference else num_tokens) / (n * T),
-            log_r=log_r.tolist(), views=z, s=solved, margin=margin,
-            marked=row.marked.tolist() if name.startswith("trace") else None))
+        tokens = list(
+            tokens_of(
+                log_t.tolist(),
+                log_s.tolist(),
+                row.token_ids,
+                row.advantage,
+                row.correct,
+                row.is_reference,
+                step=step,
+                shown=row.has_context,
+                per_completion=(num_reference if row.is_reference else num_tokens) / (n * T),
+                log_r=log_r.tolist(),
+                views=z,
+                s=solved,
+                margin=margin,
+                marked=row.marked.tolist() if name.startswith("trace") else None,
+            )
+        )
         weights = torch.zeros_like(log_s)
         for place, k in enumerate(tokens):
             c, (divergence, slope) = FORMULAS[name](k)
@@ -327,10 +482,15 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
     loss = sum(total / count for total, count in zip(sums, counts, strict=True) if count)
     gradients = torch.autograd.grad(loss, t.parameters)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert metrics["grad_norm"] == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-2)
+    assert metrics["grad_norm"] == pytest.approx(
+        torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-2
+    )
     assert metrics["grad_norm"] > 0 and (name == "reopold") == (0 < counts[0] < num_tokens)
     if name.startswith("trace"):
-        assert 0 < sum(row.marked.sum().item() for row in rows) < num_tokens and 0 < metrics["unmarked"] < 1
+        assert (
+            0 < sum(row.marked.sum().item() for row in rows) < num_tokens
+            and 0 < metrics["unmarked"] < 1
+        )
 
 
 def every_other_one_is_correct(grade):
@@ -338,28 +498,56 @@ def every_other_one_is_correct(grade):
         for i, row in enumerate(grade(tokenizer, rows)):
             row.correct = i % 2 == 0
         return rows
+
     return graded
 
 
 def whole_logits(model, prompt, row):
     """log-probs [T, V] over the vocabulary at the tokens of a completion, in float64."""
-    logits = model(torch.tensor([[*prompt, *row.token_ids]])).logits[0, len(prompt) - 1:-1]
+    logits = model(torch.tensor([[*prompt, *row.token_ids]])).logits[0, len(prompt) - 1 : -1]
     return logits.double().log_softmax(-1)
 
 
 def test_the_table_of_methods_is_complete():
-    """The lists of the issues that brought them, each with its source or what it is, and a grade, in the docstring."""
-    assert set(METHODS) == {"sft", "grpo", "grpo-group", "rlsd", "opsd", "pw-opsd", "eopd", "reopold", "rlrt", "vopd",
-                            "antisd", "sdpo", "mopd", "topk-opd", "stable-opd", "msd", "rp-opsd", "pbsd", "brts",
-                            "resd", "trace", "trace-errors"}
+    """The lists of the issues that brought them, each with its source or what it is, and a grade,
+    in the docstring."""
+    assert set(METHODS) == {
+        "sft",
+        "grpo",
+        "grpo-group",
+        "rlsd",
+        "opsd",
+        "pw-opsd",
+        "eopd",
+        "reopold",
+        "rlrt",
+        "vopd",
+        "antisd",
+        "sdpo",
+        "mopd",
+        "topk-opd",
+        "stable-opd",
+        "msd",
+        "rp-opsd",
+        "pbsd",
+        "brts",
+        "resd",
+        "trace",
+        "trace-errors",
+    }
     for m in METHODS.values():
         assert "Grade " in inspect.getdoc(m.loss) and m.summary
 
 
 @pytest.mark.parametrize("n", [1, 4, 10, 150, 200])
-@pytest.mark.parametrize("f, loop", [
-    (methods.forward_kl_top, forward_top), (methods.policy_top, advantage_top),
-    (methods.jensen_shannon_top, jensen_shannon)])
+@pytest.mark.parametrize(
+    "f, loop",
+    [
+        (methods.forward_kl_top, forward_top),
+        (methods.policy_top, advantage_top),
+        (methods.jensen_shannon_top, jensen_shannon),
+    ],
+)
 def test_top_k_divergences(f, loop, n):
     s, log_t, log_s = make_batch()
     value = f(log_t.flatten(0, 1), log_s.flatten(0, 1), k=n).view(4, 7)
@@ -367,26 +555,48 @@ def test_top_k_divergences(f, loop, n):
         assert value[i, t].item() == pytest.approx(loop(k, n)[0], abs=1e-9)
 
 
-@pytest.mark.parametrize("f", [
-    methods.clipped_forward_kl, methods.reverse_kl, methods.student_entropy, partial(methods.forward_kl_top, k=4),
-    partial(methods.jensen_shannon_top, k=4)])
+@pytest.mark.parametrize(
+    "f",
+    [
+        methods.clipped_forward_kl,
+        methods.reverse_kl,
+        methods.student_entropy,
+        partial(methods.forward_kl_top, k=4),
+        partial(methods.jensen_shannon_top, k=4),
+    ],
+)
 def test_divergences_carry_their_whole_gradient(f):
     """A probability that is taken for a constant changes no value, only what is learned."""
     generator = torch.Generator().manual_seed(2)
     teacher_logits, student_logits = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64)
     log_t = teacher_logits.log_softmax(-1)
-    assert torch.autograd.gradcheck(lambda x: f(log_t, x.log_softmax(-1)), student_logits.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: f(log_t, x.log_softmax(-1)), student_logits.requires_grad_()
+    )
 
 
-@pytest.mark.parametrize("f", [
-    methods.clipped_forward_kl, methods.reverse_kl, methods.student_entropy, partial(methods.forward_kl_top, k=4),
-    partial(methods.policy_top, k=4), partial(methods.jensen_shannon_top, k=4)])
+@pytest.mark.parametrize(
+    "f",
+    [
+        methods.clipped_forward_kl,
+        methods.reverse_kl,
+        methods.student_entropy,
+        partial(methods.forward_kl_top, k=4),
+        partial(methods.policy_top, k=4),
+        partial(methods.jensen_shannon_top, k=4),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_probabilities_of_zero_give_no_nan(f, dtype):
-    """More tokens of the top k have no probability than have one: by the teacher, the student, or both."""
+    """More tokens of the top k have no probability than have one: by the teacher, the student, or
+    both."""
     out = -math.inf
-    teacher_logits = torch.tensor([[0, 1, out, out, out, 2], [0, out, out, out, out, 1]], dtype=dtype)
-    student_logits = torch.tensor([[0, out, 1, out, out, 2], [out, 0, out, out, out, 1]], dtype=dtype).requires_grad_()
+    teacher_logits = torch.tensor(
+        [[0, 1, out, out, out, 2], [0, out, out, out, out, 1]], dtype=dtype
+    )
+    student_logits = torch.tensor(
+        [[0, out, 1, out, out, 2], [out, 0, out, out, out, 1]], dtype=dtype
+    ).requires_grad_()
     value = f(teacher_logits.log_softmax(-1), student_logits.log_softmax(-1))
     value.sum().backward()
     assert value.isfinite().all() and student_logits.grad.isfinite().all()
@@ -399,10 +609,21 @@ def test_rlsd_ends_as_grpo():
     assert torch.equal(methods.rlsd(s), methods.grpo(s))
 
 
-@pytest.mark.parametrize("medians,g", [
-    ([0.5] * 5, 0), ([0.5] * 6, 1), ([0.5] * 5 + [0.49], 0), ([0.5] * 5 + [0.47, 0.49], 0),
-    ([0.5] * 5 + [0.4, 0.5], 1), ([0.5] * 5 + [0.5, 0.47], 1), ([0.5] * 5 + [0.6, 0.46], 0),
-    ([0.5] * 5 + [0.6, 0.46, 0.48], 0), ([0.5] * 5 + [0.6, 0.46, 0.5], 1), ([9, 0.1, 0.5, 0.5, 0.5, 0.5], 1)])
+@pytest.mark.parametrize(
+    "medians,g",
+    [
+        ([0.5] * 5, 0),
+        ([0.5] * 6, 1),
+        ([0.5] * 5 + [0.49], 0),
+        ([0.5] * 5 + [0.47, 0.49], 0),
+        ([0.5] * 5 + [0.4, 0.5], 1),
+        ([0.5] * 5 + [0.5, 0.47], 1),
+        ([0.5] * 5 + [0.6, 0.46], 0),
+        ([0.5] * 5 + [0.6, 0.46, 0.48], 0),
+        ([0.5] * 5 + [0.6, 0.46, 0.5], 1),
+        ([9, 0.1, 0.5, 0.5, 0.5, 0.5], 1),
+    ],
+)
 def test_antisd_switch(medians, g):
     s, _, _ = make_batch()
     s.median_entropies = medians
@@ -417,8 +638,12 @@ def test_antisd_switch(medians, g):
 def test_rlsd_at_lam_1_is_egrsd_without_a_gate():
     s, _, _ = make_batch()
     s.step = 0
-    weights = egrsd.token_advantages(s.advantage, s.teacher_logp, s.logp, s.entropy, s.mask, gamma=0)
-    assert torch.equal(methods.rlsd(s, lam=1.0), egrsd.policy_loss(s.logp, weights, s.mask, reduction="none"))
+    weights = egrsd.token_advantages(
+        s.advantage, s.teacher_logp, s.logp, s.entropy, s.mask, gamma=0
+    )
+    assert torch.equal(
+        methods.rlsd(s, lam=1.0), egrsd.policy_loss(s.logp, weights, s.mask, reduction="none")
+    )
 
 
 def test_rlrt_on_correct_rollouts_is_rlsd_with_d_reversed():
@@ -430,15 +655,22 @@ def test_rlrt_on_correct_rollouts_is_rlsd_with_d_reversed():
 
 
 def expected_gradient(method, teacher_logits, student_logits, **keywords):
-    """Gradient of E over y ~ p_S of the method's loss, one completion of one token for every y: exact, no sampling."""
+    """Gradient of E over y ~ p_S of the method's loss, one completion of one token for every y:
+    exact, no sampling."""
     log_t, log_s = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
     s, _, _ = make_batch()
     n = len(log_t)
-    s.logp, s.teacher_logp, s.mask = log_s.unsqueeze(-1), log_t.unsqueeze(-1), torch.ones(n, 1, dtype=torch.bool)
+    s.logp, s.teacher_logp, s.mask = (
+        log_s.unsqueeze(-1),
+        log_t.unsqueeze(-1),
+        torch.ones(n, 1, dtype=torch.bool),
+    )
     s.advantage = torch.zeros(n, dtype=torch.float64)
     s.divergence = lambda f: f(log_t.expand(n, n), log_s.expand(n, n)).unsqueeze(-1)
     loss = method(s, **keywords).squeeze(-1)
-    return torch.autograd.grad((log_s.exp().detach() * loss).sum(), student_logits)[0], -loss.detach() / log_s.detach()
+    return torch.autograd.grad((log_s.exp().detach() * loss).sum(), student_logits)[
+        0
+    ], -loss.detach() / log_s.detach()
 
 
 @pytest.fixture
@@ -452,7 +684,9 @@ def test_vopd_is_the_reverse_kl_without_bias(logits):
     gradient, c = expected_gradient(methods.vopd, *logits)
     log_t, log_s = (x.log_softmax(-1) for x in logits)
     assert (log_s.exp() * c).sum().item() == pytest.approx(0, abs=1e-12)  # E c = 0
-    torch.testing.assert_close(gradient, torch.autograd.grad(methods.reverse_kl(log_t, log_s), logits[1])[0])
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(methods.reverse_kl(log_t, log_s), logits[1])[0]
+    )
 
 
 def test_antisd_ascends_the_jensen_shannon_divergence(logits):
@@ -462,12 +696,16 @@ def test_antisd_ascends_the_jensen_shannon_divergence(logits):
     jsd = ((log_t.exp() * (log_t - middle)).sum() + (log_s.exp() * (log_s - middle)).sum()) / 2
     torch.testing.assert_close(gradient, -0.5 * torch.autograd.grad(jsd, logits[1])[0])
     assert 0 < bonus.max() <= 0.25 * math.log(2)
-    torch.testing.assert_close(methods.jensen_shannon_top(log_t[None], log_s[None], k=V)[0], jsd, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        methods.jensen_shannon_top(log_t[None], log_s[None], k=V)[0], jsd, atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, m in METHODS.items() if m.full_distributions])
 def test_a_teacher_that_is_the_student_teaches_nothing(name):
-    logits = 3 * torch.randn(4, 7, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = 3 * torch.randn(
+        4, 7, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     s, _, _ = make_batch(logits, logits)
     s.is_reference[:], s.advantage[:], s.anchor = False, 0.0, s.divergence
     expected = torch.zeros(4, 7, dtype=torch.float64)
@@ -493,20 +731,30 @@ def test_position_weight():
 @pytest.mark.parametrize("chunk_logits", [2**25, 61 * 4 * 3])
 def test_per_token_divergence_equals_whole_logits(chunk_logits, monkeypatch):
     monkeypatch.setattr(teacher, "CHUNK_LOGITS", chunk_logits)
-    model, prompts, completions = tiny_qwen3(), random_ids([5, 9, 3]), random_ids([8, 2, 12], seed=1)
+    model, prompts, completions = (
+        tiny_qwen3(),
+        random_ids([5, 9, 3]),
+        random_ids([8, 2, 12], seed=1),
+    )
     with torch.no_grad():
         other = teacher.read(model, random_ids([7, 4, 6], seed=2), completions, hidden=True)
     model.requires_grad_(False)
     weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
     own = teacher.read(model, prompts, completions, hidden=True)
-    values = teacher.per_token_divergence(model.lm_head, own.hidden, other.hidden, own.mask, methods.reverse_kl, 0.7)
-    gradient, = torch.autograd.grad(values.sum(), weight)
+    values = teacher.per_token_divergence(
+        model.lm_head, own.hidden, other.hidden, own.mask, methods.reverse_kl, 0.7
+    )
+    (gradient,) = torch.autograd.grad(values.sum(), weight)
     again = teacher.read(model, prompts, completions, hidden=True)
-    log_s, log_t = ((model.lm_head(torch.cat(x.hidden)) / 0.7).log_softmax(-1) for x in (again, other))
+    log_s, log_t = (
+        (model.lm_head(torch.cat(x.hidden)) / 0.7).log_softmax(-1) for x in (again, other)
+    )
     expected = (log_s.exp() * (log_s - log_t)).sum(-1)
     torch.testing.assert_close(values[own.mask], expected)
     assert not values[~own.mask].any()
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), weight)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(expected.sum(), weight)[0], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_per_token_divergence_never_holds_whole_logits(monkeypatch):
@@ -516,10 +764,14 @@ def test_per_token_divergence_never_holds_whole_logits(monkeypatch):
     def watched(log_t, log_s):
         seen.append(log_t.shape)
         return methods.reverse_kl(log_t, log_s)
+
     model, completions = tiny_qwen3(), random_ids([8, 9], seed=1)
     own = teacher.read(model, random_ids([5, 9]), completions, hidden=True)
-    teacher.per_token_divergence(model.lm_head, own.hidden, own.hidden, own.mask, watched).sum().backward()
-    assert max(shape[0] for shape in seen) == 5 and len(seen) == 8  # 17 tokens in chunks of 5, forward and backward
+    teacher.per_token_divergence(
+        model.lm_head, own.hidden, own.hidden, own.mask, watched
+    ).sum().backward()
+    # 17 tokens in chunks of 5, forward and backward
+    assert max(shape[0] for shape in seen) == 5 and len(seen) == 8
 
 
 # ---- settings
@@ -532,12 +784,26 @@ def settings(*flags):
 
 def test_methods_bring_their_settings():
     s = settings()
-    assert (s.method, s.gate, s.window, s.teacher_context, s.rollouts_per_prompt) == ("cl-egrsd", "", 3, "solution", 1)
+    assert (s.method, s.gate, s.window, s.teacher_context, s.rollouts_per_prompt) == (
+        "cl-egrsd",
+        "",
+        3,
+        "solution",
+        1,
+    )
     assert not family.is_used(s) and not family.is_used(settings("--method", "egrsd"))
-    assert family.is_used(settings("--method", "opsd")) and family.is_used(settings("--teacher-context", "answer"))
+    assert family.is_used(settings("--method", "opsd")) and family.is_used(
+        settings("--teacher-context", "answer")
+    )
     s = settings("--method", "rlsd")
-    assert (s.advantage, s.teacher_context, s.teacher_schedule, s.teacher_every) == ("group", "answer", "copy", 10)
-    assert (s.prompts_per_step, s.rollouts_per_prompt) == (4, 8)  # 32 completions, as without groups
+    assert (s.advantage, s.teacher_context, s.teacher_schedule, s.teacher_every) == (
+        "group",
+        "answer",
+        "copy",
+        10,
+    )
+    # 32 completions, as without groups
+    assert (s.prompts_per_step, s.rollouts_per_prompt) == (4, 8)
     assert settings("--method", "rlsd", "--teacher-schedule", "frozen").teacher_schedule == "frozen"
     assert settings("--method", "egrsd", "--gate", "position").gate == "position"
     assert settings("--preset", "paper-8b").gamma == 1.0
@@ -545,15 +811,19 @@ def test_methods_bring_their_settings():
     assert (egrsd_8b.gamma, egrsd_8b.window) == (0.3, 0)
 
 
-@pytest.mark.parametrize("flags,name", [
-    ([], "cl-egrsd"),
-    (["--window", "5"], "cl-egrsd"),
-    (["--window", "0"], "egrsd"),
-    (["--gamma", "0"], "direction-aware"),
-    (["--method", "egrsd"], "egrsd"),
-    (["--method", "direction-aware"], "direction-aware"),
-    (["--method", "egrsd", "--gamma", "1"], "egrsd"),
-    (["--method", "egrsd", "--window", "0"], "egrsd")])
+@pytest.mark.parametrize(
+    "flags,name",
+    [
+        ([], "cl-egrsd"),
+        (["--window", "5"], "cl-egrsd"),
+        (["--window", "0"], "egrsd"),
+        (["--gamma", "0"], "direction-aware"),
+        (["--method", "egrsd"], "egrsd"),
+        (["--method", "direction-aware"], "direction-aware"),
+        (["--method", "egrsd", "--gamma", "1"], "egrsd"),
+        (["--method", "egrsd", "--window", "0"], "egrsd"),
+    ],
+)
 def test_names_of_gamma_and_window(flags, name):
     s = settings(*flags)
     assert s.method == name
@@ -567,53 +837,107 @@ def test_groups_are_shared_by_all_processes(monkeypatch):
     assert (s.prompts_per_step, s.rollouts_per_prompt) == (8, 8)
 
 
-@pytest.mark.parametrize("flags,complaint", [
-    (["--method", "grpo", "--gamma", "0.5"], "--gamma: --method grpo makes no use of it"),
-    (["--method", "opsd", "--advantage", "group", "--rollouts-per-prompt", "8"], "--advantage: --method opsd"),
-    (["--method", "grpo", "--teacher-context", "answer"], "--method grpo makes no use of it"),
-    (["--method", "grpo-group", "--rollouts-per-prompt", "1"], "--rollouts-per-prompt"),
-    (["--method", "grpo", "--advantage", "group"], "needs --advantage running"),
-    (["--method", "cl-egrsd", "--gate", "none"], "--gate"),
-    (["--method", "egrsd", "--window", "3"], "--method egrsd with --gamma 0.3 and --window 3, which is cl-egrsd"),
-    (["--method", "cl-egrsd", "--window", "0"], "which is egrsd"),
-    (["--method", "egrsd", "--gamma", "0"], "which is direction"),
-    (["--method", "direction-aware", "--gamma", "1"], "which is cl-egrsd"),
-    (["--gamma", "0", "--window", "5"], "--window: there is no gate with --gamma 0"),
-    (["--gamma", "0", "--floor", "0.5"], "--floor: there is no gate"),
-    (["--method", "egrsd", "--gate", "position", "--gamma", "1"], "--gamma: --gate position takes the place"),
-    (["--gate", "position"], "use it with --method egrsd"),
-    (["--method", "opsd", "--beta-length", "0.9"], "--beta-length: --method opsd makes no use of it"),
-    (["--method", "sft", "--temperature", "0.5"], "--temperature: --method sft makes no use of it"),
-    (["--method", "sft", "--rollouts-per-prompt", "8"], "--rollouts-per-prompt: --method sft makes no use"),
-    (["--advantage", "group"], "--advantage group compares completions"),
-    (["--method", "pbsd", "--teacher-context", "peer"], "peer compares completions of one problem, .* choose another"),
-    (["--teacher-context", "peer"], "--rollouts-per-prompt"),
-    (["--teacher-every", "5"], "--teacher-every: it belongs to --teacher-schedule copy"),
-    (["--method", "stable-opd", "--teacher-context", "solution"], "needs --teacher-context none"),
-    (["--method", "pbsd", "--rollouts-per-prompt", "2"], "needs --rollouts-per-prompt 1"),
-    (["--method", "rp-opsd", "--teacher-schedule", "ema"], "needs --teacher-schedule frozen"),
-    (["--method", "trace", "--teacher-context", "solution"], "needs --teacher-context label"),
-    (["--method", "brts", "--rows", "reference"], "--rows: --method brts makes no use of it"),
-    (["--rows", "teacher"], "--rows: --method cl-egrsd learns from rollouts only"),
-    (["--method", "sft", "--teacher-rollouts", "2"], "--teacher-rollouts: --method sft makes no use of it"),
-    (["--method", "msd", "--ask-temperature", "0.5"], "--ask-temperature: no text is asked for"),
-    (["--method", "sft", "--rows", "teacher", "--teacher-context", "reflection"], "is about rollouts"),
-    (["--method", "sft", "--rows", "teacher", "--teacher-context", "peer"], "is about rollouts"),
-    (["--method", "pbsd", "--teacher-context", "label"], "needs a text for every problem"),
-    (["--method", "rp-opsd", "--teacher-context", "none"], "leaves no difference between the teacher's two views"),
-    (["--method", "egrsd", "--gate", "two-view", "--teacher-context", "none"], "leaves no difference"),
-    (["--method", "egrsd", "--gate", "dual", "--floor", "0.5"], "--floor: --gate dual takes the place"),
-    (["--gate", "two-view"], "use it with --method egrsd"),
-    (["--method", "egrds"], "--method")])
+@pytest.mark.parametrize(
+    "flags,complaint",
+    [
+        (["--method", "grpo", "--gamma", "0.5"], "--gamma: --method grpo makes no use of it"),
+        (
+            ["--method", "opsd", "--advantage", "group", "--rollouts-per-prompt", "8"],
+            "--advantage: --method opsd",
+        ),
+        (["--method", "grpo", "--teacher-context", "answer"], "--method grpo makes no use of it"),
+        (["--method", "grpo-group", "--rollouts-per-prompt", "1"], "--rollouts-per-prompt"),
+        (["--method", "grpo", "--advantage", "group"], "needs --advantage running"),
+        (["--method", "cl-egrsd", "--gate", "none"], "--gate"),
+        (
+            ["--method", "egrsd", "--window", "3"],
+            "--method egrsd with --gamma 0.3 and --window 3, which is cl-egrsd",
+        ),
+        (["--method", "cl-egrsd", "--window", "0"], "which is egrsd"),
+        (["--method", "egrsd", "--gamma", "0"], "which is direction"),
+        (["--method", "direction-aware", "--gamma", "1"], "which is cl-egrsd"),
+        (["--gamma", "0", "--window", "5"], "--window: there is no gate with --gamma 0"),
+        (["--gamma", "0", "--floor", "0.5"], "--floor: there is no gate"),
+        (
+            ["--method", "egrsd", "--gate", "position", "--gamma", "1"],
+            "--gamma: --gate position takes the place",
+        ),
+        (["--gate", "position"], "use it with --method egrsd"),
+        (
+            ["--method", "opsd", "--beta-length", "0.9"],
+            "--beta-length: --method opsd makes no use of it",
+        ),
+        (
+            ["--method", "sft", "--temperature", "0.5"],
+            "--temperature: --method sft makes no use of it",
+        ),
+        (
+            ["--method", "sft", "--rollouts-per-prompt", "8"],
+            "--rollouts-per-prompt: --method sft makes no use",
+        ),
+        (["--advantage", "group"], "--advantage group compares completions"),
+        (
+            ["--method", "pbsd", "--teacher-context", "peer"],
+            "peer compares completions of one problem, .* choose another",
+        ),
+        (["--teacher-context", "peer"], "--rollouts-per-prompt"),
+        (["--teacher-every", "5"], "--teacher-every: it belongs to --teacher-schedule copy"),
+        (
+            ["--method", "stable-opd", "--teacher-context", "solution"],
+            "needs --teacher-context none",
+        ),
+        (["--method", "pbsd", "--rollouts-per-prompt", "2"], "needs --rollouts-per-prompt 1"),
+        (["--method", "rp-opsd", "--teacher-schedule", "ema"], "needs --teacher-schedule frozen"),
+        (["--method", "trace", "--teacher-context", "solution"], "needs --teacher-context label"),
+        (["--method", "brts", "--rows", "reference"], "--rows: --method brts makes no use of it"),
+        (["--rows", "teacher"], "--rows: --method cl-egrsd learns from rollouts only"),
+        (
+            ["--method", "sft", "--teacher-rollouts", "2"],
+            "--teacher-rollouts: --method sft makes no use of it",
+        ),
+        (
+            ["--method", "msd", "--ask-temperature", "0.5"],
+            "--ask-temperature: no text is asked for",
+        ),
+        (
+            ["--method", "sft", "--rows", "teacher", "--teacher-context", "reflection"],
+            "is about rollouts",
+        ),
+        (
+            ["--method", "sft", "--rows", "teacher", "--teacher-context", "peer"],
+            "is about rollouts",
+        ),
+        (["--method", "pbsd", "--teacher-context", "label"], "needs a text for every problem"),
+        (
+            ["--method", "rp-opsd", "--teacher-context", "none"],
+            "leaves no difference between the teacher's two views",
+        ),
+        (
+            ["--method", "egrsd", "--gate", "two-view", "--teacher-context", "none"],
+            "leaves no difference",
+        ),
+        (
+            ["--method", "egrsd", "--gate", "dual", "--floor", "0.5"],
+            "--floor: --gate dual takes the place",
+        ),
+        (["--gate", "two-view"], "use it with --method egrsd"),
+        (["--method", "egrds"], "--method"),
+    ],
+)
 def test_contradictions_are_refused(flags, complaint):
     with pytest.raises(InputError, match=complaint) as error:
         settings(*flags)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--advantage", "group"], ["--teacher-context", "peers"],
-    *(["--method", name] for name, m in METHODS.items() if m.groups)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--advantage", "group"],
+        ["--teacher-context", "peers"],
+        *(["--method", name] for name, m in METHODS.items() if m.groups),
+    ],
+)
 def test_groups_of_one_are_refused(flags):
     with pytest.raises(InputError, match="set --rollouts-per-prompt to 2 or more"):
         settings(*flags, "--rollouts-per-prompt", "1")
@@ -629,34 +953,52 @@ def arguments(tiny_toy, out, name, **changes):
     flags = train_arguments(tiny_toy, out, **settings)
     if method and not method.rollouts:  # which refuses what nobody would sample with
         for flag in ("--temperature", "--top-p", "--top-k"):
-            del flags[flags.index(flag):flags.index(flag) + 2]
+            del flags[flags.index(flag) : flags.index(flag) + 2]
     return flags
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in (
-    "sft", "sdpo", "stable-opd", "brts"))) for name in METHODS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name not in ("sft", "sdpo", "stable-opd", "brts"))
+        )
+        for name in METHODS
+    ],
+)
 def test_every_method_trains(tiny_toy, tmp_path, name):
     family_here(*arguments(tiny_toy, tmp_path / "run", name, steps=2))
     rows = metrics(tmp_path / "run")
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
-    assert rows[1]["grad_norm"] > 0 or METHODS[name].groups  # no peer is correct, or all rewards are alike
+    # no peer is correct, or all rewards are alike
+    assert rows[1]["grad_norm"] > 0 or METHODS[name].groups
     derived = json.loads((tmp_path / "run" / "config.json").read_text())["derived"]
-    assert derived["completions_per_step"] == (16 if METHODS[name].rollouts and METHODS[name].rows else 8)
+    assert derived["completions_per_step"] == (
+        16 if METHODS[name].rollouts and METHODS[name].rows else 8
+    )
 
 
 @pytest.mark.parametrize("name", ["pw-opsd", "reopold", "stable-opd"])
 def test_micro_batches_change_nothing(tiny_toy, tmp_path, name):
     for out, micro_batch in (("whole", 16), ("parts", 2)):
-        family_here(*arguments(tiny_toy, tmp_path / out, name, steps=2, **{"micro-batch": micro_batch}))
+        family_here(
+            *arguments(tiny_toy, tmp_path / out, name, steps=2, **{"micro-batch": micro_batch})
+        )
     assert_close_gradients(tmp_path / "parts", tmp_path / "whole", 2)
 
 
 def test_a_teacher_with_nothing_to_be_shown_says_nothing(tiny_toy, tmp_path):
-    """No rollout is correct, so no peer is: neither divergence nor entropy nor d may reach the loss."""
-    rows = [json.loads(line) | {"answer": "-1"} for line in (tiny_toy / "train.jsonl").read_text().splitlines()]
+    """No rollout is correct, so no peer is: neither divergence nor entropy nor d may reach the
+    loss."""
+    rows = [
+        json.loads(line) | {"answer": "-1"}
+        for line in (tiny_toy / "train.jsonl").read_text().splitlines()
+    ]
     (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("sdpo", "mopd", "rlrt"):
-        family_here(*arguments(tiny_toy, tmp_path / name, name, steps=2, data=tmp_path / "wrong.jsonl"))
+        family_here(
+            *arguments(tiny_toy, tmp_path / name, name, steps=2, data=tmp_path / "wrong.jsonl")
+        )
         for row in metrics(tmp_path / name):
             for key in ("accuracy", "loss", "grad_norm", "entropy", "delta", "max_entropy"):
                 assert row[key] == 0, key
@@ -667,19 +1009,28 @@ def test_no_solution_is_needed_where_none_is_shown(tiny_toy, tmp_path):
     bare = [json.dumps({"problem": row["problem"], "answer": row["answer"]}) + "\n" for row in rows]
     (tmp_path / "bare.jsonl").write_text("".join(bare))
     for out, flags in (("grpo", {}), ("egrsd", {"teacher-context": "answer"})):
-        family_here(*arguments(tiny_toy, tmp_path / out, out, steps=1, data=tmp_path / "bare.jsonl", **flags))
+        family_here(
+            *arguments(
+                tiny_toy, tmp_path / out, out, steps=1, data=tmp_path / "bare.jsonl", **flags
+            )
+        )
     with pytest.raises(InputError, match="field 'solution' is missing"):
-        family_here(*arguments(tiny_toy, tmp_path / "sft", "sft", steps=1, data=tmp_path / "bare.jsonl"))
+        family_here(
+            *arguments(tiny_toy, tmp_path / "sft", "sft", steps=1, data=tmp_path / "bare.jsonl")
+        )
 
 
 def by_two_processes(flags_of_runs, directory):
     """Several runs, one after the other."""
+
     def several():
         begin = dist.init_process_group
-        dist.init_process_group = lambda *a, **k: dist.is_initialized() or begin(*a, **k)  # one group for all
+        # one group for all
+        dist.init_process_group = lambda *a, **k: dist.is_initialized() or begin(*a, **k)
         for flags in flags_of_runs:
             train.train(*lab.parse_arguments(list(map(str, flags))))
         distributed.close()
+
     assert_ended_well(start_ranks(directory, several, "family"), directory)
 
 
@@ -693,19 +1044,29 @@ def test_two_processes_change_nothing(tiny_toy, tmp_path):
     for name in TWICE:
         family_here(*arguments(tiny_toy, tmp_path / name, name, steps=2))
         assert_close_gradients(two / name, tmp_path / name, 2)
-        medians = [json.loads((place / name / "checkpoints/step-000002/state.json").read_text())["median_entropies"]
-                   for place in (tmp_path, two)]
-        assert medians[0] == pytest.approx(medians[1], abs=1e-6) and len(medians[0]) == (0 if name == "sft" else 2)
+        medians = [
+            json.loads((place / name / "checkpoints/step-000002/state.json").read_text())[
+                "median_entropies"
+            ]
+            for place in (tmp_path, two)
+        ]
+        assert medians[0] == pytest.approx(medians[1], abs=1e-6) and len(medians[0]) == (
+            0 if name == "sft" else 2
+        )
 
 
 @pytest.mark.slow
 def test_every_method_trains_for_twenty_steps_on_one_and_two_processes(tiny_toy, tmp_path):
-    by_two_processes([arguments(tiny_toy, tmp_path / "two" / name, name, steps=20) for name in METHODS], tmp_path)
+    by_two_processes(
+        [arguments(tiny_toy, tmp_path / "two" / name, name, steps=20) for name in METHODS], tmp_path
+    )
     for name in METHODS:
         family_here(*arguments(tiny_toy, tmp_path / "one" / name, name, steps=20))
         for place in ("one", "two"):
             rows = metrics(tmp_path / place / name)
-            assert len(rows) == 20 and all(math.isfinite(value) for row in rows for value in row.values())
+            assert len(rows) == 20 and all(
+                math.isfinite(value) for row in rows for value in row.values()
+            )
 
 
 def stored_adapter(tiny_toy, path):
@@ -718,7 +1079,8 @@ def stored_adapter(tiny_toy, path):
 @pytest.mark.parametrize("schedule", ["ema", "copy"])
 def test_teacher_schedules_follow_the_student_and_survive_a_resume(tiny_toy, tmp_path, schedule):
     extra = {"teacher-schedule": schedule, "checkpoint-every": 1} | (
-        {"teacher-every": 3} if schedule == "copy" else {"teacher-decay": 0.8})
+        {"teacher-every": 3} if schedule == "copy" else {"teacher-decay": 0.8}
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     family_here(*arguments(tiny_toy, whole, "antisd", **extra))
     family_here(*arguments(tiny_toy, parts, "antisd", steps=2, **extra))
@@ -738,21 +1100,34 @@ def test_teacher_schedules_follow_the_student_and_survive_a_resume(tiny_toy, tmp
 
 
 def test_a_teacher_copied_after_every_step_is_the_student_of_the_step_before(tiny_toy, tmp_path):
-    """With the student's own prompt and weights there is no difference left for the teacher to make."""
-    family_here(*arguments(tiny_toy, tmp_path / "run", "vopd", **{
-        "teacher-schedule": "copy", "teacher-every": 1, "teacher-context": "none", "lr": 1e-1}))
+    """With the student's own prompt and weights there is no difference left for the teacher to
+    make."""
+    family_here(
+        *arguments(
+            tiny_toy,
+            tmp_path / "run",
+            "vopd",
+            **{
+                "teacher-schedule": "copy",
+                "teacher-every": 1,
+                "teacher-context": "none",
+                "lr": 1e-1,
+            },
+        )
+    )
     assert all(abs(row["delta"]) < 1e-5 for row in metrics(tmp_path / "run"))
 
 
 def documented_example():
     text = (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
     start = text.index("@method(")
-    return text[start:text.index("```", start)]
+    return text[start : text.index("```", start)]
 
 
 def test_the_documented_new_method_trains(tiny_toy, tmp_path):
-    """Adding a method is one function in one file: the example at the end of a copy of family/methods.py, trained with
-    its name. A method that reads eps is reported with its magnitude."""
+    """Adding a method is one function in one file: the example at the end of a copy of
+    family/methods.py, trained with its name. A method that reads eps is reported with its
+    magnitude."""
     here, example = tmp_path / "copy", documented_example()
     name = example.split('"')[1]
     assert len(example.strip().splitlines()) <= 15 and name not in METHODS
@@ -769,7 +1144,9 @@ def test_the_documented_new_method_trains(tiny_toy, tmp_path):
 # ---- small wrongs
 
 
-def test_a_method_that_uses_the_gate_but_not_the_magnitude_reports_its_gate(tiny_toy, tmp_path, monkeypatch):
+def test_a_method_that_uses_the_gate_but_not_the_magnitude_reports_its_gate(
+    tiny_toy, tmp_path, monkeypatch
+):
     """Values in the order of names lose one where a name in the middle is missing."""
     loss = METHODS["grpo"].loss
     gate_only = methods.Method(loss, "for this test", uses=("advantage", "gamma", "floor"))
@@ -789,15 +1166,18 @@ def test_group_advantage():
             neighbour.GroupAdvantage(size)
 
 
-GROUP_STATE = {"steps", "count", "mean", "sum_squares"}  # what a checkpoint holds, whatever the baseline
+# what a checkpoint holds, whatever the baseline
+GROUP_STATE = {"steps", "count", "mean", "sum_squares"}
 
 
 def test_references_that_are_cut_are_counted_aloud(tiny_toy, tmp_path, capsys):
     family_here(*arguments(tiny_toy, tmp_path / "run", "sft", steps=1, **{"max-new-tokens": 3}))
     said = [line for line in capsys.readouterr().out.splitlines() if "reference solutions" in line]
     count = len((tiny_toy / "train.jsonl").read_text().splitlines())
-    assert said == [f"--method sft: {count} of {count} reference solutions are longer than --max-new-tokens 3 "
-                    "and are cut there"]
+    assert said == [
+        f"--method sft: {count} of {count} reference solutions are longer than --max-new-tokens 3 "
+        "and are cut there"
+    ]
 
 
 @pytest.mark.parametrize("name", ["cl-egrsd", "egrsd"])
@@ -805,13 +1185,21 @@ def test_ablations_of_the_core_s_methods(tiny_toy, tmp_path, name):
     """The family's flags with EGRSD: the step is the core's but for what the flag says."""
     plain, same, other = (tmp_path / place for place in ("plain", "same", "other"))
     family_here(*arguments(tiny_toy, plain, name, steps=2))
-    family_here(*arguments(tiny_toy, same, name, steps=2, **{"teacher-schedule": "copy", "teacher-every": 50}))
+    family_here(
+        *arguments(
+            tiny_toy, same, name, steps=2, **{"teacher-schedule": "copy", "teacher-every": 50}
+        )
+    )
     family_here(*arguments(tiny_toy, other, name, steps=2, **{"teacher-context": "answer"}))
     changed = adapter(other, 2)
     assert adapter(plain, 2).keys() == adapter(same, 2).keys() == changed.keys()
     assert not all(torch.equal(tensor, changed[key]) for key, tensor in adapter(plain, 2).items())
-    # until it is copied for the first time the teacher is the untrained adapter, which is the base model
-    assert metrics(same)[0]["loss"] == pytest.approx(metrics(plain)[0]["loss"]) and len(metrics(same)) == 2
+    # until it is copied for the first time the teacher is the untrained adapter, which is the base
+    # model
+    assert (
+        metrics(same)[0]["loss"] == pytest.approx(metrics(plain)[0]["loss"])
+        and len(metrics(same)) == 2
+    )
 
 
 def test_position_gate(tiny_toy, tmp_path):
@@ -822,17 +1210,29 @@ def test_position_gate(tiny_toy, tmp_path):
 # ---- resumed
 
 
-@pytest.mark.parametrize("flags", [
-    ["--method", "rlsd"], ["--method", "egrsd"], ["--window", "0"], ["--method", "direction-aware"],
-    ["--method", "sft"], ["--method", "antisd", "--rollouts-per-prompt", "4"],
-    ["--gamma", "0", "--teacher-context", "answer"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "rlsd"],
+        ["--method", "egrsd"],
+        ["--window", "0"],
+        ["--method", "direction-aware"],
+        ["--method", "sft"],
+        ["--method", "antisd", "--rollouts-per-prompt", "4"],
+        ["--gamma", "0", "--teacher-context", "answer"],
+    ],
+)
 def test_the_command_that_started_a_run_resumes_it(tmp_path, flags, monkeypatch):
     """Settings that the method or the preset brought must not count as changes."""
     command = ["--preset", "toy", "--out", str(tmp_path), *flags]
     started, *_ = lab.parse_arguments(command)
-    (tmp_path / "config.json").write_text(json.dumps({"settings": asdict(started), "world_size": 1}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"settings": asdict(started), "world_size": 1})
+    )
     for again in (command, [*command, "--resume"], ["--out", str(tmp_path), "--resume", *flags]):
-        resumed, resume, _ = lab.parse_arguments(again if "--resume" in again else [*again, "--resume"])
+        resumed, resume, _ = lab.parse_arguments(
+            again if "--resume" in again else [*again, "--resume"]
+        )
         assert resume and resumed == started
     with pytest.raises(InputError, match="--resume with changed settings .--seed was 0."):
         lab.parse_arguments([*command, "--resume", "--seed", "3"])
@@ -841,8 +1241,15 @@ def test_the_command_that_started_a_run_resumes_it(tmp_path, flags, monkeypatch)
 def stored(tmp_path, *flags, **changes):
     """config.json of a run started with these flags, with some settings changed by hand."""
     s, *_ = lab.parse_arguments(["--preset", "toy", "--out", str(tmp_path), *flags])
-    (tmp_path / "config.json").write_text(json.dumps({
-        "settings": asdict(s) | changes, "trainer": "Neighbour" if family.is_used(s) else "Trainer", "world_size": 1}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "settings": asdict(s) | changes,
+                "trainer": "Neighbour" if family.is_used(s) else "Trainer",
+                "world_size": 1,
+            }
+        )
+    )
     return s
 
 
@@ -861,7 +1268,9 @@ def test_a_core_run_resumes_when_the_family_is_gone_and_a_familys_run_is_refused
     assert asdict(resumed) == {f.name: getattr(s, f.name) for f in fields(resumed)}
     for flags in (["--method", "opsd"], ["--teacher-context", "answer"]):
         stored(tmp_path, *flags)
-        with pytest.raises(InputError, match="started with python -m family: go on with python -m family --out"):
+        with pytest.raises(
+            InputError, match="started with python -m family: go on with python -m family --out"
+        ):
             settings_without_family(tmp_path)
 
 
@@ -869,7 +1278,9 @@ def settings_without_family(tmp_path):
     return support_settings.parse(["--out", str(tmp_path), "--resume"], "", None)
 
 
-@pytest.mark.parametrize("text", ['{"settings": [], "world_size": 1}', '{"settings": null}', "[]", "half a fi", "{}"])
+@pytest.mark.parametrize(
+    "text", ['{"settings": [], "world_size": 1}', '{"settings": null}', "[]", "half a fi", "{}"]
+)
 def test_a_damaged_config_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match="no run that can be resumed here"):
@@ -879,17 +1290,23 @@ def test_a_damaged_config_is_refused_in_one_line(tmp_path, text):
         lab.parse_arguments(["--out", str(tmp_path), "--resume"])
 
 
-@pytest.mark.parametrize("old, new", [
-    (dict(method="cl-egrsd", gate="lookahead"), ("cl-egrsd", 0.3, 3)),
-    (dict(method="egrsd", gate="entropy"), ("egrsd", 0.3, 0)),
-    (dict(method="direction-aware", gate="none"), ("direction-aware", 0.0, 3)),
-    (dict(method="cl-egrsd", gate="lookahead", gamma=0.0), ("direction-aware", 0.0, 3)),
-    (dict(method="opsd", gate="lookahead"), ("opsd", 0.3, 3)),
-    (dict(method="egrsd", gate="position"), ("egrsd", 0.3, 0))])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (dict(method="cl-egrsd", gate="lookahead"), ("cl-egrsd", 0.3, 3)),
+        (dict(method="egrsd", gate="entropy"), ("egrsd", 0.3, 0)),
+        (dict(method="direction-aware", gate="none"), ("direction-aware", 0.0, 3)),
+        (dict(method="cl-egrsd", gate="lookahead", gamma=0.0), ("direction-aware", 0.0, 3)),
+        (dict(method="opsd", gate="lookahead"), ("opsd", 0.3, 3)),
+        (dict(method="egrsd", gate="position"), ("egrsd", 0.3, 0)),
+    ],
+)
 def test_settings_of_older_runs_are_understood(tmp_path, old, new):
     """config.json of commit 33dce51, where --gate said what gamma and window say."""
     s, *_ = lab.parse_arguments(["--preset", "toy"])
-    (tmp_path / "config.json").write_text(json.dumps({"settings": asdict(s) | old, "world_size": 1}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"settings": asdict(s) | old, "world_size": 1})
+    )
     resumed, *_ = lab.parse_arguments(["--out", str(tmp_path), "--resume"])
     assert (resumed.method, resumed.gamma, resumed.window) == new
     assert resumed.gate == ("position" if old["gate"] == "position" else "")

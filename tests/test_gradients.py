@@ -22,17 +22,28 @@ from support.sampling import Rollout
 
 def exact_gradient(model, rows, privileged, advantage, **values):
     """Of one configuration: row by row from full logits in float64."""
+
     def distributions(prompt, completion):
-        return model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+        return (
+            model(torch.tensor([prompt + completion]))
+            .logits[0, len(prompt) - 1 : -1]
+            .log_softmax(-1)
+        )
+
     mask = torch.zeros(len(rows), max(len(row.token_ids) for row in rows), dtype=torch.bool)
     logp, teacher_logp, entropy = (torch.zeros(mask.shape, dtype=torch.float64) for _ in range(3))
     for i, row in enumerate(rows):
         n, own = len(row.token_ids), distributions(row.prompt, row.token_ids)
         with lora.disabled(model), torch.no_grad():
             seen = distributions(privileged[i], row.token_ids)
-        logp[i, :n], teacher_logp[i, :n] = own[range(n), row.token_ids], seen[range(n), row.token_ids]
+        logp[i, :n], teacher_logp[i, :n] = (
+            own[range(n), row.token_ids],
+            seen[range(n), row.token_ids],
+        )
         entropy[i, :n], mask[i, :n] = -(seen.exp() * seen).sum(-1), True
-    weights = egrsd.token_advantages(advantage, teacher_logp, logp, entropy, mask, floor=0.2, **values)
+    weights = egrsd.token_advantages(
+        advantage, teacher_logp, logp, entropy, mask, floor=0.2, **values
+    )
     loss = egrsd.policy_loss(logp, weights, mask)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, lora.lora_parameters(model))])
 
@@ -46,35 +57,61 @@ def test_every_gradient_equals_that_of_a_plain_loop(monkeypatch, pass_tokens):
     model.double()
     lengths = [7, 1, 5, 4]
     privileged, prompts = random_ids([9, 8, 12, 9], seed=1), random_ids([4, 6, 3, 5], seed=2)
-    rows = [Rollout(ids, [], True, Problem(str(i), "", "", i), prompts[i], reward=r, advantage=a) for i, (ids, r, a)
-            in enumerate(zip(random_ids(lengths), [1.2, 0.0, 1.4, 0.0], [1.5, -0.5, 2.0, -0.5], strict=True))]
-    monkeypatch.setattr(gradients, "teacher_prompt", lambda tokenizer, problem, thinking: privileged[problem.line])
-    s = Settings(gamma=[0.3, 2.0], window=[0, 2], eps=[0.6], floor=0.2, sketch=10**6, pass_tokens=pass_tokens)
+    rows = [
+        Rollout(ids, [], True, Problem(str(i), "", "", i), prompts[i], reward=r, advantage=a)
+        for i, (ids, r, a) in enumerate(
+            zip(random_ids(lengths), [1.2, 0.0, 1.4, 0.0], [1.5, -0.5, 2.0, -0.5], strict=True)
+        )
+    ]
+    monkeypatch.setattr(
+        gradients, "teacher_prompt", lambda tokenizer, problem, thinking: privileged[problem.line]
+    )
+    s = Settings(
+        gamma=[0.3, 2.0], window=[0, 2], eps=[0.6], floor=0.2, sketch=10**6, pass_tokens=pass_tokens
+    )
     found, grid = gradients.batch_sketches(model, None, rows, s), gradients.configurations(s)
     assert len(grid) == 2 * (1 + 2 * 2) + 3
     for name, (gamma, window, eps), vector in zip(grid, grid.values(), found, strict=True):
-        advantage = {"r": [1.2, 0.0, 1.4, 0.0], "r - 0.5": [0.7, -0.5, 0.9, -0.5], "shorter": [
-            4.25 - length for length in lengths]}.get(name, [1.5, -0.5, 2.0, -0.5])
-        exact = exact_gradient(model, rows, privileged, torch.tensor(advantage), gamma=gamma, window=window, eps=eps)
+        advantage = {
+            "r": [1.2, 0.0, 1.4, 0.0],
+            "r - 0.5": [0.7, -0.5, 0.9, -0.5],
+            "shorter": [4.25 - length for length in lengths],
+        }.get(name, [1.5, -0.5, 2.0, -0.5])
+        exact = exact_gradient(
+            model, rows, privileged, torch.tensor(advantage), gamma=gamma, window=window, eps=eps
+        )
         exact_sketch = gradients.sketch(exact, s.sketch, s.seed)
-        torch.testing.assert_close(vector, exact_sketch, rtol=0, atol=1e-5 * exact_sketch.abs().max().item())
+        torch.testing.assert_close(
+            vector, exact_sketch, rtol=0, atol=1e-5 * exact_sketch.abs().max().item()
+        )
         assert exact.norm() > 0.1
 
 
 def test_names_are_those_of_compare():
     grid = gradients.configurations(Settings())
-    assert len(grid) == 43 and {"grpo", "no gate, eps 0.8", "gamma 1.0 W 5, eps 0.4", "r", "shorter"} <= set(grid)
+    assert len(grid) == 43 and {
+        "grpo",
+        "no gate, eps 0.8",
+        "gamma 1.0 W 5, eps 0.4",
+        "r",
+        "shorter",
+    } <= set(grid)
     for name in set(grid) & set(compare.variants()) - {"grpo"}:
         s = settings.parse(["--preset", "toy", *compare.variants()[name]], "", family)[0]
         assert grid[name] == (s.gamma, s.window if s.gamma else 0, s.eps), name
-    assert len(set(grid) & set(compare.variants())) == 18  # all of its gates and clips, grpo and magnitude off
+    # all of its gates and clips, grpo and magnitude off
+    assert len(set(grid) & set(compare.variants())) == 18
 
 
 # ---- figures
 
 
-GRID = {"grpo": (0.0, 0, 0.0), "eps 0.5": (0.0, 0, 0.5), "gamma 1.0 W 0, eps 0.5": (1.0, 0, 0.5),
-        "shorter": (0.0, 0, 0.0)}
+GRID = {
+    "grpo": (0.0, 0, 0.0),
+    "eps 0.5": (0.0, 0, 0.5),
+    "gamma 1.0 W 0, eps 0.5": (1.0, 0, 0.5),
+    "shorter": (0.0, 0, 0.0),
+}
 
 
 def slow(s, p, shorter):
@@ -83,17 +120,28 @@ def slow(s, p, shorter):
 
     def cosine(x, y):
         return x @ y / np.sqrt((x @ x) * (y @ y))
+
     pairs = list(itertools.permutations(range(n), 2))
     ss, sp, pp = (np.mean([x[a] @ y[b] for a, b in pairs]) for x, y in ((s, s), (s, p), (p, p)))
     power, bias = np.mean([x @ x for x in s]), sp / np.sqrt(ss * pp)
-    cosines, toward_shorter = ([cosine(s[b], sum(x[other] for other in range(n) if other != b)) for b in range(n)]
-                               for x in (p, shorter))
-    signs = [cosine(np.sign(s[b]), sum(p[other] for other in range(n) if other != b)) for b in range(n)]
-    return {"cosines": cosines, "alignment": np.mean(cosines), "sign": np.mean(signs),
-            "shorter": np.mean(toward_shorter), "bias": bias, "signal": ss / power,
-            "norm": np.sqrt(power / np.mean([x @ x for x in p])),
-            "naive bias": cosine(s.mean(0), p.mean(0)),
-            "momentum": bias * np.sqrt(ss / (ss + (power - ss) / 19))}
+    cosines, toward_shorter = (
+        [cosine(s[b], sum(x[other] for other in range(n) if other != b)) for b in range(n)]
+        for x in (p, shorter)
+    )
+    signs = [
+        cosine(np.sign(s[b]), sum(p[other] for other in range(n) if other != b)) for b in range(n)
+    ]
+    return {
+        "cosines": cosines,
+        "alignment": np.mean(cosines),
+        "sign": np.mean(signs),
+        "shorter": np.mean(toward_shorter),
+        "bias": bias,
+        "signal": ss / power,
+        "norm": np.sqrt(power / np.mean([x @ x for x in p])),
+        "naive bias": cosine(s.mean(0), p.mean(0)),
+        "momentum": bias * np.sqrt(ss / (ss + (power - ss) / 19)),
+    }
 
 
 def test_figures_equal_slow_loops():
@@ -102,15 +150,29 @@ def test_figures_equal_slow_loops():
     rows = gradients.summarise(torch.tensor(vectors), GRID, True)
     assert list(rows) == sorted(rows, key=lambda name: -rows[name]["alignment"][0])
     for name, s in zip(GRID, vectors, strict=True):
+
         def values(kept, name=name, s=s):
-            own, plain, ungated = (slow(x[kept], vectors[0][kept], vectors[3][kept]) for x in (s, *vectors[:2]))
-            rivals = {"- grpo": own["alignment"] - plain["alignment"], "- gamma 0":
-                      own["alignment"] - (plain if name in ("grpo", "shorter") else ungated)["alignment"]}
+            own, plain, ungated = (
+                slow(x[kept], vectors[0][kept], vectors[3][kept]) for x in (s, *vectors[:2])
+            )
+            rivals = {
+                "- grpo": own["alignment"] - plain["alignment"],
+                "- gamma 0": own["alignment"]
+                - (plain if name in ("grpo", "shorter") else ungated)["alignment"],
+            }
             return own | rivals
-        whole, left = values(list(range(6))), [values([k for k in range(6) if k != b]) for b in range(6)]
-        assert rows[name].keys() == whole.keys() and rows[name]["cosines"] == pytest.approx(whole.pop("cosines"))
+
+        whole, left = (
+            values(list(range(6))),
+            [values([k for k in range(6) if k != b]) for b in range(6)],
+        )
+        assert rows[name].keys() == whole.keys() and rows[name]["cosines"] == pytest.approx(
+            whole.pop("cosines")
+        )
         for key, value in whole.items():
-            error = np.sqrt(5 / 6 * sum((x[key] - np.mean([y[key] for y in left])) ** 2 for x in left))
+            error = np.sqrt(
+                5 / 6 * sum((x[key] - np.mean([y[key] for y in left])) ** 2 for x in left)
+            )
             assert rows[name][key] == pytest.approx([value, error], abs=1e-9), key
 
 
@@ -123,26 +185,38 @@ def test_a_batch_is_compared_with_the_others_only():
 
 
 def test_noise_and_errors_are_those_of_known_directions():
-    """E p = e, E s = 0.8 e + 0.6 f with noise in common: the estimates hit the truth, where the naive cosine is off,
-    and the jackknife hits their spread over 100 repetitions."""
+    """E p = e, E s = 0.8 e + 0.6 f with noise in common: the estimates hit the truth, where the
+    naive cosine is off, and the jackknife hits their spread over 100 repetitions."""
     rng, found = np.random.default_rng(0), []
     for _ in range(100):
         noise, own = rng.normal(size=(2, 12, 300)) / np.sqrt(300)
         p, s = 2 * noise, 2 * noise + 0.5 * own
         p[:, 0], s[:, 0], s[:, 1] = p[:, 0] + 1, s[:, 0] + 0.8, s[:, 1] + 0.6
         row = gradients.summarise(torch.tensor(np.stack([p, s, s, p])), GRID, False)["eps 0.5"]
-        found.append([row[key] for key in ("bias", "signal", "momentum", "naive bias", "alignment", "- grpo")])
+        found.append(
+            [
+                row[key]
+                for key in ("bias", "signal", "momentum", "naive bias", "alignment", "- grpo")
+            ]
+        )
     values, errors = np.moveaxis(np.array(found), 2, 0)
     truth = [0.8, 1 / 5.25, 0.8 / np.sqrt(1 + 4.25 / 19)]
     assert values.mean(0)[:3] == pytest.approx(truth, abs=0.01) and values.mean(0)[3] > 0.83
-    assert np.sqrt((errors ** 2).mean(0)) == pytest.approx(values.std(0), rel=0.3)
+    assert np.sqrt((errors**2).mean(0)) == pytest.approx(values.std(0), rel=0.3)
 
 
 def test_noise_that_outweighs_the_signal_is_told():
-    vectors = torch.eye(4).double() - 0.3 * torch.ones(4, 4)  # products of different batches are negative
+    # products of different batches are negative
+    vectors = torch.eye(4).double() - 0.3 * torch.ones(4, 4)
     row = gradients.summarise(torch.stack([vectors] * 4), GRID, False)["eps 0.5"]
     assert row["bias"] == row["momentum"] == [None, None] and row["signal"][0] < 0
-    result = {"accuracy": 0, "length": 1, "coordinates": 4, "sketch_error": 0.5, "rows": {"grpo": row}}
+    result = {
+        "accuracy": 0,
+        "length": 1,
+        "coordinates": 4,
+        "sketch_error": 0.5,
+        "rows": {"grpo": row},
+    }
     line = gradients.table(result).splitlines()[-1].split(" | ")
     assert line[3] == line[6] == "-" and line[8].startswith("+0.000 +- ")
 
@@ -164,7 +238,9 @@ def test_alignment_on_sketches_is_exact_to_half_a_percent():
     """Of gradients that are much longer than their sketches."""
     vectors = torch.randn(4, 8, 300_000, generator=torch.Generator().manual_seed(0)) + 0.5
     vectors[1:] += vectors[0] / 2
-    kept = torch.stack([torch.stack([gradients.sketch(x, 2**16, 0) for x in batches]) for batches in vectors])
+    kept = torch.stack(
+        [torch.stack([gradients.sketch(x, 2**16, 0) for x in batches]) for batches in vectors]
+    )
     assert kept.shape == (4, 8, 2**16)
     exact, found = (gradients.summarise(x, GRID, False) for x in (vectors, kept))
     for name, row in exact.items():
@@ -177,15 +253,29 @@ def test_products_of_sketches_are_unbiased():
     y[::8] += 3 * x[::8]  # large coordinates one chunk apart: without turns they would meet
     sketches = [[gradients.sketch(v, 8, seed) for v in (x, y)] for seed in range(500)]
     products = torch.stack([a @ b for a, b in sketches])
-    assert abs(products.mean() - x @ y) < 3 * products.std() / 500 ** 0.5
+    assert abs(products.mean() - x @ y) < 3 * products.std() / 500**0.5
     scale = (x.norm() * y.norm()).item()
-    assert products.std() / scale < (1 + (x @ y / scale) ** 2) ** 0.5 / 8 ** 0.5 * 1.1
+    assert products.std() / scale < (1 + (x @ y / scale) ** 2) ** 0.5 / 8**0.5 * 1.1
 
 
 # ---- the command
 
 
-FLAGS = ["--batches", 3, "--batch", 8, "--max-new-tokens", 12, "--gamma", 0.3, 1, "--window", 3, "--eps", 0.2]
+FLAGS = [
+    "--batches",
+    3,
+    "--batch",
+    8,
+    "--max-new-tokens",
+    12,
+    "--gamma",
+    0.3,
+    1,
+    "--window",
+    3,
+    "--eps",
+    0.2,
+]
 
 
 def run(monkeypatch, *flags):
@@ -194,14 +284,41 @@ def run(monkeypatch, *flags):
 
 
 def test_command(tiny_toy, tiny_run, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, "--model", tiny_toy / "model", "--data", tiny_toy / "train.jsonl", *FLAGS, "--teacher-context",
-        "answer", "--adapter", tiny_run / "checkpoints" / "step-000004" / "adapter", "--out", tmp_path / "g.json")
+    run(
+        monkeypatch,
+        "--model",
+        tiny_toy / "model",
+        "--data",
+        tiny_toy / "train.jsonl",
+        *FLAGS,
+        "--teacher-context",
+        "answer",
+        "--adapter",
+        tiny_run / "checkpoints" / "step-000004" / "adapter",
+        "--out",
+        tmp_path / "g.json",
+    )
     result = json.loads((tmp_path / "g.json").read_text(), parse_constant=pytest.fail)
-    assert set(result["rows"]) == {"grpo", "direction-aware", "cl-egrsd", "magnitude off", "gamma 1.0 W 3",
-                                   "gamma 1.0 W 3, eps 0", "r", "r - 0.5", "shorter"}
-    assert 0 < result["accuracy"] < 1 and 1 < result["length"] <= 12 and result["settings"]["batch"] == 8
+    assert set(result["rows"]) == {
+        "grpo",
+        "direction-aware",
+        "cl-egrsd",
+        "magnitude off",
+        "gamma 1.0 W 3",
+        "gamma 1.0 W 3, eps 0",
+        "r",
+        "r - 0.5",
+        "shorter",
+    }
+    assert (
+        0 < result["accuracy"] < 1
+        and 1 < result["length"] <= 12
+        and result["settings"]["batch"] == 8
+    )
     for row in result["rows"].values():
-        assert len(row["cosines"]) == 3 and np.mean(row["cosines"]) == pytest.approx(row["alignment"][0])
+        assert len(row["cosines"]) == 3 and np.mean(row["cosines"]) == pytest.approx(
+            row["alignment"][0]
+        )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0][2:] for line in lines[4:-2]] == list(result["rows"])
     assert lines[-1] == gradients.recommendation(result["rows"])
@@ -209,38 +326,77 @@ def test_command(tiny_toy, tiny_run, tmp_path, monkeypatch, capsys):
 
 def test_recommendation_names_the_best_gate_or_none():
     def row(alignment, error, more, its_error, sign):
-        return {"alignment": [alignment, error], "- grpo": [more, its_error], "- gamma 0": [0.03, 0.01],
-                "sign": [sign, 0.01]}
-    rows = {"r": row(0.6, 0.1, 0.3, 0.01, 0.9), "eps 0.9": row(0.5, 0.1, 0.12, 0.07, 0.4),
-            "eps 0.7": row(0.45, 0.1, 0.11, 0.02, 0.2), "eps 0.5": row(0.4, 0.1, 0.1, 0.02, 0.3),
-            "grpo": row(0.3, 0.1, 0.0, 0.0, 0.1)}
+        return {
+            "alignment": [alignment, error],
+            "- grpo": [more, its_error],
+            "- gamma 0": [0.03, 0.01],
+            "sign": [sign, 0.01],
+        }
+
+    rows = {
+        "r": row(0.6, 0.1, 0.3, 0.01, 0.9),
+        "eps 0.9": row(0.5, 0.1, 0.12, 0.07, 0.4),
+        "eps 0.7": row(0.45, 0.1, 0.11, 0.02, 0.2),
+        "eps 0.5": row(0.4, 0.1, 0.1, 0.02, 0.3),
+        "grpo": row(0.3, 0.1, 0.0, 0.0, 0.1),
+    }
     found = gradients.recommendation(rows)
-    assert found.startswith("try eps 0.5: of the 2 gates and clips, of 4,") and "+0.100 +- 0.020 above grpo's" in found
-    without = {name: {key: x for key, x in row.items() if key != "sign"} for name, row in rows.items()}
-    assert gradients.recommendation(without).startswith("try eps 0.7: of the 2 gates and clips, of 4,")
+    assert (
+        found.startswith("try eps 0.5: of the 2 gates and clips, of 4,")
+        and "+0.100 +- 0.020 above grpo's" in found
+    )
+    without = {
+        name: {key: x for key, x in row.items() if key != "sign"} for name, row in rows.items()
+    }
+    assert gradients.recommendation(without).startswith(
+        "try eps 0.7: of the 2 gates and clips, of 4,"
+    )
     for name in ("eps 0.5", "eps 0.7"):
         rows[name]["- grpo"] = [0.1, 0.06]
-    assert "is above grpo by two standard errors, which are up to 0.140 here" in gradients.recommendation(rows)
+    assert (
+        "is above grpo by two standard errors, which are up to 0.140 here"
+        in gradients.recommendation(rows)
+    )
     rows["grpo"]["alignment"] = [0.3, 0.2]  # as where all rewards are equal
     assert gradients.recommendation(rows).startswith("no recommendation: the plain gradients")
 
 
 def test_sketches_do_as_exact_gradients_on_the_toy_s_model(tiny_toy):
-    s = Settings(model=str(tiny_toy / "model"), data=str(tiny_toy / "train.jsonl"), batches=3, batch=8,
-                 max_new_tokens=12, gamma=[1.0], window=[0], eps=[0.8])
+    s = Settings(
+        model=str(tiny_toy / "model"),
+        data=str(tiny_toy / "train.jsonl"),
+        batches=3,
+        batch=8,
+        max_new_tokens=12,
+        gamma=[1.0],
+        window=[0],
+        eps=[0.8],
+    )
     kept, exact = (gradients.measure(replace(s, sketch=size)) for size in (2**16, s.sketch))
-    assert kept["sketch_error"] == 2**-8 and exact["sketch_error"] == 0 and kept["coordinates"] > 2**16
+    assert (
+        kept["sketch_error"] == 2**-8 and exact["sketch_error"] == 0 and kept["coordinates"] > 2**16
+    )
     for name, row in exact["rows"].items():
-        assert row["alignment"][0] == pytest.approx(kept["rows"][name]["alignment"][0], abs=0.005), name
+        assert row["alignment"][0] == pytest.approx(
+            kept["rows"][name]["alignment"][0], abs=0.005
+        ), name
 
 
-@pytest.mark.parametrize("flags,complaint", [
-    (["--batches", 2], "--batches must be in [3, inf), got 2"), (["--eps", 0.2, 1], "--eps must be in [0, 1), got 1.0"),
-    (["--window", -1], "--window must be in [0, inf), got -1"), (["--gamma", "nan"], "--gamma must be in [0, inf)"),
-    (["--gamma", "x"], "argument --gamma"), (["--out", "."], ".: cannot be written"),
-    (["--out", "no/g.json"], "no/g.json: cannot be written"),
-    (["--adapter", "nowhere"], "nowhere: cannot load the adapter"), (["--data", "nowhere.jsonl"], "no such data file"),
-    (["--max-new-tokens", 10**6], "lower --max-new-tokens")])
+@pytest.mark.parametrize(
+    "flags,complaint",
+    [
+        (["--batches", 2], "--batches must be in [3, inf), got 2"),
+        (["--eps", 0.2, 1], "--eps must be in [0, 1), got 1.0"),
+        (["--window", -1], "--window must be in [0, inf), got -1"),
+        (["--gamma", "nan"], "--gamma must be in [0, inf)"),
+        (["--gamma", "x"], "argument --gamma"),
+        (["--out", "."], ".: cannot be written"),
+        (["--out", "no/g.json"], "no/g.json: cannot be written"),
+        (["--adapter", "nowhere"], "nowhere: cannot load the adapter"),
+        (["--data", "nowhere.jsonl"], "no such data file"),
+        (["--max-new-tokens", 10**6], "lower --max-new-tokens"),
+    ],
+)
 def test_mistakes_end_in_one_line(tiny_toy, flags, complaint, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="1"):
         run(monkeypatch, "--model", tiny_toy / "model", "--data", tiny_toy / "train.jsonl", *flags)

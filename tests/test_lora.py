@@ -30,7 +30,9 @@ def test_only_the_adapter_is_trained_and_in_float32():
     names = lora.add_lora(model, rank=4)
     assert len(names) == 2 * 7 and "model.layers.1.mlp.down_proj" in names
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert {id(p) for p in trained} == {id(p) for p in lora.lora_parameters(model)} and len(trained) == 28
+    assert {id(p) for p in trained} == {id(p) for p in lora.lora_parameters(model)} and len(
+        trained
+    ) == 28
     assert all(p.dtype == torch.float32 for p in trained)
     model(IDS).logits.float().sum().backward()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
@@ -39,7 +41,9 @@ def test_only_the_adapter_is_trained_and_in_float32():
 def test_forward_equals_the_formula():
     model, _ = adapted()
     layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 32)
-    torch.testing.assert_close(layer(x), x @ (layer.base.weight + 8 / 4 * layer.lora_B @ layer.lora_A).T)
+    torch.testing.assert_close(
+        layer(x), x @ (layer.base.weight + 8 / 4 * layer.lora_B @ layer.lora_A).T
+    )
 
 
 def test_disabled_is_the_base_model_and_ends_whatever_happens():
@@ -49,7 +53,8 @@ def test_disabled_is_the_base_model_and_ends_whatever_happens():
         assert torch.equal(model(IDS).logits, base)
         with lora.disabled(model):
             pass
-        assert torch.equal(model(IDS).logits, base)  # leaving the inner block does not switch the outer one off
+        # leaving the inner block does not switch the outer one off
+        assert torch.equal(model(IDS).logits, base)
         raise KeyboardInterrupt
     assert torch.equal(model(IDS).logits, student)
 
@@ -102,7 +107,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not fit"):
         lora.load_adapter(tiny_qwen3(layers=3), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for change in ({"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}, {"alora_invocation_tokens": [1]}):
+    for change in (
+        {"use_dora": True},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"alora_invocation_tokens": [1]},
+    ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=next(iter(change))):
             lora.load_adapter(tiny_qwen3(), tmp_path)
@@ -112,8 +121,14 @@ def test_paths_and_all_linear_in_the_files_of_others(tmp_path):
     model, _ = adapted()
     lora.save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for targets in ("all-linear", ["self_attn.q_proj", *lora.TARGETS[1:7]], [*lora.linear_layers(tiny_qwen3())]):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
+    for targets in (
+        "all-linear",
+        ["self_attn.q_proj", *lora.TARGETS[1:7]],
+        [*lora.linear_layers(tiny_qwen3())],
+    ):
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps(config | {"target_modules": targets})
+        )
         fresh = tiny_qwen3()
         lora.load_adapter(fresh, tmp_path)
         assert torch.equal(fresh(IDS).logits, model(IDS).logits)
@@ -144,8 +159,10 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("base, autocast", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, True),
-                                            (torch.float32, True)])
+@pytest.mark.parametrize(
+    "base, autocast",
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, True), (torch.float32, True)],
+)
 def test_while_sampling_an_adapter_is_two_products(base, autocast):
     model, _ = adapted()
     layer = model.to(base).model.layers[0].mlp.up_proj
@@ -164,11 +181,14 @@ def test_while_sampling_an_adapter_is_two_products(base, autocast):
         layer.sampling(True)  # the new weights, in the same place
         assert [copy.data_ptr() for copy in layer.copies] == addresses
         rounding = 2 * torch.finfo(plain.dtype).eps * plain.abs().max().item()
-        torch.testing.assert_close(layer(x) - layer.base(x), 3 * (fast - layer.base(x)), rtol=0, atol=2 * rounding)
+        torch.testing.assert_close(
+            layer(x) - layer.base(x), 3 * (fast - layer.base(x)), rtol=0, atol=2 * rounding
+        )
         layer.sampling(False)
     assert fast.dtype == plain.dtype
     torch.testing.assert_close(fast, plain, rtol=0, atol=rounding)
-    casts = [] if base == torch.bfloat16 or not autocast else ["_to_copy"]  # of float32 base weights, at every call
+    # of float32 base weights, at every call
+    casts = [] if base == torch.bfloat16 or not autocast else ["_to_copy"]
     assert launches.names == [*casts, "mm", "mm", "addmm_"]
 
 
@@ -196,11 +216,19 @@ def test_sampling_sees_the_weights_of_its_beginning(change):
 
 
 def test_any_module_will_do():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ModuleDict({"up_proj": torch.nn.Linear(8, 4)}))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.ModuleDict({"up_proj": torch.nn.Linear(8, 4)})
+    )
     assert lora.add_lora(model, 2, 4, ("up_proj",)) == ["1.up_proj"]
 
 
 def test_short_names():
-    assert [lora.short_name(name) for name in ("lm_head", "model.layers.3.mlp.up_proj", "model.altup_projections.0",
-                                               "layers.1.adapters.0.0")] == [
-        "lm_head", "up_proj", "altup_projections.0", "adapters.0.0"]
+    assert [
+        lora.short_name(name)
+        for name in (
+            "lm_head",
+            "model.layers.3.mlp.up_proj",
+            "model.altup_projections.0",
+            "layers.1.adapters.0.0",
+        )
+    ] == ["lm_head", "up_proj", "altup_projections.0", "adapters.0.0"]

@@ -1,6 +1,6 @@
 """The models that work, one tiny random model of each kind: docs/models.md is made of it, by
 
-    python -m tests.test_models > docs/models.md                 a few minutes; `pytest -m slow` tests the same rows
+python -m tests.test_models > docs/models.md                 a few minutes; `pytest -m slow` tests the same rows
 """
 
 import importlib
@@ -22,20 +22,54 @@ from support.data import ATTENTION, add_adapter, load_model
 from support.errors import InputError
 
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
-BASE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=256, eos_token_id=1, pad_token_id=0,
-            bos_token_id=None, initializer_range=0.3, init_std=0.3, tie_word_embeddings=False,
-            dropout=0.0)  # support.data.load_model sets it to 0, too
+BASE = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    eos_token_id=1,
+    pad_token_id=0,
+    bos_token_id=None,
+    initializer_range=0.3,
+    init_std=0.3,
+    tie_word_embeddings=False,
+    dropout=0.0,
+)  # support.data.load_model sets it to 0, too
 WINDOW = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
-DELTA = dict(num_hidden_layers=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
-             linear_num_value_heads=4)  # three layers of gated delta net, one of attention
-EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-               n_group=1, topk_group=1, first_k_dense_replace=1, n_shared_experts=1)
+DELTA = dict(
+    num_hidden_layers=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)  # three layers of gated delta net, one of attention
+EXPERTS = dict(
+    num_experts=4,
+    num_local_experts=4,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    n_shared_experts=1,
+)
 SHARED = EXPERTS | dict(shared_expert_intermediate_size=16)
-LATENT = dict(kv_lora_rank=8, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-              num_key_value_heads=4)
+LATENT = dict(
+    kv_lora_rank=8,
+    q_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    num_key_value_heads=4,
+)
 MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
-OLD = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, n_inner=48, rotary_dim=4)  # GPT-2's names
+# GPT-2's names
+OLD = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, n_inner=48, rotary_dim=4)
 
 MODELS = {  # model_type of config.json: (what people call it, settings of the tiny one)
     "qwen2": ("Qwen2, Qwen2.5, R1-Distill-Qwen", {}),
@@ -51,15 +85,40 @@ MODELS = {  # model_type of config.json: (what people call it, settings of the t
     "ministral3": ("Ministral 3, without images", {}),
     "mixtral": ("Mixtral", EXPERTS),
     "gemma": ("Gemma", {}),
-    "gemma2": ("Gemma 2", dict(final_logit_softcapping=2.0, sliding_window=8, query_pre_attn_scalar=8)),
+    "gemma2": (
+        "Gemma 2",
+        dict(final_logit_softcapping=2.0, sliding_window=8, query_pre_attn_scalar=8),
+    ),
     "gemma3_text": ("Gemma 3 1B", WINDOW | dict(query_pre_attn_scalar=8)),
-    "gemma3n_text": ("Gemma 3n, without images and sound", WINDOW | dict(
-        hidden_size_per_layer_input=8, vocab_size_per_layer_input=61, laurel_rank=4, num_kv_shared_layers=0,
-        intermediate_size=[48, 48], activation_sparsity_pattern=[0.0, 0.0], final_logit_softcapping=2.0)),
-    "gemma4_text": ("Gemma 4, without images and sound", WINDOW | dict(
-        final_logit_softcapping=2.0, hidden_size_per_layer_input=0, global_head_dim=8, num_global_key_value_heads=2,
-        num_kv_shared_layers=0, enable_moe_block=False)),
-    "vaultgemma": ("VaultGemma", dict(final_logit_softcapping=2.0, sliding_window=8, query_pre_attn_scalar=8)),
+    "gemma3n_text": (
+        "Gemma 3n, without images and sound",
+        WINDOW
+        | dict(
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=61,
+            laurel_rank=4,
+            num_kv_shared_layers=0,
+            intermediate_size=[48, 48],
+            activation_sparsity_pattern=[0.0, 0.0],
+            final_logit_softcapping=2.0,
+        ),
+    ),
+    "gemma4_text": (
+        "Gemma 4, without images and sound",
+        WINDOW
+        | dict(
+            final_logit_softcapping=2.0,
+            hidden_size_per_layer_input=0,
+            global_head_dim=8,
+            num_global_key_value_heads=2,
+            num_kv_shared_layers=0,
+            enable_moe_block=False,
+        ),
+    ),
+    "vaultgemma": (
+        "VaultGemma",
+        dict(final_logit_softcapping=2.0, sliding_window=8, query_pre_attn_scalar=8),
+    ),
     "phi": ("Phi-1.5, Phi-2", {}),
     "phi3": ("Phi-3, Phi-4, Phi-4-mini", {}),
     "phimoe": ("Phi-3.5-MoE", EXPERTS),
@@ -70,49 +129,124 @@ MODELS = {  # model_type of config.json: (what people call it, settings of the t
     "glm4_moe_lite": ("GLM-4.7-Flash", EXPERTS | LATENT),
     "deepseek_v2": ("DeepSeek-V2-Lite", EXPERTS | LATENT | dict(topk_method="greedy")),
     "deepseek_v3": ("DeepSeek-V3, R1", EXPERTS | LATENT),
-    "kimi_linear": ("Kimi-Linear", EXPERTS | LATENT | dict(
-        head_dim=16, num_experts_per_token=2, layer_types=["linear_attention", "full_attention"],
-        linear_attn_config=dict(num_heads=4, head_dim=8, short_conv_kernel_size=4, kda_layers=[1],
-                                full_attn_layers=[2]))),
+    "kimi_linear": (
+        "Kimi-Linear",
+        EXPERTS
+        | LATENT
+        | dict(
+            head_dim=16,
+            num_experts_per_token=2,
+            layer_types=["linear_attention", "full_attention"],
+            linear_attn_config=dict(
+                num_heads=4,
+                head_dim=8,
+                short_conv_kernel_size=4,
+                kda_layers=[1],
+                full_attn_layers=[2],
+            ),
+        ),
+    ),
     "minimax_m2": ("MiniMax-M2", EXPERTS),
     "granite": ("Granite 3", dict(logits_scaling=4.0)),
     "granitemoe": ("Granite 3 MoE", EXPERTS | dict(logits_scaling=4.0)),
-    "granitemoehybrid": ("Granite 4", MAMBA | dict(
-        layer_types=["mamba", "attention"], shared_intermediate_size=48, num_local_experts=0, logits_scaling=4.0,
-        position_embedding_type="rope")),
+    "granitemoehybrid": (
+        "Granite 4",
+        MAMBA
+        | dict(
+            layer_types=["mamba", "attention"],
+            shared_intermediate_size=48,
+            num_local_experts=0,
+            logits_scaling=4.0,
+            position_embedding_type="rope",
+        ),
+    ),
     "cohere": ("Command-R", dict(logit_scale=0.5)),
     "cohere2": ("Command-R7B, Command-A", WINDOW | dict(logit_scale=0.5)),
     "olmo2": ("OLMo 2", {}),
     "olmo3": ("OLMo 3", WINDOW),
     "olmoe": ("OLMoE", EXPERTS),
-    "olmo_hybrid": ("OLMo Hybrid", dict(
-        layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8, linear_value_head_dim=8,
-        linear_num_key_heads=4, linear_num_value_heads=4)),
+    "olmo_hybrid": (
+        "OLMo Hybrid",
+        dict(
+            layer_types=["linear_attention", "full_attention"],
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            linear_num_key_heads=4,
+            linear_num_value_heads=4,
+        ),
+    ),
     "smollm3": ("SmolLM3", {}),
     "lfm2": ("LFM2", dict(layer_types=["conv", "full_attention"])),
-    "lfm2_moe": ("LFM2-8B-A1B", EXPERTS | dict(layer_types=["conv", "full_attention"], num_dense_layers=1)),
-    "lfm3": ("LFM3", WINDOW | dict(
-        num_hidden_layers=3, layer_types=["conv", "full_attention", "sliding_attention"])),
+    "lfm2_moe": (
+        "LFM2-8B-A1B",
+        EXPERTS | dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    ),
+    "lfm3": (
+        "LFM3",
+        WINDOW
+        | dict(num_hidden_layers=3, layer_types=["conv", "full_attention", "sliding_attention"]),
+    ),
     "falcon": ("Falcon 7B, 40B", dict(new_decoder_architecture=True, num_kv_heads=2)),
-    "falcon_h1": ("Falcon-H1", dict(
-        mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, lm_head_multiplier=0.5)),
+    "falcon_h1": (
+        "Falcon-H1",
+        dict(
+            mamba_d_ssm=32,
+            mamba_n_heads=4,
+            mamba_d_head=8,
+            mamba_d_state=8,
+            mamba_n_groups=1,
+            lm_head_multiplier=0.5,
+        ),
+    ),
     "bamba": ("Bamba", MAMBA | dict(attn_layer_indices=[1])),
-    "jamba": ("Jamba", EXPERTS | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
-                                      expert_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4)),
+    "jamba": (
+        "Jamba",
+        EXPERTS
+        | dict(
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            mamba_d_state=8,
+            mamba_dt_rank=4,
+        ),
+    ),
     "nemotron": ("Nemotron-4, Minitron", {}),
-    "nemotron_h": ("Nemotron-H, Nemotron Nano 2 and 3", EXPERTS | dict(
-        num_hidden_layers=4, layers_block_type=["linear_attention", "full_attention", "mlp", "moe"], mamba_num_heads=8,
-        mamba_head_dim=8, ssm_state_size=8, n_groups=1, moe_shared_expert_intermediate_size=16)),
-    "zamba2": ("Zamba2", dict(
-        layers_block_type=["linear_attention", "hybrid"], mamba_d_state=8, n_mamba_heads=8, mamba_headdim=8,
-        mamba_ngroups=1, use_mem_rope=True, num_mem_blocks=1)),
+    "nemotron_h": (
+        "Nemotron-H, Nemotron Nano 2 and 3",
+        EXPERTS
+        | dict(
+            num_hidden_layers=4,
+            layers_block_type=["linear_attention", "full_attention", "mlp", "moe"],
+            mamba_num_heads=8,
+            mamba_head_dim=8,
+            ssm_state_size=8,
+            n_groups=1,
+            moe_shared_expert_intermediate_size=16,
+        ),
+    ),
+    "zamba2": (
+        "Zamba2",
+        dict(
+            layers_block_type=["linear_attention", "hybrid"],
+            mamba_d_state=8,
+            n_mamba_heads=8,
+            mamba_headdim=8,
+            mamba_ngroups=1,
+            use_mem_rope=True,
+            num_mem_blocks=1,
+        ),
+    ),
     "exaone4": ("EXAONE 4", WINDOW),
     "hunyuan_v1_dense": ("Hunyuan 0.5B to 7B", {}),
     "hunyuan_v1_moe": ("Hunyuan-A13B", EXPERTS | dict(moe_topk=2)),
     "hyperclovax": ("HyperCLOVA X SEED", dict(logits_scaling=0.5)),
     "ernie4_5": ("ERNIE 4.5 0.3B", {}),
-    "ernie4_5_moe": ("ERNIE 4.5 21B-A3B", EXPERTS | dict(
-        moe_num_experts=4, moe_k=2, moe_layer_start_index=1, moe_num_shared_experts=1)),
+    "ernie4_5_moe": (
+        "ERNIE 4.5 21B-A3B",
+        EXPERTS
+        | dict(moe_num_experts=4, moe_k=2, moe_layer_start_index=1, moe_num_shared_experts=1),
+    ),
     "seed_oss": ("Seed-OSS", {}),
     "minicpm3": ("MiniCPM3", LATENT | dict(head_dim=16)),
     "apertus": ("Apertus", {}),
@@ -128,31 +262,100 @@ MODELS = {  # model_type of config.json: (what people call it, settings of the t
     "mpt": ("MPT", dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=256)),
 }
 REFUSED = {  # model_type: (what people call it, settings, a part of the error, why)
-    "minimax": ("MiniMax-M1", EXPERTS, "uses cache of its own", "takes no cache but a class of its own"),
-    "mamba": ("Mamba", dict(state_size=8), "", "names its cache otherwise, and has no keys and values at all"),
-    "mamba2": ("Mamba-2, Codestral Mamba", dict(state_size=8, num_heads=8, n_groups=1), "", "as Mamba"),
-    "recurrent_gemma": ("RecurrentGemma", dict(num_hidden_layers=3, attention_window_size=8, lru_width=32), "",
-                        "keeps its state in the model instead of a cache"),
+    "minimax": (
+        "MiniMax-M1",
+        EXPERTS,
+        "uses cache of its own",
+        "takes no cache but a class of its own",
+    ),
+    "mamba": (
+        "Mamba",
+        dict(state_size=8),
+        "",
+        "names its cache otherwise, and has no keys and values at all",
+    ),
+    "mamba2": (
+        "Mamba-2, Codestral Mamba",
+        dict(state_size=8, num_heads=8, n_groups=1),
+        "",
+        "as Mamba",
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        dict(num_hidden_layers=3, attention_window_size=8, lru_width=32),
+        "",
+        "keeps its state in the model instead of a cache",
+    ),
     "rwkv": ("RWKV-4", dict(attention_hidden_size=32), "", "names its cache otherwise"),
-    "llama4_text": ("Llama 4", EXPERTS | dict(intermediate_size_mlp=48, attention_chunk_size=8), "chunked_attention",
-                    "chunked attention, which `decode` does not mask"),
-    "gpt_neo": ("GPT-Neo", dict(attention_types=[[["global", "local"], 1]], num_layers=2, num_heads=4, window_size=8),
-                "local", "local attention under a name of its own"),
-    "bloom": ("BLOOM", dict(n_layer=2, n_head=4), "", "makes positions (ALiBi) of the mask, which must have two axes"),
-    "modernbert-decoder": ("Ettin decoders", dict(
-        bos_token_id=2, cls_token_id=2, sep_token_id=1, global_attn_every_n_layers=2, local_attention=8),
-        "not those of its head", "has a layer between the last hidden states and the head"),
-    "blenderbot": ("Blenderbot", dict(
-        d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, encoder_layers=1,
-        encoder_attention_heads=4, encoder_ffn_dim=48), "another distribution", "counts positions by the cache"),
-    "deepseek_v32": ("DeepSeek-V3.2", EXPERTS | LATENT | dict(index_n_heads=2, index_head_dim=8, index_topk=4),
-                     "indexed_attention", "sparse attention with an index of its own in the cache"),
+    "llama4_text": (
+        "Llama 4",
+        EXPERTS | dict(intermediate_size_mlp=48, attention_chunk_size=8),
+        "chunked_attention",
+        "chunked attention, which `decode` does not mask",
+    ),
+    "gpt_neo": (
+        "GPT-Neo",
+        dict(attention_types=[[["global", "local"], 1]], num_layers=2, num_heads=4, window_size=8),
+        "local",
+        "local attention under a name of its own",
+    ),
+    "bloom": (
+        "BLOOM",
+        dict(n_layer=2, n_head=4),
+        "",
+        "makes positions (ALiBi) of the mask, which must have two axes",
+    ),
+    "modernbert-decoder": (
+        "Ettin decoders",
+        dict(
+            bos_token_id=2,
+            cls_token_id=2,
+            sep_token_id=1,
+            global_attn_every_n_layers=2,
+            local_attention=8,
+        ),
+        "not those of its head",
+        "has a layer between the last hidden states and the head",
+    ),
+    "blenderbot": (
+        "Blenderbot",
+        dict(
+            d_model=32,
+            decoder_layers=2,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=48,
+            encoder_layers=1,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=48,
+        ),
+        "another distribution",
+        "counts positions by the cache",
+    ),
+    "deepseek_v32": (
+        "DeepSeek-V3.2",
+        EXPERTS | LATENT | dict(index_n_heads=2, index_head_dim=8, index_topk=4),
+        "indexed_attention",
+        "sparse attention with an index of its own in the cache",
+    ),
 }
 EXPERTS_IN_PEFT = "PEFT 0.21.2 takes the MLPs in our files for experts: merge instead"
 OUT_PROJ_IN_PEFT = "PEFT 0.21.2 refuses adapters of `out_proj`, which `all-linear` makes"
-CLAMPED = "log-probs with a cache are 0.01 to 0.2 nats from those without, in transformers' own steps, too"
-REMARKS = dict.fromkeys(["qwen3_next", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "hunyuan_v1_moe",
-                         "ernie4_5_moe"], EXPERTS_IN_PEFT) | {
+CLAMPED = (
+    "log-probs with a cache are 0.01 to 0.2 nats from those without, in transformers' own steps, "
+    "too"
+)
+REMARKS = dict.fromkeys(
+    [
+        "qwen3_next",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "deepseek_v2",
+        "deepseek_v3",
+        "hunyuan_v1_moe",
+        "ernie4_5_moe",
+    ],
+    EXPERTS_IN_PEFT,
+) | {
     "falcon_h1": OUT_PROJ_IN_PEFT,
     "qwen3_5_text": "a checkpoint with images loads without them, and is exported without",
     "gemma3_text": "`gemma3`, with images, loads whole; they are neither trained nor shown",
@@ -183,20 +386,30 @@ def make(kind, settings):
 
 @torch.no_grad()
 def assert_greedy(model, tolerance):
-    """Every token is the likeliest by the model without a cache, or as likely to `tolerance` nats: the same on every
-    CPU, where the tokens themselves are not."""
+    """Every token is the likeliest by the model without a cache, or as likely to `tolerance` nats:
+    the same on every CPU, where the tokens themselves are not."""
     for prompt, completion in zip(PROMPTS, draw(model, temperature=0), strict=True):
         ids = completion.token_ids
-        logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[0, len(prompt) - 1:-1].float()
+        logits = (
+            model(torch.tensor([prompt + ids]), use_cache=False)
+            .logits[0, len(prompt) - 1 : -1]
+            .float()
+        )
         chosen = logits[range(len(ids)), ids]
-        assert (logits.amax(-1) - chosen).max() < tolerance and (len(ids) == 10 or ids[-1] == 1) and 1 not in ids[:-1]
+        assert (
+            (logits.amax(-1) - chosen).max() < tolerance
+            and (len(ids) == 10 or ids[-1] == 1)
+            and 1 not in ids[:-1]
+        )
 
 
 def whole_logits(model, completions):
     """Log-probs of all tokens, a list per row, from the model's own logits."""
     logp = []
     for prompt, completion in zip(PROMPTS, completions, strict=True):
-        logits = model(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1:-1]
+        logits = model(torch.tensor([prompt + completion]), use_cache=False).logits[
+            0, len(prompt) - 1 : -1
+        ]
         logp.append(logits.float().log_softmax(-1)[range(len(completion)), completion])
     return torch.cat(logp)
 
@@ -207,7 +420,9 @@ def read(model, completions):
 
 
 def draw(model, **settings):
-    return rollout.sample(model, PROMPTS, max_new_tokens=10, stop_ids=[1], slots=2, seeds=range(5), **settings)
+    return rollout.sample(
+        model, PROMPTS, max_new_tokens=10, stop_ids=[1], slots=2, seeds=range(5), **settings
+    )
 
 
 def gradients(model, loss):
@@ -243,8 +458,12 @@ def check(kind, folder):
     before = read(model, completions).detach()
     model.activation_checkpointing_enable({"use_reentrant": False})
     teacher.reading_mode(model)  # as train.py does
-    torch.testing.assert_close(gradients(model, (read(model, completions) * weights).sum()), ours,
-                               atol=1e-4 * ours.abs().max().item(), rtol=0)
+    torch.testing.assert_close(
+        gradients(model, (read(model, completions) * weights).sum()),
+        ours,
+        atol=1e-4 * ours.abs().max().item(),
+        rtol=0,
+    )
     model.activation_checkpointing_disable()
     model.eval()
     torch.optim.SGD(lora.lora_parameters(model), lr=0.01 / ours.abs().max().item()).step()
@@ -252,7 +471,9 @@ def check(kind, folder):
     with torch.no_grad():
         assert (read(model, completions) - before).abs().max() > 1e-5
         scored = read(model, [c.token_ids for c in drawn])
-    torch.testing.assert_close(torch.tensor(sum((c.logprobs for c in drawn), [])), scored, atol=tolerance, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(sum((c.logprobs for c in drawn), [])), scored, atol=tolerance, rtol=0
+    )
 
     student = whole_logits(model, completions).detach()
     lora.save_adapter(model, folder)
@@ -263,11 +484,15 @@ def check(kind, folder):
     torch.testing.assert_close(whole_logits(fresh, completions), student, atol=1e-3, rtol=0)
     if peft := optional("peft"):
         try:
-            theirs = whole_logits(peft.PeftModel.from_pretrained(make(kind, settings), folder), completions)
+            theirs = whole_logits(
+                peft.PeftModel.from_pretrained(make(kind, settings), folder), completions
+            )
         except ValueError as error:
             assert "'out_proj' is incompatible" in str(error) and OUT_PROJ_IN_PEFT in REMARKS[kind]
         else:
-            assert ((theirs - student).abs().max() < 1e-3) != (EXPERTS_IN_PEFT in REMARKS.get(kind, ""))
+            assert ((theirs - student).abs().max() < 1e-3) != (
+                EXPERTS_IN_PEFT in REMARKS.get(kind, "")
+            )
 
     head = teacher.output_head(model)
     reading = "capped" if head.cap else "scaled" if head.scale != 1 else "plain"
@@ -295,10 +520,12 @@ def adapter_column(model):
 
 
 def refuse(kind):
-    """What is not in the table is refused with a line, not sampled wrongly. The kind's line in the second table."""
+    """What is not in the table is refused with a line, not sampled wrongly. The kind's line in the
+    second table."""
     name, settings, part, why = REFUSED[kind]
     model = make(kind, settings)
-    with pytest.raises(Exception, match=part or None):  # support.data.load_model makes an InputError of it
+    # support.data.load_model makes an InputError of it
+    with pytest.raises(Exception, match=part or None):
         rollout.check_model(model)
         teacher.check_head(model)
     return f"| `{kind}` | {name} | {why} |"
@@ -311,8 +538,15 @@ def document():
         with tempfile.TemporaryDirectory() as folder:
             rows.append(check(kind, folder))
         print(rows[-1], file=sys.stderr)
-    return "\n".join([*HEADER.format(version=transformers.__version__).splitlines(), *rows, *BETWEEN.splitlines(),
-                      *map(refuse, REFUSED), ""])
+    return "\n".join(
+        [
+            *HEADER.format(version=transformers.__version__).splitlines(),
+            *rows,
+            *BETWEEN.splitlines(),
+            *map(refuse, REFUSED),
+            "",
+        ]
+    )
 
 
 HEADER = """\
@@ -350,31 +584,57 @@ Refused, and why (transformers leaves no way without a copy of the model's code,
 """
 
 
-@pytest.mark.parametrize("kind", [
-    pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in MODELS])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in MODELS]
+)
 def test_a_model_of_the_table(kind, tmp_path):
     assert check(kind, tmp_path) in DOCS.read_text().splitlines()
 
 
-@pytest.mark.parametrize("kind", [
-    pytest.param(kind, marks=() if kind in ("minimax", "recurrent_gemma", "modernbert-decoder") else pytest.mark.slow)
-    for kind in REFUSED])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            kind,
+            marks=()
+            if kind in ("minimax", "recurrent_gemma", "modernbert-decoder")
+            else pytest.mark.slow,
+        )
+        for kind in REFUSED
+    ],
+)
 def test_what_does_not_work_is_refused(kind):
     assert refuse(kind) in DOCS.read_text().splitlines()
 
 
 def test_the_page_has_all_rows_and_no_other():
-    listed = [line.split("`")[1] for line in DOCS.read_text().splitlines() if line.startswith("| `")]
+    listed = [
+        line.split("`")[1] for line in DOCS.read_text().splitlines() if line.startswith("| `")
+    ]
     assert listed == [*MODELS, *REFUSED]
 
 
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 WITH_IMAGES = {  # (settings of the vision tower, of the whole)
-    "qwen3_5": (dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32,
-                     num_position_embeddings=16), {}),
-    "gemma3": (VISION | dict(image_size=16, patch_size=8, model_type="siglip_vision_model"),
-               dict(mm_tokens_per_image=1, image_token_index=60, boi_token_index=59, eoi_token_index=58)),
-    "gemma4": (VISION | dict(head_dim=8, num_key_value_heads=2), dict(audio_config=None, image_token_id=60)),
+    "qwen3_5": (
+        dict(
+            depth=1,
+            hidden_size=16,
+            intermediate_size=16,
+            num_heads=2,
+            out_hidden_size=32,
+            num_position_embeddings=16,
+        ),
+        {},
+    ),
+    "gemma3": (
+        VISION | dict(image_size=16, patch_size=8, model_type="siglip_vision_model"),
+        dict(mm_tokens_per_image=1, image_token_index=60, boi_token_index=59, eoi_token_index=58),
+    ),
+    "gemma4": (
+        VISION | dict(head_dim=8, num_key_value_heads=2),
+        dict(audio_config=None, image_token_id=60),
+    ),
 }
 
 
@@ -386,13 +646,17 @@ def test_a_checkpoint_with_images_is_trained_on_text(kind, tmp_path):
     tokenizer, text = toy.make_tokenizer(), f"{kind}_text"
     size = dict(vocab_size=len(tokenizer), model_type=text, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(AutoConfig.for_model(
-        kind, text_config=BASE | MODELS[text][1] | size, vision_config=vision, **whole)).save_pretrained(tmp_path / "a")
+    AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(
+            kind, text_config=BASE | MODELS[text][1] | size, vision_config=vision, **whole
+        )
+    ).save_pretrained(tmp_path / "a")
     tokenizer.save_pretrained(tmp_path / "a")
     model, _ = load_model(str(tmp_path / "a"), torch.float32, torch.device("cpu"))
     lora.add_lora(model, 4, 8, lora.ALL_LINEAR)
-    assert lora.lora_parameters(model) and not any("vision" in name for name, p in model.named_parameters()
-                                                   if p.requires_grad)
+    assert lora.lora_parameters(model) and not any(
+        "vision" in name for name, p in model.named_parameters() if p.requires_grad
+    )
     completions = [c.token_ids for c in draw(model)]
     teacher.reading_mode(model)
     gradients(model, read(model, completions).sum())
@@ -403,7 +667,9 @@ def test_a_checkpoint_with_images_is_trained_on_text(kind, tmp_path):
     model.save_pretrained(tmp_path / "b")
     tokenizer.save_pretrained(tmp_path / "b")
     model, _ = load_model(str(tmp_path / "b"), torch.float32, torch.device("cpu"))
-    torch.testing.assert_close(whole_logits(model, completions).detach(), student, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        whole_logits(model, completions).detach(), student, atol=1e-3, rtol=0
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""report.html: it is there whenever a run ends, says what the run's files say, and nothing in them can break it."""
+"""report.html: it is there whenever a run ends, says what the run's files say, and nothing in them
+can break it."""
 
 import html.parser
 import json
@@ -86,11 +87,23 @@ def change(path, **changes):
 
 
 def test_the_steps_that_have_values():
-    """The first, the middle one, the last, and those that leave a checkpoint: of a run that stops early too."""
-    log = run.StepLog(SimpleNamespace(ranks=None, s=SimpleNamespace(steps=9, checkpoint_every=4),
-                                      tokenizer=SimpleNamespace(decode=str)))
+    """The first, the middle one, the last, and those that leave a checkpoint: of a run that stops
+    early too."""
+    log = run.StepLog(
+        SimpleNamespace(
+            ranks=None,
+            s=SimpleNamespace(steps=9, checkpoint_every=4),
+            tokenizer=SimpleNamespace(decode=str),
+        )
+    )
     row = SimpleNamespace(token_ids=[7, 8], has_context=True)
-    log.read[id(row)] = {"logp": torch.tensor([[0.0, 0.0, 0.0], [-1.23456, -2.0, 0.0]]), "clipped": torch.ones(2, 3)}, 1
+    log.read[id(row)] = (
+        {
+            "logp": torch.tensor([[0.0, 0.0, 0.0], [-1.23456, -2.0, 0.0]]),
+            "clipped": torch.ones(2, 3),
+        },
+        1,
+    )
     found = {step: log.by_token(step, row) for step in range(1, 10)}
     assert [step for step, values in found.items() if values] == [1, 4, 5, 8, 9]
     assert found[9] == {"by_token": {"text": ["[7]", "[8]"], "logp": [-1.2346, -2.0]}}
@@ -98,7 +111,7 @@ def test_the_steps_that_have_values():
 
 def read_slowly(model, prompt, ids):
     """log-probs and entropies [T] of a completion, from whole logits in float64."""
-    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].double()
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
     logp = logits.log_softmax(-1)
     return logp[range(len(ids)), ids], -(logp.exp() * logp).sum(-1)
 
@@ -116,16 +129,29 @@ def test_the_values_of_the_first_step_are_those_of_plain_forward_passes(tiny_run
     for row in rows:
         values, problem = row["by_token"], problems[row["line"]]
         ids = [ids_of[text] for text in values["text"]]
-        assert len(ids) == row["tokens"] and tokenizer.decode(ids, skip_special_tokens=True) == row["completion"]
+        assert (
+            len(ids) == row["tokens"]
+            and tokenizer.decode(ids, skip_special_tokens=True) == row["completion"]
+        )
         assert "".join(values["text"]).startswith(row["completion"])
-        asked, shown = (teacher.encode(tokenizer, messages) for messages in (
-            teacher.student_messages(problem.problem), teacher.teacher_messages(problem.problem, problem.solution)))
+        asked, shown = (
+            teacher.encode(tokenizer, messages)
+            for messages in (
+                teacher.student_messages(problem.problem),
+                teacher.teacher_messages(problem.problem, problem.solution),
+            )
+        )
         logp, _ = read_slowly(model, asked, ids)
         teacher_logp, H = read_slowly(model, shown, ids)
         w = torch.exp((teacher_logp - logp) * (1 if row["advantage"] > 0 else -1)).clamp(0.8, 1.2)
-        soon = torch.stack([H[t:t + 4].min() for t in range(len(ids))])
-        expected = {"logp": logp, "delta": teacher_logp - logp, "entropy": H, "magnitude": w,
-                    "gate": (1 - 0.3 * soon / max(1, most)).clamp(0.1, 1)}
+        soon = torch.stack([H[t : t + 4].min() for t in range(len(ids))])
+        expected = {
+            "logp": logp,
+            "delta": teacher_logp - logp,
+            "entropy": H,
+            "magnitude": w,
+            "gate": (1 - 0.3 * soon / max(1, most)).clamp(0.1, 1),
+        }
         assert {"text", *expected} == values.keys()
         for name, value in expected.items():
             assert values[name] == pytest.approx(value.tolist(), abs=2e-4), name
@@ -134,7 +160,9 @@ def test_the_values_of_the_first_step_are_those_of_plain_forward_passes(tiny_run
 def test_micro_batches_do_not_mix_up_the_rows(tiny_toy, tmp_path):
     found = []
     for size in (2, 8):
-        train_here(*train_arguments(tiny_toy, tmp_path / str(size), steps=1, **{"micro-batch": size}))
+        train_here(
+            *train_arguments(tiny_toy, tmp_path / str(size), steps=1, **{"micro-batch": size})
+        )
         found.append(rows_of(tmp_path / str(size) / "samples.jsonl"))
     for one, other in zip(*found, strict=True):
         a, b = one.pop("by_token"), other.pop("by_token")
@@ -149,13 +177,20 @@ def test_what_the_page_of_a_run_says(tiny_run):
     page = page_of(tiny_run)
     assert (tiny_run / "report.html").stat().st_size < 400_000
     samples = [row for row in rows_of(tiny_run / "samples.jsonl") if "by_token" in row]
-    assert sorted({row["step"] for row in samples}) == [1, 2, 4] and all(f"step {n}" in page.text for n in (1, 2, 4))
+    assert sorted({row["step"] for row in samples}) == [1, 2, 4] and all(
+        f"step {n}" in page.text for n in (1, 2, 4)
+    )
     assert [row["tokens"] for row in page.data] == [row["by_token"]["text"] for row in samples]
     assert all(row["problem"] in page.text for row in samples)
     assert page.count("svg") == page.count("title") - 1 == 8 and page.colours() == [*report.COLOURS]
     for name, found in json.loads((tiny_run / "evaluation.json").read_text()).items():
-        assert f"{name}{found['accuracy']:.3f}{found['length']:.1f}{found['truncated']:.3f}" in page.text
-    assert "4 of 4 steps" in page.text and "lora_rank4" in page.text and torch.__version__ in page.text
+        assert (
+            f"{name}{found['accuracy']:.3f}{found['length']:.1f}{found['truncated']:.3f}"
+            in page.text
+        )
+    assert (
+        "4 of 4 steps" in page.text and "lora_rank4" in page.text and torch.__version__ in page.text
+    )
 
 
 def test_what_is_derived_agrees_with_egrsd(tiny_run):
@@ -163,24 +198,42 @@ def test_what_is_derived_agrees_with_egrsd(tiny_run):
     samples = [row for row in rows_of(tiny_run / "samples.jsonl") if "by_token" in row]
     most = {row["step"]: row["max_entropy"] for row in rows_of(tiny_run / "metrics.jsonl")}
     for shown, sample in zip(page_of(tiny_run).data, samples, strict=True):
-        values = {name: torch.tensor([value]) for name, value in sample["by_token"].items() if name != "text"}
+        values = {
+            name: torch.tensor([value])
+            for name, value in sample["by_token"].items()
+            if name != "text"
+        }
         mask = torch.ones_like(values["logp"]).bool()
         soon = egrsd.lookahead_min(values["entropy"], mask, config["window"])
         weights = egrsd.token_advantages(
-            torch.tensor([sample["advantage"]]), values["delta"] + values["logp"], values["logp"], values["entropy"],
-            mask, gamma=config["gamma"], window=config["window"], eps=config["eps"], max_entropy=most[sample["step"]])
-        assert shown["lookahead"] == pytest.approx(soon[0].tolist()) and shown["advantage"] == pytest.approx(
-            weights[0].tolist(), abs=5e-4)
+            torch.tensor([sample["advantage"]]),
+            values["delta"] + values["logp"],
+            values["logp"],
+            values["entropy"],
+            mask,
+            gamma=config["gamma"],
+            window=config["window"],
+            eps=config["eps"],
+            max_entropy=most[sample["step"]],
+        )
+        assert shown["lookahead"] == pytest.approx(soon[0].tolist()) and shown[
+            "advantage"
+        ] == pytest.approx(weights[0].tolist(), abs=5e-4)
         assert [report.KINDS[kind] for kind in shown["kind"]] == [
             "lock" if h < 0.5 else "pivot" if s < 0.2 else "fork"
-            for h, s in zip(shown["entropy"], soon[0].tolist(), strict=True)]
+            for h, s in zip(shown["entropy"], soon[0].tolist(), strict=True)
+        ]
 
 
 def test_hostile_texts_are_only_texts(copied):
     for name in ("problem", "gold"):
         change(copied / "samples.jsonl", **{name: EVIL})
-    rows = [row | {"by_token": row["by_token"] | {"text": [EVIL] * row["tokens"]}} if "by_token" in row else row
-            for row in rows_of(copied / "samples.jsonl")]
+    rows = [
+        row | {"by_token": row["by_token"] | {"text": [EVIL] * row["tokens"]}}
+        if "by_token" in row
+        else row
+        for row in rows_of(copied / "samples.jsonl")
+    ]
     (copied / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = json.loads((copied / "config.json").read_text())
     config["settings"] |= {"model": EVIL, "data": EVIL}
@@ -188,7 +241,10 @@ def test_hostile_texts_are_only_texts(copied):
     report.write([copied], copied / "report.html")
     page = page_of(copied)
     assert page.count("script") == 2 and "alert" not in page.scripts[""]
-    assert page.data[0]["tokens"][0] == report.visible(EVIL) and "{{data}} {{name}} [U+202E] [U+D83D]" in page.text
+    assert (
+        page.data[0]["tokens"][0] == report.visible(EVIL)
+        and "{{data}} {{name}} [U+202E] [U+D83D]" in page.text
+    )
     report.write([copied, copied], copied / "report.html")
     assert page_of(copied).count("script") == 2
 
@@ -200,7 +256,11 @@ def test_numbers_that_are_none(copied):
     change(copied / "metrics.jsonl", loss=float("nan"))
     report.write([copied], copied / "report.html")
     page = page_of(copied)
-    assert page.data[0]["delta"][0] is None and page.count("svg") == 7 and "loss by step" not in page.text
+    assert (
+        page.data[0]["delta"][0] is None
+        and page.count("svg") == 7
+        and "loss by step" not in page.text
+    )
 
 
 def test_a_run_that_is_going_on(copied, tmp_path):
@@ -216,15 +276,27 @@ def test_a_run_that_is_going_on(copied, tmp_path):
 
 
 def test_a_long_run_and_a_long_completion(copied):
-    row, = rows_of(copied / "metrics.jsonl")[:1]
-    (copied / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": n}) + "\n" for n in range(1, 3001)))
-    rows = [row | {"tokens": 1000, "by_token": {name: value[:1] * 1000 for name, value in row["by_token"].items()}}
-            for row in rows_of(copied / "samples.jsonl") if "by_token" in row]
+    (row,) = rows_of(copied / "metrics.jsonl")[:1]
+    (copied / "metrics.jsonl").write_text(
+        "".join(json.dumps(row | {"step": n}) + "\n" for n in range(1, 3001))
+    )
+    rows = [
+        row
+        | {
+            "tokens": 1000,
+            "by_token": {name: value[:1] * 1000 for name, value in row["by_token"].items()},
+        }
+        for row in rows_of(copied / "samples.jsonl")
+        if "by_token" in row
+    ]
     (copied / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.write([copied], copied / "report.html")
     page = page_of(copied)
     assert "1000 tokens, the first 300 shown" in page.text and "1 to 3000" in page.text
-    assert max(len(a["points"].split()) for tag, a in page.tags if tag == "polyline") <= report.MOST_POINTS
+    assert (
+        max(len(a["points"].split()) for tag, a in page.tags if tag == "polyline")
+        <= report.MOST_POINTS
+    )
     assert (copied / "report.html").stat().st_size < 800_000
 
 
@@ -232,8 +304,15 @@ def test_peaks_of_a_long_run_are_drawn():
     points = [(n, float(n % 7)) for n in range(20_000)]
     points[12_345], points[777] = (12_345, 1e6), (777, -1e6)
     kept = report.thinned(points)
-    assert {points[12_345], points[777]} <= {*kept} <= {*points} and kept == sorted(kept) and len(kept) <= 400
-    assert report.thinned(points[:150]) == points[:150] and report.thinned(points[:1]) == points[:1] * 2
+    assert (
+        {points[12_345], points[777]} <= {*kept} <= {*points}
+        and kept == sorted(kept)
+        and len(kept) <= 400
+    )
+    assert (
+        report.thinned(points[:150]) == points[:150]
+        and report.thinned(points[:1]) == points[:1] * 2
+    )
 
 
 def test_colours_of_many_runs():
@@ -248,47 +327,71 @@ def test_several_runs_over_each_other(copied, tiny_run, tmp_path):
     assert (code, lines, out) == (0, [], "report.html\n")
     page = page_of(tmp_path)
     assert page.count("polyline") == 8 * 2 * 2 and page.count("tr") == 5 and page.data == []
-    assert f"{copied} 4 of 9 steps" in page.text and ", seed 7" in page.text and ", seed 0" in page.text
+    assert (
+        f"{copied} 4 of 9 steps" in page.text
+        and ", seed 7" in page.text
+        and ", seed 0" in page.text
+    )
     assert "lora_rank" not in page.text and "elsewhere" not in page.text
 
 
 @pytest.mark.parametrize("out", [".", "..", "metrics.jsonl"])
 def test_a_page_is_not_written_over_anything_else(copied, tmp_path, out):
-    code, lines, _ = forked(tmp_path, experiments.report.main, "report", copied, "--out", copied / out)
+    code, lines, _ = forked(
+        tmp_path, experiments.report.main, "report", copied, "--out", copied / out
+    )
     assert code == 1 and len(lines) == 1 and "a page is needed here" in lines[0]
 
 
 def test_values_beside_an_outlier(copied):
     """The script reads a value back from its place in the curve."""
     values = [0.05 + n / 1000 if n != 50 else 3000.0 for n in range(100)]
-    (copied / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": x}) + "\n"
-                                                  for n, x in enumerate(values)))
+    (copied / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": n, "loss": x}) + "\n" for n, x in enumerate(values))
+    )
     report.write([copied], copied / "report.html")
-    raw = next(a for tag, a in page_of(copied).tags if tag == "polyline" and a.get("class") == "raw")
+    raw = next(
+        a for tag, a in page_of(copied).tags if tag == "polyline" and a.get("class") == "raw"
+    )
     places = {int(x): float(y) for x, y in (point.split(",") for point in raw["points"].split())}
-    assert [3000 - places[n] / 100 * (3000 - 0.05) for n in range(100)] == pytest.approx(values, abs=1e-5)
+    assert [3000 - places[n] / 100 * (3000 - 0.05) for n in range(100)] == pytest.approx(
+        values, abs=1e-5
+    )
 
 
-@pytest.mark.parametrize("break_it, part", [
-    (lambda p: (p / "config.json").unlink(), "No such file"),
-    (lambda p: (p / "config.json").write_text("[]"), "TypeError"),
-    (lambda p: (p / "metrics.jsonl").write_text('{"step": 1}\n{step\n'), "metrics.jsonl: line 2: no valid JSON"),
-    (lambda p: (p / "evaluation.json").write_text("{"), "evaluation.json: no valid JSON"),
-    (lambda p: (p / "samples.jsonl").write_text('{"by_token": {}}\n'), "KeyError")])
+@pytest.mark.parametrize(
+    "break_it, part",
+    [
+        (lambda p: (p / "config.json").unlink(), "No such file"),
+        (lambda p: (p / "config.json").write_text("[]"), "TypeError"),
+        (
+            lambda p: (p / "metrics.jsonl").write_text('{"step": 1}\n{step\n'),
+            "metrics.jsonl: line 2: no valid JSON",
+        ),
+        (lambda p: (p / "evaluation.json").write_text("{"), "evaluation.json: no valid JSON"),
+        (lambda p: (p / "samples.jsonl").write_text('{"by_token": {}}\n'), "KeyError"),
+    ],
+)
 def test_what_is_no_run_is_one_line(copied, tmp_path, break_it, part):
     break_it(copied)
     code, lines, _ = forked(tmp_path, experiments.report.main, "report", copied)
     assert code == 1 and len(lines) == 1 and str(copied) in lines[0] and part in lines[0]
 
 
-@pytest.mark.parametrize("method, curves, colours", [
-    ("sft", ["loss", "grad_norm"], []), ("grpo", ["reward", "accuracy", "length", "loss", "grad_norm"], []),
-    ("opsd", ["reward", "accuracy", "length", "entropy", "loss", "grad_norm"], ["entropy"])])
+@pytest.mark.parametrize(
+    "method, curves, colours",
+    [
+        ("sft", ["loss", "grad_norm"], []),
+        ("grpo", ["reward", "accuracy", "length", "loss", "grad_norm"], []),
+        ("opsd", ["reward", "accuracy", "length", "entropy", "loss", "grad_norm"], ["entropy"]),
+    ],
+)
 def test_a_neighbour_shows_what_it_has(tiny_toy, tmp_path, method, curves, colours):
     flags = train_arguments(tiny_toy, tmp_path / "run", method=method, steps=1)
-    for flag in ("--temperature", "--top-p", "--top-k") if method == "sft" else ():  # it samples nothing
+    # it samples nothing
+    for flag in ("--temperature", "--top-p", "--top-k") if method == "sft" else ():
         place = flags.index(flag)
-        del flags[place:place + 2]
+        del flags[place : place + 2]
     family_here(*flags)
     page = page_of(tmp_path / "run")
     titles = [line.split(" by step")[0] for line in page.text.splitlines() if " by step, " in line]
@@ -306,16 +409,24 @@ def test_a_run_that_is_stopped_leaves_a_report(tiny_toy, tmp_path):
         def finish_step(*args, **kwargs):
             os.kill(os.getpid(), signal.SIGTERM)
             return finish(*args, **kwargs)
+
         run.StepLog.finish_step = finish_step
-    code, lines, _ = forked(tmp_path, train.main, "train.py", *train_arguments(tiny_toy, "run"), before=stop)
+
+    code, lines, _ = forked(
+        tmp_path, train.main, "train.py", *train_arguments(tiny_toy, "run"), before=stop
+    )
     assert code == 143 and len(lines) == 1 and "stopped after step 1" in lines[0]
-    assert "1 of 4 steps" in page_of(tmp_path / "run").text and len(page_of(tmp_path / "run").data) == 4
+    assert (
+        "1 of 4 steps" in page_of(tmp_path / "run").text
+        and len(page_of(tmp_path / "run").data) == 4
+    )
 
 
 def test_a_run_that_fails_leaves_a_report(tiny_toy, tmp_path, monkeypatch):
     def check_gradient(self, norm):
         if self.step == 2:
             raise InputError("not finite")
+
     monkeypatch.setattr(train.Trainer, "check_gradient", check_gradient)
     with pytest.raises(InputError, match="not finite"):
         train_here(*train_arguments(tiny_toy, tmp_path / "run"))
@@ -329,10 +440,13 @@ def test_a_run_that_fails_leaves_a_report(tiny_toy, tmp_path, monkeypatch):
 def test_a_report_that_cannot_be_written_is_a_warning(tiny_toy, tmp_path, monkeypatch, capsys):
     def write_text(path, text):
         raise OSError(28, "No space left on device")
+
     arguments = train_arguments(tiny_toy, tmp_path / "run", steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(report.checkpoint, "write_text", write_text)
-        patch.setattr(report.checkpoint, "write_json", lambda path, value: path.write_text(json.dumps(value)))
+        patch.setattr(
+            report.checkpoint, "write_json", lambda path, value: path.write_text(json.dumps(value))
+        )
         train_here(*arguments)
     out, error = capsys.readouterr()
     warnings = [line for line in error.splitlines() if "warning" in line]
@@ -346,7 +460,10 @@ def test_only_the_first_process_writes(tmp_path):
     ranks = Ranks.alone()
     ranks.rank = 1
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     with run.StopRequest(ranks).checkpointed(SimpleNamespace(out=tmp_path)):
         pass
     for number, handler in handlers.items():

@@ -29,29 +29,56 @@ def test_shared_completions(text, gold, expected, note):
 @pytest.mark.parametrize("table", TABLES)
 def test_gold_of_a_true_pair_grades_itself(table):
     golds = [gold for _, gold, expected in TABLES[table] if expected]
-    assert [gold for gold in golds if not reward.grade(rf"so $\boxed{{{gold}}}$.", gold)
-            and reward.extract_answer(rf"\boxed{{{gold}}}") == gold] == []
+    assert [
+        gold
+        for gold in golds
+        if not reward.grade(rf"so $\boxed{{{gold}}}$.", gold)
+        and reward.extract_answer(rf"\boxed{{{gold}}}") == gold
+    ] == []
 
 
-@pytest.mark.parametrize("text, answer", [
-    (r"\boxed 5", "5"), (r"\boxed 42.", "42"), (r"\boxed{ 5 }", "5"), ("\\boxed\n{5}", "5"),
-    (r"\framebox{7}", "7"),
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{\}}", r"\}"),
-    (r"\boxed{<}", "<"),
-    (r"\boxed{1\\2}", r"1\\2"), (r"\boxed{x} and \fbox{y}", "y"), (r"\boxed{a\boxed{b}c}", "b"),
-    (r"\boxed{\{\}}", r"\{\}"),
-    (r"<think>\boxed{1}</think>\boxed{2}", "2"), (r"a</think>\boxed{3}", "3"),
-    (r"\boxed{\text{no answer}}", r"\text{no answer}"),
-    (r"<think>\boxed{1}</think>no box", None), (r"\boxed{1}<think>", None),
-    (r"<think>a</think><think>\boxed{4}", None),
-    (r"\boxed{1}\boxed{", None), (r"\boxed{1}\boxed", None), (r"\boxed{x", None), (r"\boxedx{1}", None),
-    (r"\boxed{}", None),
-    (r"\boxed{\text{}}", None), (r"\boxed{ }", None), (r"\boxed{\,}", None), (r"\boxed{?}", None),
-    (r"\boxed{...}", None),
-    (r"\boxed{\ldots}", None), (r"\boxed{answer}", None), (r"\boxed{\text{your answer}}", None),
-    (r"\boxed{<answer>}", None),
-    (r"\boxed{\text{Answer here}}", None), (r"\boxed{\boxed{}}", None), ("", None), (None, None),
-])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"\boxed 5", "5"),
+        (r"\boxed 42.", "42"),
+        (r"\boxed{ 5 }", "5"),
+        ("\\boxed\n{5}", "5"),
+        (r"\framebox{7}", "7"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{\}}", r"\}"),
+        (r"\boxed{<}", "<"),
+        (r"\boxed{1\\2}", r"1\\2"),
+        (r"\boxed{x} and \fbox{y}", "y"),
+        (r"\boxed{a\boxed{b}c}", "b"),
+        (r"\boxed{\{\}}", r"\{\}"),
+        (r"<think>\boxed{1}</think>\boxed{2}", "2"),
+        (r"a</think>\boxed{3}", "3"),
+        (r"\boxed{\text{no answer}}", r"\text{no answer}"),
+        (r"<think>\boxed{1}</think>no box", None),
+        (r"\boxed{1}<think>", None),
+        (r"<think>a</think><think>\boxed{4}", None),
+        (r"\boxed{1}\boxed{", None),
+        (r"\boxed{1}\boxed", None),
+        (r"\boxed{x", None),
+        (r"\boxedx{1}", None),
+        (r"\boxed{}", None),
+        (r"\boxed{\text{}}", None),
+        (r"\boxed{ }", None),
+        (r"\boxed{\,}", None),
+        (r"\boxed{?}", None),
+        (r"\boxed{...}", None),
+        (r"\boxed{\ldots}", None),
+        (r"\boxed{answer}", None),
+        (r"\boxed{\text{your answer}}", None),
+        (r"\boxed{<answer>}", None),
+        (r"\boxed{\text{Answer here}}", None),
+        (r"\boxed{\boxed{}}", None),
+        ("", None),
+        (None, None),
+    ],
+)
 def test_extract_answer(text, answer):
     assert reward.extract_answer(text) == answer
 
@@ -59,14 +86,16 @@ def test_extract_answer(text, answer):
 @pytest.mark.parametrize("unit", [".", ". ", r"\ldots", "your ", "\ud800", "\x00", "{", "1,"])
 def test_a_million_characters_are_read_in_linear_time(unit):
     """30 ms are usual; what is not linear takes minutes."""
-    text = rf"\boxed{{{(unit * 10**6)[:10**6]}}}"
+    text = rf"\boxed{{{(unit * 10**6)[: 10**6]}}}"
     assert is_cheap(lambda: reward.extract_answer(text), 0.3)
 
 
 def test_five_million_characters_are_harmless():
     text = "\ud800\x00.{" * 1_250_000
     assert reward.extract_answer(text) is None and reward.extract_answer(text + r"\boxed{5}") == "5"
-    assert not reward.grade(rf"\boxed{{{text}}}", "5") and not reward.grade(r"\boxed{" + "." * 5_000_000 + "}", "5")
+    assert not reward.grade(rf"\boxed{{{text}}}", "5") and not reward.grade(
+        r"\boxed{" + "." * 5_000_000 + "}", "5"
+    )
 
 
 def test_shaped_reward():
@@ -76,10 +105,18 @@ def test_shaped_reward():
     assert reward.shaped_reward(False, 0, 1024) == 0.0
 
 
-@pytest.mark.parametrize("arguments", [
-    (2, 1, 8), (True, -1, 8), (True, 9, 8), (True, float("nan"), 8), (True, 0, 0), (True, 1, 8, -0.5),
-    (True, 1, 8, float("inf")),
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (2, 1, 8),
+        (True, -1, 8),
+        (True, 9, 8),
+        (True, float("nan"), 8),
+        (True, 0, 0),
+        (True, 1, 8, -0.5),
+        (True, 1, 8, float("inf")),
+    ],
+)
 def test_shaped_reward_refuses(arguments):
     with pytest.raises(ValueError, match="out of range"):
         reward.shaped_reward(*arguments)
@@ -100,12 +137,14 @@ def test_noise_in_a_box_never_raises():
 @pytest.mark.parametrize("unit", HOSTILE)
 @pytest.mark.parametrize("size", [20_000, 400, 150])
 def test_hostile_completions_are_cheap(unit, size):
-    """A bound against super-linear work, of the processor's time: the measured worst case is a few milliseconds."""
+    """A bound against super-linear work, of the processor's time: the measured worst case is a few
+    milliseconds."""
     text = (unit * size)[:size].rstrip("+")
 
     def work():
         reward.grade("\\boxed{" + text, "1")
         reward.grade("\\boxed{" + text + "}", text)
+
     assert is_cheap(work, 0.2)
 
 

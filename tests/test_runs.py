@@ -1,4 +1,5 @@
-"""What a run refuses, in one line; what it warns of; and that nothing of the user's is lost or silently wrong."""
+"""What a run refuses, in one line; what it warns of; and that nothing of the user's is lost or
+silently wrong."""
 
 import gzip
 import json
@@ -44,7 +45,9 @@ def run_train(tmp_path, *flags, **keywords):
 
 
 def files_of(path):
-    return {entry.relative_to(path): entry.read_bytes() for entry in path.rglob("*") if entry.is_file()}
+    return {
+        entry.relative_to(path): entry.read_bytes() for entry in path.rglob("*") if entry.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +61,12 @@ def few(tiny_toy, tmp_path_factory):
 @pytest.fixture
 def flags(tiny_toy, few):
     """Flags of a run of two steps; changes win."""
+
     def flags(out, **changes):
-        return train_arguments(tiny_toy, out, **{"data": few, "steps": 2, "prompts-per-step": 4} | changes)
+        return train_arguments(
+            tiny_toy, out, **{"data": few, "steps": 2, "prompts-per-step": 4} | changes
+        )
+
     return flags
 
 
@@ -67,8 +74,15 @@ def flags(tiny_toy, few):
 def finished(tiny_toy, few, tmp_path_factory):
     """A run of two steps with evaluations, finished."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    train_here(*train_arguments(tiny_toy, out, data=few, steps=2, **{
-        "prompts-per-step": 4, "checkpoint-every": 1, "eval-data": few, "eval-samples": 1}))
+    train_here(
+        *train_arguments(
+            tiny_toy,
+            out,
+            data=few,
+            steps=2,
+            **{"prompts-per-step": 4, "checkpoint-every": 1, "eval-data": few, "eval-samples": 1},
+        )
+    )
     return out
 
 
@@ -81,19 +95,29 @@ def copied(finished, tmp_path):
 # ---- the output directory
 
 
-COMMANDS = {"train": (train.main, []), "eval": (evaluation.main, ["--model", "m", "--data", "d"]),
-            "diagnostics": (diagnostics.main, ["--model", "m", "--data", "d"]), "plot": (plot.main, []),
-            "compare": (compare.main, []), "bench": (bench.main, ["--rows", "3", "--repeats", "1"]),
-            "token_view": (token_view.main, ["tokens.jsonl"]), "report": (report.main, ["run"])}
+COMMANDS = {
+    "train": (train.main, []),
+    "eval": (evaluation.main, ["--model", "m", "--data", "d"]),
+    "diagnostics": (diagnostics.main, ["--model", "m", "--data", "d"]),
+    "plot": (plot.main, []),
+    "compare": (compare.main, []),
+    "bench": (bench.main, ["--rows", "3", "--repeats", "1"]),
+    "token_view": (token_view.main, ["tokens.jsonl"]),
+    "report": (report.main, ["run"]),
+}
 
 
-@pytest.mark.parametrize("command, flag", [*((name, "--out") for name in COMMANDS), ("compare", "--work")])
+@pytest.mark.parametrize(
+    "command, flag", [*((name, "--out") for name in COMMANDS), ("compare", "--work")]
+)
 def test_an_empty_name_is_refused_and_nothing_is_touched(tmp_path, command, flag):
     """An unset variable of a script: the files of the current directory would be written over."""
     main, argv = COMMANDS[command]
     (tmp_path / "cwd").mkdir()
     (tmp_path / "cwd" / "config.json").write_text("mine")
-    code, lines, _ = forked(tmp_path, main, "program", *argv, flag, "", before=lambda: os.chdir("cwd"))
+    code, lines, _ = forked(
+        tmp_path, main, "program", *argv, flag, "", before=lambda: os.chdir("cwd")
+    )
     assert code in (1, 2) and f"{flag}: it is empty" in lines[-1]
     assert files_of(tmp_path / "cwd") == {Path("config.json"): b"mine"}
 
@@ -113,9 +137,18 @@ def test_what_a_kill_before_config_json_leaves_is_no_dead_end(flags, tmp_path):
     assert (tmp_path / "run" / "model").is_dir() and not (tmp_path / "run" / "lock").exists()
 
 
-@pytest.mark.parametrize("name, part", [
-    ("/dev/null", "is a file"), ("x" * 300, "File name too long"), ("a\0b", "null"), ("mine/x", "Not a directory")])
-def test_a_name_that_cannot_be_a_directory_is_refused_before_the_model_is_loaded(flags, tmp_path, name, part):
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("/dev/null", "is a file"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "null"),
+        ("mine/x", "Not a directory"),
+    ],
+)
+def test_a_name_that_cannot_be_a_directory_is_refused_before_the_model_is_loaded(
+    flags, tmp_path, name, part
+):
     (tmp_path / "mine").write_text("mine")
     before = sorted(tmp_path.iterdir())
     result = run_train(tmp_path, *flags(name, model="no-model"))
@@ -137,7 +170,9 @@ def test_data_that_compare_would_write_over_is_refused(few, tmp_path):
     assert (tmp_path / "train.jsonl").read_bytes() == few.read_bytes()
 
 
-@pytest.mark.parametrize("main", [compare.main, lambda: diagnostics.diagnose(diagnostics.Settings(out="d"))])
+@pytest.mark.parametrize(
+    "main", [compare.main, lambda: diagnostics.diagnose(diagnostics.Settings(out="d"))]
+)
 def test_commands_of_one_process_refuse_several(tmp_path, monkeypatch, main):
     monkeypatch.setattr(Ranks, "__init__", lambda self: setattr(self, "world", 2))
     with pytest.raises((InputError, SystemExit)):
@@ -154,24 +189,34 @@ def test_an_error_of_one_rank_is_raised_by_all():
 
 
 def test_a_name_that_stdout_cannot_print_is_no_failure(flags, tmp_path):
-    code, lines, out = run_train(tmp_path, *flags("h\u00e9"),
-                                 before=lambda: sys.stdout.reconfigure(encoding="ascii"))
+    code, lines, out = run_train(
+        tmp_path, *flags("h\u00e9"), before=lambda: sys.stdout.reconfigure(encoding="ascii")
+    )
     assert (code, lines) == (0, []) and "h\\xe9" in out
 
 
 def test_a_directory_that_cannot_be_written(flags, tmp_path, monkeypatch):
     def mkdir(self, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(self))
-    one_line(run_train(tmp_path, *flags("run"), before=lambda: monkeypatch.setattr(Path, "mkdir", mkdir)),
-             "Permission denied", "choose another --out")
+
+    one_line(
+        run_train(
+            tmp_path, *flags("run"), before=lambda: monkeypatch.setattr(Path, "mkdir", mkdir)
+        ),
+        "Permission denied",
+        "choose another --out",
+    )
 
 
 def test_a_second_start_is_refused_from_the_first_moment(flags, tmp_path):
-    """It used to pass while the first one still loaded its model, and two seeds were mixed in one directory."""
+    """It used to pass while the first one still loaded its model, and two seeds were mixed in one
+    directory."""
     with run.hold(tmp_path / "run", Ranks()):
         one_line(run_train(tmp_path, *flags("run")), "in use by a process that is still running")
         argv = ["eval.py", "--model", "m", "--data", "d", "--out", "run"]
-        one_line(forked(tmp_path, evaluation.main, *argv), "in use by a process that is still running")
+        one_line(
+            forked(tmp_path, evaluation.main, *argv), "in use by a process that is still running"
+        )
     assert not (tmp_path / "run").exists()  # nothing was written into it
 
 
@@ -184,6 +229,7 @@ def test_only_one_of_many_starts_at_the_same_moment_gets_the_directory(tmp_path)
                 won.append(1)
         except InputError:
             pass
+
     for _ in range(20):
         barrier, won = threading.Barrier(4), []
         threads = [threading.Thread(target=attempt) for _ in range(4)]
@@ -198,11 +244,24 @@ def test_only_one_of_many_starts_at_the_same_moment_gets_the_directory(tmp_path)
 # ---- several processes
 
 
-@pytest.mark.parametrize("environment, part", [
-    ({"WORLD_SIZE": "4"}, "no RANK"), ({"RANK": "0"}, "no WORLD_SIZE"), ({"RANK": "x"}, "RANK=x"),
-    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"), ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
-    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}, "RANK=2 and WORLD_SIZE=2"),
-    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "port"}, "MASTER_PORT")])
+@pytest.mark.parametrize(
+    "environment, part",
+    [
+        ({"WORLD_SIZE": "4"}, "no RANK"),
+        ({"RANK": "0"}, "no WORLD_SIZE"),
+        ({"RANK": "x"}, "RANK=x"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"},
+            "RANK=2 and WORLD_SIZE=2",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "port"},
+            "MASTER_PORT",
+        ),
+    ],
+)
 def test_half_an_environment_of_torchrun_is_refused(flags, tmp_path, environment, part):
     """WORLD_SIZE alone, usual in SLURM scripts, trained on a fraction of each step."""
     one_line(run_train(tmp_path, *flags("run"), environment=environment), part)
@@ -213,17 +272,29 @@ def test_a_port_in_use(flags, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(taken.getsockname()[1])}
+        environment = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(taken.getsockname()[1]),
+        }
         code, lines, _ = run_train(tmp_path, *flags("run"), environment=environment)
-    assert code == 1 and "cannot join the others" in lines[-1] and "check MASTER_ADDR and MASTER_PORT" in lines[-1]
+    assert (
+        code == 1
+        and "cannot join the others" in lines[-1]
+        and "check MASTER_ADDR and MASTER_PORT" in lines[-1]
+    )
     assert "Traceback" not in "".join(lines)
 
 
 def test_the_others_of_a_process_that_failed_say_so_in_one_line(capsys):
     with pytest.raises(SystemExit, match="1"), run.one_line_errors("train.py", ""):
-        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:10454")
-    assert re.fullmatch("train.py: rank .* lost another process, whose message says why\n", capsys.readouterr().err)
+        raise RuntimeError(
+            "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:10454"
+        )
+    assert re.fullmatch(
+        "train.py: rank .* lost another process, whose message says why\n", capsys.readouterr().err
+    )
     with pytest.raises(RuntimeError, match="a bug"), run.one_line_errors("train.py", ""):
         raise RuntimeError("a bug")
 
@@ -233,22 +304,35 @@ def test_the_others_of_a_process_that_failed_say_so_in_one_line(capsys):
 
 @pytest.mark.parametrize("which", ["--data", "--eval-data", "--model"])
 def test_changed_inputs_are_refused_on_resume(flags, tiny_toy, few, tmp_path, which):
-    inputs = {"--data": tmp_path / "data.jsonl", "--eval-data": tmp_path / "held.jsonl", "--model": tmp_path / "model"}
+    inputs = {
+        "--data": tmp_path / "data.jsonl",
+        "--eval-data": tmp_path / "held.jsonl",
+        "--model": tmp_path / "model",
+    }
     shutil.copy(few, inputs["--data"])
     shutil.copy(few, inputs["--eval-data"])
     shutil.copytree(tiny_toy / "model", inputs["--model"])
-    named = {flag.removeprefix("--"): path for flag, path in inputs.items()} | {"eval-samples": 1, "eval-before": False}
+    named = {flag.removeprefix("--"): path for flag, path in inputs.items()} | {
+        "eval-samples": 1,
+        "eval-before": False,
+    }
     train_here(*flags(tmp_path / "run", **named))
     changed = inputs[which]
     if which == "--model":
         tensors = load_file(changed / "model.safetensors")
-        save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, changed / "model.safetensors",
-                  metadata={"format": "pt"})
+        save_file(
+            {name: tensor * 1.01 for name, tensor in tensors.items()},
+            changed / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     else:
         changed.write_text("".join(changed.read_text().splitlines(keepends=True)[:1]))
     before = files_of(tmp_path / "run")
-    one_line(run_train(tmp_path, "--out", "run", "--resume", "--steps", 3), f"{changed}: not what {which} named",
-             "put that back")
+    one_line(
+        run_train(tmp_path, "--out", "run", "--resume", "--steps", 3),
+        f"{changed}: not what {which} named",
+        "put that back",
+    )
     assert files_of(tmp_path / "run") == before
 
 
@@ -261,16 +345,26 @@ def test_a_run_without_a_fingerprint_resumes_with_a_warning(copied, tmp_path):
     assert "fingerprint" in json.loads((copied / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name, place", [
-    ("state.pt", 0.3), ("state.pt", 0.95), ("adapter/adapter_model.safetensors", 0.6),
-    ("adapter/adapter_config.json", 0.4)])
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("state.pt", 0.3),
+        ("state.pt", 0.95),
+        ("adapter/adapter_model.safetensors", 0.6),
+        ("adapter/adapter_config.json", 0.4),
+    ],
+)
 def test_a_flipped_bit_in_a_checkpoint_is_refused(copied, tmp_path, name, place):
     path = copied / "checkpoints" / "step-000002" / name
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= 4
     path.write_bytes(content)
-    one_line(run_train(tmp_path, "--out", copied, "--resume", "--steps", 3), "step-000002: damaged checkpoint", name,
-             "remove this directory")
+    one_line(
+        run_train(tmp_path, "--out", copied, "--resume", "--steps", 3),
+        "step-000002: damaged checkpoint",
+        name,
+        "remove this directory",
+    )
     if place == 0.95:
         shutil.rmtree(copied / "checkpoints" / "step-000002")
         assert run_train(tmp_path, "--out", copied, "--resume", "--steps", 3)[0] == 0
@@ -283,26 +377,42 @@ def replace_in(path, old, new):
 
 
 DAMAGE = {
-    "state.json": lambda p: replace_in(p / "checkpoints/step-000002/state.json", '"step": 2', '"step": 3'),
+    "state.json": lambda p: replace_in(
+        p / "checkpoints/step-000002/state.json", '"step": 2', '"step": 3'
+    ),
     "state.json is a list": lambda p: (p / "checkpoints/step-000002/state.json").write_text("[]"),
     "metrics.jsonl": lambda p: replace_in(p / "metrics.jsonl", '{"step"', '{step"'),
     "metrics.jsonl is of lists": lambda p: (p / "metrics.jsonl").write_text("[1]\n[2]\n"),
     "samples.jsonl": lambda p: replace_in(p / "samples.jsonl", '"step": 1', '"step": "one"'),
     "evaluation.json": lambda p: (p / "evaluation.json").write_text("{"),
     "evaluation.json is a list": lambda p: (p / "evaluation.json").write_text("[1]"),
-    "evaluation.json lacks a figure": lambda p: replace_in(p / "evaluation.json", '"length"', '"width"'),
+    "evaluation.json lacks a figure": lambda p: replace_in(
+        p / "evaluation.json", '"length"', '"width"'
+    ),
     "evaluation.json has text": lambda p: (p / "evaluation.json").write_text(
-        '{"before": {"accuracy": "high", "length": 1, "efficiency": 1}}'),
+        '{"before": {"accuracy": "high", "length": 1, "efficiency": 1}}'
+    ),
     "config.json": lambda p: (p / "config.json").write_text("{"),
     "config.json is a list": lambda p: (p / "config.json").write_text("[]"),
-    "config.json has text": lambda p: replace_in(p / "config.json", '"lora_rank": 4', '"lora_rank": "four"'),
-    "config.json has true": lambda p: replace_in(p / "config.json", '"lora_rank": 4', '"lora_rank": true'),
-    "config.json has null": lambda p: replace_in(p / "config.json", '"micro_batch": 8', '"micro_batch": null'),
-    "config.json, worlds": lambda p: replace_in(p / "config.json", '"world_size": 1', '"world_size": Infinity'),
+    "config.json has text": lambda p: replace_in(
+        p / "config.json", '"lora_rank": 4', '"lora_rank": "four"'
+    ),
+    "config.json has true": lambda p: replace_in(
+        p / "config.json", '"lora_rank": 4', '"lora_rank": true'
+    ),
+    "config.json has null": lambda p: replace_in(
+        p / "config.json", '"micro_batch": 8', '"micro_batch": null'
+    ),
+    "config.json, worlds": lambda p: replace_in(
+        p / "config.json", '"world_size": 1', '"world_size": Infinity'
+    ),
     "config.json is deep": lambda p: (p / "config.json").write_text("[" * 200_000),
     "metrics.jsonl is deep": lambda p: (p / "metrics.jsonl").write_text("[" * 200_000 + "\n1\n"),
     "evaluation.json is deep": lambda p: (p / "evaluation.json").write_text("[" * 200_000),
-    "config.json, world": lambda p: replace_in(p / "config.json", '"world_size": 1', '"world_size": "one"')}
+    "config.json, world": lambda p: replace_in(
+        p / "config.json", '"world_size": 1', '"world_size": "one"'
+    ),
+}
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -321,13 +431,18 @@ def test_missing_lines_of_a_log_are_said(copied, tmp_path, name):
     assert f"{name}: warning: 1 of the 2 steps done have no line, first step 2" in error[0]
 
 
-@pytest.mark.parametrize("break_it", [lambda p: p.symlink_to("/nowhere/disk"), lambda p: p.write_text("")])
+@pytest.mark.parametrize(
+    "break_it", [lambda p: p.symlink_to("/nowhere/disk"), lambda p: p.write_text("")]
+)
 def test_checkpoints_that_cannot_be_seen_stop_a_resume(copied, tmp_path, break_it):
     """A disk that is not mounted: the run would start again at step 1."""
     shutil.rmtree(copied / "checkpoints")
     break_it(copied / "checkpoints")
     before = (copied / "metrics.jsonl").read_bytes()
-    one_line(run_train(tmp_path, "--out", copied, "--resume", "--steps", 3), "checkpoints: no directory can be seen")
+    one_line(
+        run_train(tmp_path, "--out", copied, "--resume", "--steps", 3),
+        "checkpoints: no directory can be seen",
+    )
     assert (copied / "metrics.jsonl").read_bytes() == before
 
 
@@ -365,7 +480,11 @@ def test_nothing_to_do(copied, tmp_path):
 
 
 def tensors_of(path, change):
-    save_file(change(load_file(path / "model.safetensors")), path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        change(load_file(path / "model.safetensors")),
+        path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def with_nan(tensors):
@@ -380,34 +499,70 @@ def with_config(path, name, **changes):
 
 def with_code(path):
     (path / "code.py").write_text(f"open({str(path / 'ran')!r}, 'w')\n")
-    with_config(path, "config.json", model_type="mine",
-                auto_map={"AutoConfig": "code.A", "AutoModelForCausalLM": "code.B"})
+    with_config(
+        path,
+        "config.json",
+        model_type="mine",
+        auto_map={"AutoConfig": "code.A", "AutoModelForCausalLM": "code.B"},
+    )
 
 
 BROKEN = {
-    "a layer is missing": (lambda p: tensors_of(p, lambda t: {k: v for k, v in t.items() if ".1." not in k}),
-                           ["11 weights are missing", "model.layers.1."]),
-    "another shape": (lambda p: tensors_of(p, lambda t: t | {"model.norm.weight": torch.ones(7)}),
-                      ["1 weights are missing, of another shape", "model.norm.weight"]),
+    "a layer is missing": (
+        lambda p: tensors_of(p, lambda t: {k: v for k, v in t.items() if ".1." not in k}),
+        ["11 weights are missing", "model.layers.1."],
+    ),
+    "another shape": (
+        lambda p: tensors_of(p, lambda t: t | {"model.norm.weight": torch.ones(7)}),
+        ["1 weights are missing, of another shape", "model.norm.weight"],
+    ),
     "not finite": (lambda p: tensors_of(p, with_nan), ["not finite", "model.norm.weight"]),
     "no tokenizer.json": (lambda p: (p / "tokenizer.json").unlink(), ["cannot load the model"]),
-    "no tokenizer at all": (lambda p: [(p / f"tokenizer{part}.json").unlink() for part in ("", "_config")],
-                            ["files of the tokenizer are missing"]),
-    "broken template": (lambda p: (p / "chat_template.jinja").write_text("{% for m in messages %}{{ m"),
-                        ["chat template does not work", "correct chat_template.jinja"]),
-    "template that refuses": (lambda p: (p / "chat_template.jinja").write_text("{{ raise_exception('no') }}"),
-                              ["chat template does not work (TemplateError: no)"]),
-    "template without messages": (lambda p: (p / "chat_template.jinja").write_text("hello"),
-                                  ["does not depend on the problem"]),
-    "another's tokenizer": (lambda p: (with_config(p, "config.json", vocab_size=40), tensors_of(p, lambda t: {
-        k: v[:40].clone() if "embed" in k else v for k, v in t.items()})), ["the model 40 embeddings"]),
-    "no end": (lambda p: (with_config(p, "config.json", eos_token_id=None),
-                          with_config(p, "generation_config.json", eos_token_id=None),
-                          with_config(p, "tokenizer_config.json", eos_token=None)), ["eos_token_id"]),
-    "no number for the end": (lambda p: with_config(p, "generation_config.json", eos_token_id="x"), ["choose another"]),
-    "template without thinking": (lambda p: (p / "chat_template.jinja").write_text(
-        "{% if enable_thinking %}{{ messages[0].content }}{% endif %}"), ["does not depend on the problem"]),
-    "code of its own": (with_code, ["cannot load the model", "code"])}
+    "no tokenizer at all": (
+        lambda p: [(p / f"tokenizer{part}.json").unlink() for part in ("", "_config")],
+        ["files of the tokenizer are missing"],
+    ),
+    "broken template": (
+        lambda p: (p / "chat_template.jinja").write_text("{% for m in messages %}{{ m"),
+        ["chat template does not work", "correct chat_template.jinja"],
+    ),
+    "template that refuses": (
+        lambda p: (p / "chat_template.jinja").write_text("{{ raise_exception('no') }}"),
+        ["chat template does not work (TemplateError: no)"],
+    ),
+    "template without messages": (
+        lambda p: (p / "chat_template.jinja").write_text("hello"),
+        ["does not depend on the problem"],
+    ),
+    "another's tokenizer": (
+        lambda p: (
+            with_config(p, "config.json", vocab_size=40),
+            tensors_of(
+                p, lambda t: {k: v[:40].clone() if "embed" in k else v for k, v in t.items()}
+            ),
+        ),
+        ["the model 40 embeddings"],
+    ),
+    "no end": (
+        lambda p: (
+            with_config(p, "config.json", eos_token_id=None),
+            with_config(p, "generation_config.json", eos_token_id=None),
+            with_config(p, "tokenizer_config.json", eos_token=None),
+        ),
+        ["eos_token_id"],
+    ),
+    "no number for the end": (
+        lambda p: with_config(p, "generation_config.json", eos_token_id="x"),
+        ["choose another"],
+    ),
+    "template without thinking": (
+        lambda p: (p / "chat_template.jinja").write_text(
+            "{% if enable_thinking %}{{ messages[0].content }}{% endif %}"
+        ),
+        ["does not depend on the problem"],
+    ),
+    "code of its own": (with_code, ["cannot load the model", "code"]),
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -425,8 +580,10 @@ def test_weights_without_a_place_are_said(tiny_toy, tmp_path, capsys):
     config = json.loads((path / "config.json").read_text())
     with_config(path, "config.json", num_hidden_layers=2, layer_types=config["layer_types"][:2])
     load_model(str(path), torch.float32, CPU)
-    assert "warning: 11 weights of the checkpoint have no place in the model, first model.layers.2." in (
-        capsys.readouterr().err)
+    assert (
+        "warning: 11 weights of the checkpoint have no place in the model, first model.layers.2."
+        in (capsys.readouterr().err)
+    )
 
 
 def test_code_that_comes_with_a_known_model_is_not_run_and_nobody_is_asked(tiny_toy, tmp_path):
@@ -439,8 +596,14 @@ def test_code_that_comes_with_a_known_model_is_not_run_and_nobody_is_asked(tiny_
 
 def test_every_load_forbids_remote_code():
     root = Path(train.__file__).parent
-    calls = [call for file in root.rglob("*.py") if not {".venv", "tests"} & set(file.parts)
-             for call in re.findall(r"Auto\w+\.from_pretrained\((?:[^()]|\n)*\)", file.read_text(encoding="utf-8"))]
+    calls = [
+        call
+        for file in root.rglob("*.py")
+        if not {".venv", "tests"} & set(file.parts)
+        for call in re.findall(
+            r"Auto\w+\.from_pretrained\((?:[^()]|\n)*\)", file.read_text(encoding="utf-8")
+        )
+    ]
     assert len(calls) >= 2 and all("trust_remote_code=False" in call for call in calls), calls
 
 
@@ -455,13 +618,24 @@ def adapter_with_nan(path):
     save_file(tensors, path / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("break_it, part", [
-    (adapter_with_nan, "not finite"), (lambda p: with_config(p, "adapter_config.json", r="4"), "must be numbers"),
-    (lambda p: with_config(p, "adapter_config.json", lora_alpha="8"), "must be numbers"),
-    (lambda p: with_config(p, "adapter_config.json", lora_alpha=None), "must be numbers"),
-    (lambda p: with_config(p, "adapter_config.json", lora_alpha=1e300), "merged weights of .* not finite"),
-    (lambda p: with_config(p, "adapter_config.json", lora_alpha=float("nan")), "merged weights of .* not finite"),
-    (lambda p: (p / "adapter_config.json").write_text("[]"), "cannot load")])
+@pytest.mark.parametrize(
+    "break_it, part",
+    [
+        (adapter_with_nan, "not finite"),
+        (lambda p: with_config(p, "adapter_config.json", r="4"), "must be numbers"),
+        (lambda p: with_config(p, "adapter_config.json", lora_alpha="8"), "must be numbers"),
+        (lambda p: with_config(p, "adapter_config.json", lora_alpha=None), "must be numbers"),
+        (
+            lambda p: with_config(p, "adapter_config.json", lora_alpha=1e300),
+            "merged weights of .* not finite",
+        ),
+        (
+            lambda p: with_config(p, "adapter_config.json", lora_alpha=float("nan")),
+            "merged weights of .* not finite",
+        ),
+        (lambda p: (p / "adapter_config.json").write_text("[]"), "cannot load"),
+    ],
+)
 def test_a_broken_adapter_is_refused(adapter, tiny_toy, break_it, part):
     """With a NaN it evaluated to 0.00."""
     model = load_model(str(tiny_toy / "model"), torch.float32, CPU)[0]
@@ -474,26 +648,46 @@ def test_a_broken_adapter_is_refused(adapter, tiny_toy, break_it, part):
 # ---- flags and data
 
 
-@pytest.mark.parametrize("changes, part", [
-    ({"lora-rank": 1_000_000_000}, "change --lora-rank"), ({"lr": 1e300}, "--lr must be in"),
-    ({"weight-decay": 1e300}, "--weight-decay must be in"), ({"prompts-per-step": 10**12}, "--prompts-per-step must"),
-    ({"seed": 2**70}, "--seed must be in"),
-    ({"temperature": 0}, "--temperature must be in"),
-    ({"score-temperature": 1e-320}, "--score-temperature must be in")])
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"lora-rank": 1_000_000_000}, "change --lora-rank"),
+        ({"lr": 1e300}, "--lr must be in"),
+        ({"weight-decay": 1e300}, "--weight-decay must be in"),
+        ({"prompts-per-step": 10**12}, "--prompts-per-step must"),
+        ({"seed": 2**70}, "--seed must be in"),
+        ({"temperature": 0}, "--temperature must be in"),
+        ({"score-temperature": 1e-320}, "--score-temperature must be in"),
+    ],
+)
 def test_values_that_cannot_work(flags, tmp_path, changes, part):
     one_line(run_train(tmp_path, *flags("run", **changes)), part)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flag, value", [("--temperature", "inf"), ("--temperature", "nan"), ("--seed", 2**70)])
+@pytest.mark.parametrize(
+    "flag, value", [("--temperature", "inf"), ("--temperature", "nan"), ("--seed", 2**70)]
+)
 def test_values_that_cannot_work_in_evaluation(tmp_path, flag, value):
-    one_line(forked(tmp_path, evaluation.main, "eval.py", "--model", "m", "--data", "d", flag, value), f"{flag} must")
+    one_line(
+        forked(tmp_path, evaluation.main, "eval.py", "--model", "m", "--data", "d", flag, value),
+        f"{flag} must",
+    )
 
 
-@pytest.mark.parametrize("main, argv", [
-    (train.main, ["--temperatur", "1"]), (evaluation.main, ["--temperatur", "1"]), (diagnostics.main, ["--gam", "1"]),
-    (compare.main, ["--step", "1"]), (plot.main, ["--result", "r"]), (token_view.main, ["t", "--colou", "gate"]),
-    (bench.main, ["--row", "3"]), (report.main, ["run", "--ou", "x"])])
+@pytest.mark.parametrize(
+    "main, argv",
+    [
+        (train.main, ["--temperatur", "1"]),
+        (evaluation.main, ["--temperatur", "1"]),
+        (diagnostics.main, ["--gam", "1"]),
+        (compare.main, ["--step", "1"]),
+        (plot.main, ["--result", "r"]),
+        (token_view.main, ["t", "--colou", "gate"]),
+        (bench.main, ["--row", "3"]),
+        (report.main, ["run", "--ou", "x"]),
+    ],
+)
 def test_abbreviated_flags_are_refused(tmp_path, main, argv):
     code, lines, _ = forked(tmp_path, main, "program", *argv)
     assert code in (1, 2) and "unrecognized arguments: --" in lines[-1]
@@ -502,16 +696,44 @@ def test_abbreviated_flags_are_refused(tmp_path, main, argv):
 ROW = {"problem": "What is 2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}
 
 
-@pytest.mark.parametrize("content, part", [
-    (json.dumps(ROW).encode("utf-16"), "UTF-16, UTF-8 text is needed: convert it with iconv"),
-    (json.dumps(ROW).encode("utf-16-le"), "UTF-16-LE, UTF-8 text is needed: convert it with iconv"),
-    (gzip.compress(json.dumps(ROW).encode(), mtime=0), "GZIP, UTF-8 text is needed: unpack it with gunzip"),
-    (b'{"problem": "p", "solution": "s", "answer": 1e400}', "line 1: field 'answer': 1 gold answers"),
-    (b'{"problem": "p", "solution": "s", "answer": Infinity}', "line 1: field 'answer': 1 gold answers"),
-    (b'{"problem": "p", "solution": "s", "answer": NaN}', "line 1: field 'answer': 1 gold answers"),
-    (json.dumps(ROW | {"problem": "\ud83d"}).encode(), "line 1: field 'problem' has half of a character, '\\ud83d'"),
-    (json.dumps(ROW | {"solution": "a\udc00b"}).encode(), "line 1: field 'solution' has half of a character"),
-    (json.dumps(ROW | {"answer": "5\ud83d"}).encode(), "line 1: field 'answer' has half of a character")])
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (json.dumps(ROW).encode("utf-16"), "UTF-16, UTF-8 text is needed: convert it with iconv"),
+        (
+            json.dumps(ROW).encode("utf-16-le"),
+            "UTF-16-LE, UTF-8 text is needed: convert it with iconv",
+        ),
+        (
+            gzip.compress(json.dumps(ROW).encode(), mtime=0),
+            "GZIP, UTF-8 text is needed: unpack it with gunzip",
+        ),
+        (
+            b'{"problem": "p", "solution": "s", "answer": 1e400}',
+            "line 1: field 'answer': 1 gold answers",
+        ),
+        (
+            b'{"problem": "p", "solution": "s", "answer": Infinity}',
+            "line 1: field 'answer': 1 gold answers",
+        ),
+        (
+            b'{"problem": "p", "solution": "s", "answer": NaN}',
+            "line 1: field 'answer': 1 gold answers",
+        ),
+        (
+            json.dumps(ROW | {"problem": "\ud83d"}).encode(),
+            "line 1: field 'problem' has half of a character, '\\ud83d'",
+        ),
+        (
+            json.dumps(ROW | {"solution": "a\udc00b"}).encode(),
+            "line 1: field 'solution' has half of a character",
+        ),
+        (
+            json.dumps(ROW | {"answer": "5\ud83d"}).encode(),
+            "line 1: field 'answer' has half of a character",
+        ),
+    ],
+)
 def test_data_that_cannot_be_used_is_named(tmp_path, content, part):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
@@ -526,7 +748,9 @@ def test_a_byte_order_mark_of_utf8_is_no_mistake(tmp_path):
 
 
 def test_an_answer_of_hundreds_of_digits(tmp_path):
-    (tmp_path / "data.jsonl").write_text('{"problem": "p", "solution": "s", "answer": 1%s}' % ("0" * 400))
+    (tmp_path / "data.jsonl").write_text(
+        '{"problem": "p", "solution": "s", "answer": 1%s}' % ("0" * 400)
+    )
     assert load_problems(tmp_path / "data.jsonl")[0][0].answer == "1" + "0" * 400
 
 
@@ -540,7 +764,10 @@ def test_a_pipe_is_no_data_file(tmp_path):
 def test_unreadable_data(tmp_path, monkeypatch):
     def read_bytes(self):
         raise PermissionError(13, "Permission denied", str(self))
-    with pytest.raises(InputError, match="cannot be read .OSError: it is a directory.*check the path"):
+
+    with pytest.raises(
+        InputError, match="cannot be read .OSError: it is a directory.*check the path"
+    ):
         load_problems(tmp_path)
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     with pytest.raises(InputError, match="cannot be read .PermissionError.*check the path"):
@@ -550,13 +777,16 @@ def test_unreadable_data(tmp_path, monkeypatch):
 
 
 def test_no_message_passes_on_the_advice_to_unpickle(copied, tmp_path):
-    """torch's own advice for a file that it does not read: load it with weights_only=False, which runs its code."""
+    """torch's own advice for a file that it does not read: load it with weights_only=False, which
+    runs its code."""
     path = copied / "checkpoints/step-000002"
     state = json.loads((path / "state.json").read_text())
     del state["sha256"]  # as an older checkpoint
     (path / "state.json").write_text(json.dumps(state))
     torch.save({"optimizer": Path("x")}, path / "state.pt")
-    line = one_line(run_train(tmp_path, "--out", copied, "--resume", "--steps", 3), "damaged checkpoint")
+    line = one_line(
+        run_train(tmp_path, "--out", copied, "--resume", "--steps", 3), "damaged checkpoint"
+    )
     assert "weights_only" not in line and "arbitrary code" not in line
 
 
@@ -565,16 +795,21 @@ def test_no_message_passes_on_the_advice_to_unpickle(copied, tmp_path):
 
 @pytest.mark.parametrize("limit", [1000, 4000, 8000, 30_000, 200_000, 1_384_000])
 def test_a_full_disk_is_one_line_and_what_was_complete_stays(flags, tmp_path, limit):
-    """Files cannot grow beyond `limit` bytes: config, logs, adapter, optimizer and model fail in turn, and the three
-    libraries that write them raise three types of error."""
+    """Files cannot grow beyond `limit` bytes: config, logs, adapter, optimizer and model fail in
+    turn, and the three libraries that write them raise three types of error."""
+
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
     own = flags("run", **{"lora-rank": 8})
     one_line(run_train(tmp_path, *own, before=full), "run/", "cannot be written", "free space")
     assert not list(tmp_path.glob("run/**/*.tmp/*"))
     resume = ["--out", "run", "--resume"] if (tmp_path / "run/config.json").exists() else own
     assert run_train(tmp_path, *resume)[0] == 0
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 2] and (tmp_path / "run/model").is_dir()
 
 
@@ -586,8 +821,12 @@ def test_the_output_directory_is_removed_during_the_run(flags, tmp_path):
             metrics = finish(*args, **kwargs)
             shutil.rmtree("run")
             return metrics
+
         run.StepLog.finish_step = finish_step
-    one_line(run_train(tmp_path, *flags("run"), before=remove), "run/metrics.jsonl: cannot be written")
+
+    one_line(
+        run_train(tmp_path, *flags("run"), before=remove), "run/metrics.jsonl: cannot be written"
+    )
 
 
 def test_a_closed_pipe_after_everything_was_saved_is_no_failure(flags, tmp_path):
@@ -595,6 +834,7 @@ def test_a_closed_pipe_after_everything_was_saved_is_no_failure(flags, tmp_path)
         reader, writer = os.pipe()
         os.close(reader)
         os.dup2(writer, sys.stdout.fileno())
+
     assert run_train(tmp_path, *flags("run"), before=close)[:2] == (0, [])
     assert (tmp_path / "run/model").is_dir()
     assert run_train(tmp_path, *flags("other"), stdout="/dev/full")[:2] == (0, [])
@@ -602,6 +842,7 @@ def test_a_closed_pipe_after_everything_was_saved_is_no_failure(flags, tmp_path)
 
 def test_sighup_leaves_a_checkpoint_as_sigterm_does(flags, tmp_path):
     """A terminal that closes."""
+
     def hang_up():
         save = checkpoint.append_jsonl
 
@@ -609,13 +850,22 @@ def test_sighup_leaves_a_checkpoint_as_sigterm_does(flags, tmp_path):
             save(path, rows)
             if path.name == "metrics.jsonl":
                 os.kill(os.getpid(), signal.SIGHUP)
+
         checkpoint.append_jsonl = append_jsonl
-    code, lines, _ = run_train(tmp_path, *flags("run", steps=50, **{"checkpoint-every": 50}), before=hang_up)
-    assert code == 128 + signal.SIGHUP and "stopped after step 1" in lines[-1] and "--resume" in lines[-1]
+
+    code, lines, _ = run_train(
+        tmp_path, *flags("run", steps=50, **{"checkpoint-every": 50}), before=hang_up
+    )
+    assert (
+        code == 128 + signal.SIGHUP
+        and "stopped after step 1" in lines[-1]
+        and "--resume" in lines[-1]
+    )
 
     def ignore():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         hang_up()
+
     assert run_train(tmp_path, *flags("nohup"), before=ignore)[0] == 0
 
 
@@ -647,12 +897,24 @@ def test_everything_follows_the_umask(flags, tmp_path, monkeypatch, mask):
 # ---- runs that learn nothing
 
 
-@pytest.mark.parametrize("changes, parts", [
-    ({"max-new-tokens": 3}, ["no completion finished: look at --max-new-tokens", "no completion had a boxed answer",
-                             "all rewards of a step were equal"]),
-    ({"lr": 0}, ["the adapter's weights did not move: look at --lr"])])
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        (
+            {"max-new-tokens": 3},
+            [
+                "no completion finished: look at --max-new-tokens",
+                "no completion had a boxed answer",
+                "all rewards of a step were equal",
+            ],
+        ),
+        ({"lr": 0}, ["the adapter's weights did not move: look at --lr"]),
+    ],
+)
 def test_a_run_that_learns_nothing_says_so_once(flags, tmp_path, changes, parts):
-    code, lines, _ = run_train(tmp_path, *flags("run", steps=12, **{"checkpoint-every": 12} | changes))
+    code, lines, _ = run_train(
+        tmp_path, *flags("run", steps=12, **{"checkpoint-every": 12} | changes)
+    )
     assert code == 0 and all(line.startswith("warning: for 5 steps ") for line in lines)
     assert all(sum(part in line for line in lines) == 1 for part in parts), lines
 
@@ -666,7 +928,9 @@ def test_the_five_steps_must_be_in_a_row():
     watch, found = run.Watch(parameters), []
     for truncated in [1, 1, 1, 1, 0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]:
         parameters[0] += 1e-6
-        found.append(watch.warnings({"truncated": truncated, "no_answer": 0.0, "reward_range": 0.5}))
+        found.append(
+            watch.warnings({"truncated": truncated, "no_answer": 0.0, "reward_range": 0.5})
+        )
     assert [len(lines) for lines in found] == [0] * 9 + [1] + [0] * 6
 
 
@@ -680,9 +944,18 @@ def test_config_json_shows_the_first_problem_s_two_prompts(finished, few):
 # ---- token_view
 
 
-TOKENS = {"problem": "p\u202e", "prompt": "\x00", "solution": "s", "answer": "1", "correct": True, "reward": 1.0,
-          "A": 0.5, "tokens": ["a\u202eb", "\x00", "\u2066x", "\ud83d", "é", "line\n"], "kind": [0] * 6,
-          **{name: [0.5] * 6 for name in ("entropy", "lookahead", "gate", "delta", "advantage")}}
+TOKENS = {
+    "problem": "p\u202e",
+    "prompt": "\x00",
+    "solution": "s",
+    "answer": "1",
+    "correct": True,
+    "reward": 1.0,
+    "A": 0.5,
+    "tokens": ["a\u202eb", "\x00", "\u2066x", "\ud83d", "é", "line\n"],
+    "kind": [0] * 6,
+    **{name: [0.5] * 6 for name in ("entropy", "lookahead", "gate", "delta", "advantage")},
+}
 
 
 def test_token_view_shows_what_would_garble_the_page(tmp_path):
@@ -690,17 +963,28 @@ def test_token_view_shows_what_would_garble_the_page(tmp_path):
     code, lines, _ = forked(tmp_path, token_view.main, "token_view", "tokens.jsonl")
     page = (tmp_path / "token_view.html").read_text(encoding="utf-8")
     assert code == 0 and not HIDDEN.search(page) and "\\u202e" not in page and "\\u0000" not in page
-    assert "a[U+202E]b" in page and "[U+0000]" in page and "[U+D83D]" in page and "é" in page and "line↵" in page
+    assert (
+        "a[U+202E]b" in page
+        and "[U+0000]" in page
+        and "[U+D83D]" in page
+        and "é" in page
+        and "line↵" in page
+    )
 
 
-@pytest.mark.parametrize("content, argv, part", [
-    ("", [], "no lines"), (json.dumps(TOKENS), ["--count", "0"], "--count is below 1"),
-    ("[]", [], "not a tokens.jsonl"),
-    (json.dumps(TOKENS), ["--out", "tokens.jsonl"], "--out is the same file"),
-    ("[" * 200_000, [], "not a tokens.jsonl"),
-    (json.dumps(TOKENS), ["--out", "."], "cannot be read or written (IsADirectoryError"),
-    (json.dumps(TOKENS), ["--out", "/dev/null/x"], "cannot be read or written"),
-    (json.dumps(TOKENS), ["--out", "/dev/full"], "cannot be read or written")])
+@pytest.mark.parametrize(
+    "content, argv, part",
+    [
+        ("", [], "no lines"),
+        (json.dumps(TOKENS), ["--count", "0"], "--count is below 1"),
+        ("[]", [], "not a tokens.jsonl"),
+        (json.dumps(TOKENS), ["--out", "tokens.jsonl"], "--out is the same file"),
+        ("[" * 200_000, [], "not a tokens.jsonl"),
+        (json.dumps(TOKENS), ["--out", "."], "cannot be read or written (IsADirectoryError"),
+        (json.dumps(TOKENS), ["--out", "/dev/null/x"], "cannot be read or written"),
+        (json.dumps(TOKENS), ["--out", "/dev/full"], "cannot be read or written"),
+    ],
+)
 def test_token_view_mistakes_are_one_line(tmp_path, content, argv, part):
     (tmp_path / "tokens.jsonl").write_text(content)
     one_line(forked(tmp_path, token_view.main, "token_view", "tokens.jsonl", *argv), part)

@@ -1,4 +1,5 @@
-"""teacher.py against one-by-one scoring with plain logits, and the prompts against what a solution may contain."""
+"""teacher.py against one-by-one scoring with plain logits, and the prompts against what a solution
+may contain."""
 
 import doctest
 from types import SimpleNamespace
@@ -16,41 +17,75 @@ PROMPTS, COMPLETIONS = random_ids([5, 11, 1, 7]), random_ids([9, 1, 14, 3], seed
 
 def plain(model, prompt, completion, temperature=1.0):
     """Log-probs and entropies of one completion from the full logits, in float64."""
-    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1].double() / temperature
+    logits = (
+        model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
+        / temperature
+    )
     logp = logits.log_softmax(-1)
     return logp[range(len(completion)), completion], -(logp.exp() * logp).sum(-1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_ragged_batch_equals_one_by_one(model, temperature):
-    """Right-padded prompts with the completion behind the pads, and no position ids, are off by 0.1 to 0.3 nats."""
+    """Right-padded prompts with the completion behind the pads, and no position ids, are off by 0.1
+    to 0.3 nats."""
     reading = teacher.read(model, PROMPTS, COMPLETIONS, temperature=temperature, entropy=True)
     assert reading.mask.dtype == torch.bool and reading.mask.sum(1).tolist() == [9, 1, 14, 3]
     for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         logp, entropy = plain(model, prompt, completion, temperature)
-        torch.testing.assert_close(reading.logp[i, :len(completion)].double(), logp, atol=1e-5, rtol=0)
-        torch.testing.assert_close(reading.entropy[i, :len(completion)].double(), entropy, atol=1e-5, rtol=0)
-        assert reading.logp[i, len(completion):].abs().sum() == reading.entropy[i, len(completion):].abs().sum() == 0
+        torch.testing.assert_close(
+            reading.logp[i, : len(completion)].double(), logp, atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(
+            reading.entropy[i, : len(completion)].double(), entropy, atol=1e-5, rtol=0
+        )
+        assert (
+            reading.logp[i, len(completion) :].abs().sum()
+            == reading.entropy[i, len(completion) :].abs().sum()
+            == 0
+        )
 
 
-@pytest.mark.parametrize("dtype, autocast, masked", [
-    (torch.float32, False, True), (torch.bfloat16, False, False), (torch.float32, True, False),
-    (torch.bfloat16, True, False)])
+@pytest.mark.parametrize(
+    "dtype, autocast, masked",
+    [
+        (torch.float32, False, True),
+        (torch.bfloat16, False, False),
+        (torch.float32, True, False),
+        (torch.bfloat16, True, False),
+    ],
+)
 def test_half_precision_is_read_without_a_mask(dtype, autocast, masked):
-    """So that flash attention may serve: a mask makes no difference, and none reaches a layer with full attention."""
-    model, seen, attend = tiny_qwen3().to(dtype), [], torch.nn.functional.scaled_dot_product_attention
+    """So that flash attention may serve: a mask makes no difference, and none reaches a layer with
+    full attention."""
+    model, seen, attend = (
+        tiny_qwen3().to(dtype),
+        [],
+        torch.nn.functional.scaled_dot_product_attention,
+    )
 
     def watched(*args, attn_mask=None, **keywords):
         seen.append(attn_mask)
         return attend(*args, attn_mask=attn_mask, **keywords)
-    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
         reading = teacher.read(model, PROMPTS, COMPLETIONS, entropy=True)
         assert len(seen) == 2 and all((mask is not None) == masked for mask in seen)
         forward = model.model.forward
         ends = torch.tensor([len(p) + len(c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
-        patch.setattr(model.model, "forward", lambda input_ids, attention_mask, **keywords: forward(
-            input_ids=input_ids, attention_mask=torch.arange(input_ids.shape[1]) < ends[:, None], **keywords))
+        patch.setattr(
+            model.model,
+            "forward",
+            lambda input_ids, attention_mask, **keywords: forward(
+                input_ids=input_ids,
+                attention_mask=torch.arange(input_ids.shape[1]) < ends[:, None],
+                **keywords,
+            ),
+        )
         other = teacher.read(model, PROMPTS, COMPLETIONS, entropy=True)
     tolerance = 1e-6 if masked else 0.1
     torch.testing.assert_close(reading.logp, other.logp, atol=tolerance, rtol=0)
@@ -59,14 +94,19 @@ def test_half_precision_is_read_without_a_mask(dtype, autocast, masked):
 
 def test_padding_changes_nothing(model):
     alone = teacher.read(model, PROMPTS[:1], COMPLETIONS[:1], entropy=True)
-    beside_a_long_row = teacher.read(model, [PROMPTS[0], random_ids([90])[0]], [COMPLETIONS[0], random_ids([60])[0]],
-                                     entropy=True)
+    beside_a_long_row = teacher.read(
+        model,
+        [PROMPTS[0], random_ids([90])[0]],
+        [COMPLETIONS[0], random_ids([60])[0]],
+        entropy=True,
+    )
     for a, b in ((alone.logp, beside_a_long_row.logp), (alone.entropy, beside_a_long_row.entropy)):
         torch.testing.assert_close(a[0], b[0, :9], atol=1e-5, rtol=0)
 
 
 def test_pad_id_equal_to_stop_id_changes_nothing(model):
-    """A mask made from `token != pad_id` hides the sampled stop token where pad and eos are one id (Qwen2.5 base)."""
+    """A mask made from `token != pad_id` hides the sampled stop token where pad and eos are one id
+    (Qwen2.5 base)."""
     completions = [completion + [1] for completion in COMPLETIONS]
     model.config.pad_token_id = 1
     same = teacher.read(model, PROMPTS, completions)
@@ -85,7 +125,10 @@ def test_chunked_head_equals_plain_in_values_and_gradients(model, monkeypatch, c
     chunked = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     rows = zip(PROMPTS, COMPLETIONS, weights, strict=True)
-    sum((plain(model, prompt, completion)[0] * w[:len(completion)]).sum() for prompt, completion, w in rows).backward()
+    sum(
+        (plain(model, prompt, completion)[0] * w[: len(completion)]).sum()
+        for prompt, completion, w in rows
+    ).backward()
     for ours, parameter in zip(chunked, model.parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad, atol=2e-4, rtol=1e-4)
 
@@ -96,25 +139,37 @@ def test_whole_logits_never_exist(model, monkeypatch):
     sizes = []
     model.lm_head.register_forward_hook(lambda _, args, out: sizes.append(out.shape))
     teacher.read(model, PROMPTS, COMPLETIONS).logp.sum().backward()
-    assert all(size == (4, 61) or size == (3, 61) for size in sizes) and len(sizes) == 2 * 7  # 27 tokens, twice each
+    # 27 tokens, twice each
+    assert all(size == (4, 61) or size == (3, 61) for size in sizes) and len(sizes) == 2 * 7
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("chunk_tokens, temperature", [(1, 1.0), (4, 0.7), (1000, 1.3)])
 def test_frozen_head_runs_once_per_chunk(monkeypatch, chunk_tokens, temperature, dtype, tolerance):
-    """Forward and backward together, with the values and gradients of autograd through the whole float64 logits."""
+    """Forward and backward together, with the values and gradients of autograd through the whole
+    float64 logits."""
     monkeypatch.setattr(teacher, "CHUNK_LOGITS", chunk_tokens * 61)
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 61, bias=False).requires_grad_(False).to(dtype)
-    hidden, targets, upstream = torch.randn(27, 16).to(dtype), torch.randint(61, (27,)), torch.randn(27)
+    hidden, targets, upstream = (
+        torch.randn(27, 16).to(dtype),
+        torch.randint(61, (27,)),
+        torch.randn(27),
+    )
     runs = []
     head.register_forward_hook(lambda *_: runs.append(1))
     ours, plain_hidden = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     logp, _ = teacher.score(head, ours, targets, temperature, entropy=False)
     (logp * upstream).sum().backward()
-    exact = (plain_hidden @ head.weight.double().T / temperature).log_softmax(-1)[range(27), targets]
+    exact = (plain_hidden @ head.weight.double().T / temperature).log_softmax(-1)[
+        range(27), targets
+    ]
     (exact * upstream).sum().backward()
-    assert len(runs) == -(-27 // chunk_tokens) and logp.dtype == torch.float32 and ours.grad.dtype == dtype
+    assert (
+        len(runs) == -(-27 // chunk_tokens)
+        and logp.dtype == torch.float32
+        and ours.grad.dtype == dtype
+    )
     torch.testing.assert_close(logp.double(), exact, atol=tolerance, rtol=0)
     torch.testing.assert_close(ours.grad.double(), plain_hidden.grad, atol=tolerance, rtol=0)
 
@@ -141,14 +196,20 @@ def test_an_adapted_head_is_scored(model):
     assert model.lm_head.lora_B.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("rows, mean, budget", [(4, 600, 10**9), (32, 64, 2000), (128, 64, 10**9), (512, 1000, 8192)])
+@pytest.mark.parametrize(
+    "rows, mean, budget", [(4, 600, 10**9), (32, 64, 2000), (128, 64, 10**9), (512, 1000, 8192)]
+)
 def test_micro_batches_waste_little_on_geometric_lengths(rows, mean, budget):
     generator = torch.Generator().manual_seed(rows)
-    lengths = torch.empty(rows).geometric_(1 / mean, generator=generator).long().clamp(max=4096).tolist()
+    lengths = (
+        torch.empty(rows).geometric_(1 / mean, generator=generator).long().clamp(max=4096).tolist()
+    )
     batches = teacher.micro_batches(lengths, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(rows))
     padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
-    assert all(size <= budget or len(batch) == 1 for size, batch in zip(padded, batches, strict=True))
+    assert all(
+        size <= budget or len(batch) == 1 for size, batch in zip(padded, batches, strict=True)
+    )
     assert 1 - sum(lengths) / sum(padded) <= 0.1
     assert rows < 100 or len(batches) < rows / 3  # one row at a time would waste nothing either
 
@@ -161,11 +222,19 @@ def test_micro_batches_of_equal_and_of_too_long_rows():
 @pytest.mark.parametrize("most_tokens", [1, 20, 35, 10**6])
 @pytest.mark.parametrize("hidden", [False, True])
 def test_read_in_batches_equals_read(model, most_tokens, hidden):
-    """Nine ragged rows; the batches are narrower and change their order. With most_tokens = 1 every row is alone."""
-    prompts, completions = random_ids([5, 11, 1, 7, 3, 19, 2, 8, 4]), random_ids([9, 1, 14, 3, 6, 2, 25, 5, 1], seed=1)
+    """Nine ragged rows; the batches are narrower and change their order. With most_tokens = 1 every
+    row is alone."""
+    prompts, completions = (
+        random_ids([5, 11, 1, 7, 3, 19, 2, 8, 4]),
+        random_ids([9, 1, 14, 3, 6, 2, 25, 5, 1], seed=1),
+    )
     with torch.no_grad():
-        whole = teacher.read(model, prompts, completions, temperature=0.8, entropy=True, hidden=hidden)
-    reading = teacher.read_in_batches(model, prompts, completions, most_tokens, temperature=0.8, hidden=hidden)
+        whole = teacher.read(
+            model, prompts, completions, temperature=0.8, entropy=True, hidden=hidden
+        )
+    reading = teacher.read_in_batches(
+        model, prompts, completions, most_tokens, temperature=0.8, hidden=hidden
+    )
     assert torch.equal(reading.mask, whole.mask) and not reading.logp.requires_grad
     for ours, theirs in ((reading.logp, whole.logp), (reading.entropy, whole.entropy)):
         assert ours.dtype == torch.float32 and (ours[~whole.mask] == 0).all()
@@ -182,7 +251,7 @@ def test_hidden_states_are_kept_only_if_asked_for_and_give_the_logp(model):
     reading = teacher.read(model, PROMPTS, COMPLETIONS, hidden=True)
     for states, completion, logp in zip(reading.hidden, COMPLETIONS, reading.logp, strict=True):
         exact = model.lm_head(states).log_softmax(-1)[range(len(completion)), completion]
-        torch.testing.assert_close(logp[:len(completion)], exact, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logp[: len(completion)], exact, atol=1e-5, rtol=0)
 
 
 def test_gradients_flow_iff_enabled(model):
@@ -211,22 +280,36 @@ def test_bad_arguments(model):
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("scale, cap", [(0.25, None), (1.0, 2.0), (1.7, 3.0)])
-def test_scaled_and_capped_logits_equal_plain_in_values_and_gradients(monkeypatch, scale, cap, trained):
-    """Granite, Cohere and Gemma: what comes after the head, against float64 and autograd through the whole logits."""
+def test_scaled_and_capped_logits_equal_plain_in_values_and_gradients(
+    monkeypatch, scale, cap, trained
+):
+    """Granite, Cohere and Gemma: what comes after the head, against float64 and autograd through
+    the whole logits."""
     monkeypatch.setattr(teacher, "CHUNK_LOGITS", 5 * 61)
     torch.manual_seed(0)
     linear = torch.nn.Linear(16, 61).requires_grad_(trained)
     hidden, other, targets = torch.randn(27, 16), torch.randn(27, 16), torch.randint(61, (27,))
-    head, ours, plain = teacher.Head(linear, scale, cap), hidden.clone().requires_grad_(), hidden.double()
+    head, ours, plain = (
+        teacher.Head(linear, scale, cap),
+        hidden.clone().requires_grad_(),
+        hidden.double(),
+    )
     plain.requires_grad_()
 
     def exact(states):
         logits = scale * (states.double() @ linear.weight.double().T + linear.bias.double())
         return ((cap * (logits / cap).tanh() if cap else logits) / 0.7).log_softmax(-1)
+
     logp, _ = teacher.score(head, ours, targets, 0.7, entropy=False)
     _, entropy = teacher.score(head, hidden, targets, 0.7, entropy=True)
-    kl = teacher.per_token_divergence(head, [ours], [other], torch.ones(1, 27, dtype=torch.bool),
-                                      lambda p, q: (p.exp() * (p - q)).sum(-1), 0.7)
+    kl = teacher.per_token_divergence(
+        head,
+        [ours],
+        [other],
+        torch.ones(1, 27, dtype=torch.bool),
+        lambda p, q: (p.exp() * (p - q)).sum(-1),
+        0.7,
+    )
     want, theirs = exact(plain), exact(other)
     torch.testing.assert_close(logp.double(), want[range(27), targets], atol=1e-5, rtol=0)
     torch.testing.assert_close(entropy.double(), -(want.exp() * want).sum(-1), atol=1e-5, rtol=0)
@@ -239,7 +322,8 @@ def test_scaled_and_capped_logits_equal_plain_in_values_and_gradients(monkeypatc
 
 
 def test_what_comes_after_the_head_is_found_in_the_config_of_the_text():
-    nested = SimpleNamespace(config=Gemma3Config(), get_output_embeddings=lambda: None)  # text and images
+    # text and images
+    nested = SimpleNamespace(config=Gemma3Config(), get_output_embeddings=lambda: None)
     assert teacher.output_head(nested) == teacher.Head(None, 1.0, None)
     vars(nested.config.text_config).update(final_logit_softcapping=30.0, logits_scaling=8.0)
     assert teacher.output_head(nested) == teacher.Head(None, 0.125, 30.0)
@@ -259,6 +343,7 @@ def test_a_model_whose_logits_are_not_those_of_its_head_is_refused(model, option
         output = forward(*args, **kwargs)
         output.logits = output.logits + torch.arange(61) / 61
         return output
+
     model.forward = shifted
     with pytest.raises(ValueError, match="not those of its head"):
         teacher.check_head(model)
@@ -272,7 +357,10 @@ def test_reading_mode_leaves_only_checkpointed_layers_in_training():
     model.activation_checkpointing_enable({"use_reentrant": False})
     teacher.reading_mode(model)
     assert all(layer.training and not layer.self_attn.training for layer in model.model.layers)
-    assert torch.equal(teacher.read(model, PROMPTS, COMPLETIONS).logp, teacher.read(model, PROMPTS, COMPLETIONS).logp)
+    assert torch.equal(
+        teacher.read(model, PROMPTS, COMPLETIONS).logp,
+        teacher.read(model, PROMPTS, COMPLETIONS).logp,
+    )
 
 
 def test_latex_and_braces_survive_in_the_prompts():

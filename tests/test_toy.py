@@ -29,7 +29,9 @@ def test_same_seed_same_files(tmp_path, monkeypatch):
     first, same, other = (files_of(tmp_path / name) for name in ("first", "same", "other"))
     assert first == same and first.keys() == other.keys()
     assert first["model.safetensors"] != other["model.safetensors"]
-    parts = [toy.problem_file("test.jsonl", tmp_path / str(seed), seed).read_text() for seed in (0, 0, 1)]
+    parts = [
+        toy.problem_file("test.jsonl", tmp_path / str(seed), seed).read_text() for seed in (0, 0, 1)
+    ]
     assert parts[0] == parts[1] != parts[2]
 
 
@@ -44,7 +46,10 @@ def test_the_shipped_tokenizer_is_the_one_that_this_file_makes():
     assert shipped.chat_template == made.chat_template and shipped.eos_token == made.eos_token
     assert toy.known_prompts(shipped) == toy.known_prompts(made)
     ours, theirs = toy.make_model(made).config, AutoConfig.from_pretrained(toy.SHIPPED)
-    assert ours.hidden_size == theirs.hidden_size and ours.num_hidden_layers == theirs.num_hidden_layers
+    assert (
+        ours.hidden_size == theirs.hidden_size
+        and ours.num_hidden_layers == theirs.num_hidden_layers
+    )
 
 
 def test_the_shipped_model_is_used_wherever_one_stands(tmp_path, monkeypatch):
@@ -58,8 +63,11 @@ def test_its_accuracies_are_those_of_the_readme(tmp_path):
     lines = toy.problem_file("test.jsonl", tmp_path).read_text().splitlines(keepends=True)
     (tmp_path / "some.jsonl").write_text("".join(lines[::3]))
     model, tokenizer = load_model(str(toy.SHIPPED), torch.float32, torch.device("cpu"))
-    plain, shown = (toy.accuracy(model, tokenizer, tmp_path / "some.jsonl", it) for it in (False, True))
-    assert 0.24 < plain < 0.48 and 0.66 < shown < 0.88  # 0.36 and 0.77, with errors of 0.04 and 0.03 of 161 draws
+    plain, shown = (
+        toy.accuracy(model, tokenizer, tmp_path / "some.jsonl", it) for it in (False, True)
+    )
+    # 0.36 and 0.77, with errors of 0.04 and 0.03 of 161 draws
+    assert 0.24 < plain < 0.48 and 0.66 < shown < 0.88
 
 
 @pytest.mark.slow
@@ -68,7 +76,9 @@ def test_a_rebuilt_toy_is_as_good(tmp_path):
     toy.build(tmp_path / "model", seed=1)
     test = toy.problem_file("test.jsonl", tmp_path)
     model, tokenizer = load_model(str(tmp_path / "model"), torch.float32, torch.device("cpu"))
-    plain, shown = (toy.accuracy(model, tokenizer, test, privileged) for privileged in (False, True))
+    plain, shown = (
+        toy.accuracy(model, tokenizer, test, privileged) for privileged in (False, True)
+    )
     assert 0.25 < plain < 0.50 and 0.65 < shown < 0.90
 
 
@@ -78,14 +88,18 @@ def quick_build(monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["prompt", "template"])
-def test_prompts_that_the_weights_do_not_know_start_the_warm_up(quick_build, tmp_path, monkeypatch, capsys, change):
+def test_prompts_that_the_weights_do_not_know_start_the_warm_up(
+    quick_build, tmp_path, monkeypatch, capsys, change
+):
     """Not a comment in rollout.py: what is compared is what the model reads."""
     if change == "prompt":
         monkeypatch.setattr(teacher, "INSTRUCTION", "Think it over.")
     else:
         shutil.copytree(toy.SHIPPED, tmp_path / "shipped")
         monkeypatch.setattr(toy, "SHIPPED", tmp_path / "shipped")
-        (tmp_path / "shipped" / "chat_template.jinja").write_text(toy.CHAT_TEMPLATE.replace("user", "person") + " ")
+        (tmp_path / "shipped" / "chat_template.jinja").write_text(
+            toy.CHAT_TEMPLATE.replace("user", "person") + " "
+        )
     path = toy.model_directory(tmp_path / "runs")
     assert "do not know the prompts of teacher.py" in capsys.readouterr().err and toy.fits(path)
     assert toy.model_directory(tmp_path / "runs") == path and capsys.readouterr().err == ""
@@ -93,10 +107,12 @@ def test_prompts_that_the_weights_do_not_know_start_the_warm_up(quick_build, tmp
 
 def test_two_starts_at_the_same_moment(quick_build, tmp_path, monkeypatch):
     """Both make what is missing, each under a name of its own."""
+
     def both(work):
         def start():
             barrier.wait()
             paths.append(work())
+
         barrier, paths = threading.Barrier(3), []
         threads = [threading.Thread(target=start) for _ in range(3)]
         for thread in threads:
@@ -105,8 +121,12 @@ def test_two_starts_at_the_same_moment(quick_build, tmp_path, monkeypatch):
             thread.join()
         assert len(paths) == 3 and len(set(paths)) == 1
         return paths[0]
+
     path = both(lambda: toy.problem_file("test.jsonl", tmp_path / "problems"))
-    assert files_of(tmp_path / "problems").keys() == {"test.jsonl"} and len(load_problems(path)[0]) == 481
+    assert (
+        files_of(tmp_path / "problems").keys() == {"test.jsonl"}
+        and len(load_problems(path)[0]) == 481
+    )
     monkeypatch.setattr(toy, "SHIPPED", tmp_path / "nothing")
     path = both(lambda: toy.model_directory(tmp_path / "runs"))
     assert list((tmp_path / "runs").iterdir()) == [path] and toy.fits(path)
@@ -142,8 +162,14 @@ def test_traces_have_wrong_and_repeated_steps():
 def test_musings_stand_before_steps_and_every_word_is_a_token():
     rng, tokenizer = np.random.default_rng(0), toy.make_tokenizer()
     traces = [toy.make_trace([2, 3, 4], rng, muse=0.5) for _ in range(100)]
-    assert 0.4 < np.mean([step[0].isalpha() for trace in traces for step in trace.split(". ")[:2]]) < 0.6
-    words = [tokenizer.decode([i]) for i in tokenizer.encode(next(t for t in traces if t[0].isalpha()))]
+    assert (
+        0.4
+        < np.mean([step[0].isalpha() for trace in traces for step in trace.split(". ")[:2]])
+        < 0.6
+    )
+    words = [
+        tokenizer.decode([i]) for i in tokenizer.encode(next(t for t in traces if t[0].isalpha()))
+    ]
     assert set(words[:8]) <= set(toy.MUSINGS) and words[8] == "2"
     assert set(diagnostics.MARKERS) >= {word.strip() for word in toy.MUSINGS}
 
@@ -153,9 +179,15 @@ def test_tokenizer_encodes_any_text_and_its_template_knows_thinking():
     for text in ("What is 7+5?", "\\frac{1}{2} {x} é ∑ 😀\n\t", "Janet’s ducks", "hmm  maybe hmm"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     messages = [{"role": "user", "content": "hi"}]
-    closed, opened = (tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
-                                                    enable_thinking=thinking) for thinking in (False, True))
-    assert closed == opened + "<think>\n\n</think>\n\n" and opened.endswith("<|im_start|>assistant\n")
+    closed, opened = (
+        tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=thinking
+        )
+        for thinking in (False, True)
+    )
+    assert closed == opened + "<think>\n\n</think>\n\n" and opened.endswith(
+        "<|im_start|>assistant\n"
+    )
     assert len(tokenizer.encode("117")) == 3  # digits stay single
 
 
@@ -172,7 +204,12 @@ def test_small_models_get_one_thread_and_large_ones_the_default(monkeypatch, thr
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(distributed, "DEFAULT_THREADS", 2)
     chosen = []
-    for parameters in (300_000, distributed.SMALL_MODEL - 1, distributed.SMALL_MODEL, 4_000_000_000):
+    for parameters in (
+        300_000,
+        distributed.SMALL_MODEL - 1,
+        distributed.SMALL_MODEL,
+        4_000_000_000,
+    ):
         distributed.choose_threads(parameters)
         chosen.append(torch.get_num_threads())
     assert chosen == [1, 1, 2, 2]

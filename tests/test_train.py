@@ -1,4 +1,5 @@
-"""train.py as it is used: the command line, one process and several, killed and resumed, with mistakes in the input."""
+"""train.py as it is used: the command line, one process and several, killed and resumed, with
+mistakes in the input."""
 
 import json
 import math
@@ -27,7 +28,13 @@ from conftest import (
 )
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3ForCausalLM,
+)
 
 import family
 import lora
@@ -42,7 +49,9 @@ ROOT = Path(train.__file__).parent
 
 
 def adapter(run, step=4):
-    return load_file(run / "checkpoints" / f"step-{step:06d}" / "adapter" / "adapter_model.safetensors")
+    return load_file(
+        run / "checkpoints" / f"step-{step:06d}" / "adapter" / "adapter_model.safetensors"
+    )
 
 
 def metrics(run):
@@ -50,8 +59,8 @@ def metrics(run):
 
 
 def first_moments(run, step=4):
-    """Of AdamW, by number of the tensor: sums of gradients. The adapter itself at first moves by the sign of the
-    gradient, which rounding decides where that is nearly 0."""
+    """Of AdamW, by number of the tensor: sums of gradients. The adapter itself at first moves by
+    the sign of the gradient, which rounding decides where that is nearly 0."""
     state = torch.load(run / "checkpoints" / f"step-{step:06d}" / "state.pt", weights_only=True)
     return {number: moments["exp_avg"] for number, moments in state["optimizer"]["state"].items()}
 
@@ -65,18 +74,27 @@ def assert_close_gradients(run, reference, step):
 
 
 def without_seconds(rows):
-    return [{k: v for k, v in row.items() if not k.endswith("_s") and k != "memory_gib"} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.endswith("_s") and k != "memory_gib"} for row in rows
+    ]
 
 
 def assert_same_run(a, b, step=4):
     """Bitwise: parameters, optimizer, running advantage, and what was logged."""
     one, other = adapter(a, step), adapter(b, step)
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    states = [torch.load(run / "checkpoints" / f"step-{step:06d}" / "state.pt", weights_only=True) for run in (a, b)]
+    states = [
+        torch.load(run / "checkpoints" / f"step-{step:06d}" / "state.pt", weights_only=True)
+        for run in (a, b)
+    ]
     for index, moments in states[0]["optimizer"]["state"].items():
-        assert all(torch.equal(value, states[1]["optimizer"]["state"][index][name]) for name, value in moments.items())
-    assert [(run / "checkpoints" / f"step-{step:06d}" / "state.json").read_text() for run in (a, b)].count(
-        (a / "checkpoints" / f"step-{step:06d}" / "state.json").read_text()) == 2
+        assert all(
+            torch.equal(value, states[1]["optimizer"]["state"][index][name])
+            for name, value in moments.items()
+        )
+    assert [
+        (run / "checkpoints" / f"step-{step:06d}" / "state.json").read_text() for run in (a, b)
+    ].count((a / "checkpoints" / f"step-{step:06d}" / "state.json").read_text()) == 2
     assert without_seconds(metrics(a)) == without_seconds(metrics(b))
     assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
 
@@ -87,13 +105,33 @@ def assert_same_run(a, b, step=4):
 def test_a_run_leaves_what_it_promises(tiny_run, tiny_toy):
     rows = metrics(tiny_run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    promised = {"loss", "grad_norm", "lr", "reward", "accuracy", "advantage", "length", "truncated", "no_answer",
-                "entropy", "max_entropy", "gate", "clipped", "sampling_gap", "tokens",
-                "rollout_s", "teacher_s", "student_s", "step_s", "memory_gib"}
+    promised = {
+        "loss",
+        "grad_norm",
+        "lr",
+        "reward",
+        "accuracy",
+        "advantage",
+        "length",
+        "truncated",
+        "no_answer",
+        "entropy",
+        "max_entropy",
+        "gate",
+        "clipped",
+        "sampling_gap",
+        "tokens",
+        "rollout_s",
+        "teacher_s",
+        "student_s",
+        "step_s",
+        "memory_gib",
+    }
     assert promised <= rows[0].keys()
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[0]["lr"] == 1e-2 and 0 < sum(row["accuracy"] for row in rows) < 4
-    assert all(row["sampling_gap"] < 1e-4 for row in rows)  # T = 1, no truncation: sampled and trained policy are one
+    # T = 1, no truncation: sampled and trained policy are one
+    assert all(row["sampling_gap"] < 1e-4 for row in rows)
     assert len((tiny_run / "samples.jsonl").read_text().splitlines()) == 4 * run.SAMPLES_PER_STEP
     config = json.loads((tiny_run / "config.json").read_text())
     assert config["settings"]["lora_rank"] == 4 and config["world_size"] == 1
@@ -112,9 +150,13 @@ def test_the_bar_ends_with_the_last_step(tiny_toy, tmp_path, capsys):
     """It showed the figures of the step before, beside 100 %."""
     train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=3))
     form = "reward {reward:.2f}, accuracy {accuracy:.2f}, length {length:.0f}, "
-    *_, earlier, last = (form.format(**json.loads(line))
-                         for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    bar = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "3/3" in line][-1]
+    *_, earlier, last = (
+        form.format(**json.loads(line))
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    )
+    bar = [
+        line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "3/3" in line
+    ][-1]
     assert last in bar and earlier != last
 
 
@@ -126,10 +168,16 @@ def test_exported_model_is_an_ordinary_checkpoint(tiny_run, tiny_toy):
     lora.load_adapter(adapted, tiny_run / "checkpoints/step-000004/adapter")
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(base, exported.parameters(), strict=True))
     assert exported.generation_config.eos_token_id == tokenizer.eos_token_id
-    prompts = [teacher.encode(tokenizer, teacher.student_messages(f"What is {n}?")) for n in (11, 58, 90)]
-    ours = rollout.sample(adapted, prompts, max_new_tokens=12, stop_ids=[tokenizer.eos_token_id], temperature=0)
+    prompts = [
+        teacher.encode(tokenizer, teacher.student_messages(f"What is {n}?")) for n in (11, 58, 90)
+    ]
+    ours = rollout.sample(
+        adapted, prompts, max_new_tokens=12, stop_ids=[tokenizer.eos_token_id], temperature=0
+    )
     for prompt, completion in zip(prompts, ours, strict=True):
-        theirs = exported.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt):].tolist()
+        theirs = exported.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[
+            0, len(prompt) :
+        ].tolist()
         assert theirs == completion.token_ids
 
 
@@ -156,50 +204,83 @@ def reference(tiny_toy, tmp_path_factory):
 
 def assert_close_run(run, reference):
     assert_close_gradients(run, reference, 4)
-    states = [json.loads((place / "checkpoints/step-000004/state.json").read_text()) for place in (run, reference)]
+    states = [
+        json.loads((place / "checkpoints/step-000004/state.json").read_text())
+        for place in (run, reference)
+    ]
     assert states[0]["running_advantage"] == pytest.approx(states[1]["running_advantage"])
-    same = ("loss", "grad_norm", "reward", "accuracy", "entropy", "max_entropy", "gate", "clipped", "advantage",
-            "tokens")
+    same = (
+        "loss",
+        "grad_norm",
+        "reward",
+        "accuracy",
+        "entropy",
+        "max_entropy",
+        "gate",
+        "clipped",
+        "advantage",
+        "tokens",
+    )
     for a, b in zip(metrics(run), metrics(reference), strict=True):
         assert [a[name] for name in same] == pytest.approx([b[name] for name in same], abs=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_micro_batches_change_nothing(tiny_toy, tmp_path, reference, micro_batch):
-    train_here(*train_arguments(tiny_toy, tmp_path / "run", **COMPARED | {"micro-batch": micro_batch}))
+    train_here(
+        *train_arguments(tiny_toy, tmp_path / "run", **COMPARED | {"micro-batch": micro_batch})
+    )
     assert_close_run(tmp_path / "run", reference)
 
 
 @pytest.mark.slow
 def test_a_hybrid_model_is_trained_stopped_and_resumed(tiny_toy, tmp_path):
     """Linear attention, all layers adapted, and recomputed activations."""
-    config = Qwen3_5TextConfig(**tiny_hybrid().config.to_dict() | {"vocab_size": len(toy.make_tokenizer())})
+    config = Qwen3_5TextConfig(
+        **tiny_hybrid().config.to_dict() | {"vocab_size": len(toy.make_tokenizer())}
+    )
     Qwen3_5ForCausalLM(config).save_pretrained(tmp_path / "model")
     toy.make_tokenizer().save_pretrained(tmp_path / "model")
-    flags = train_arguments(tiny_toy, tmp_path / "run", model=tmp_path / "model", steps=2,
-                            **{"lora-targets": "all-linear", "gradient-checkpointing": True, "checkpoint-every": 1})
+    flags = train_arguments(
+        tiny_toy,
+        tmp_path / "run",
+        model=tmp_path / "model",
+        steps=2,
+        **{"lora-targets": "all-linear", "gradient-checkpointing": True, "checkpoint-every": 1},
+    )
     train_here(*flags)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert "31 of 31 linear layers" in config["adapter"] and "--no-thinking: prompts end in" in config["thinking"]
+    assert (
+        "31 of 31 linear layers" in config["adapter"]
+        and "--no-thinking: prompts end in" in config["thinking"]
+    )
     whole = without_seconds(metrics(tmp_path / "run"))
     assert all(row["sampling_gap"] < 1e-4 and row["grad_norm"] > 0 for row in whole)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000002")
     shutil.rmtree(tmp_path / "run" / "model")
     train_here("--out", tmp_path / "run", "--resume")
-    assert without_seconds(metrics(tmp_path / "run")) == whole and (tmp_path / "run" / "model").is_dir()
+    assert (
+        without_seconds(metrics(tmp_path / "run")) == whole
+        and (tmp_path / "run" / "model").is_dir()
+    )
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_toy, tmp_path, reference):
-    train_here(*train_arguments(tiny_toy, tmp_path / "run", **COMPARED | {"gradient-checkpointing": True}))
+    train_here(
+        *train_arguments(tiny_toy, tmp_path / "run", **COMPARED | {"gradient-checkpointing": True})
+    )
     assert_close_run(tmp_path / "run", reference)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tiny_toy, tmp_path_factory):
-    """The same four steps by two processes with two micro-batches each, started by what torchrun calls."""
+    """The same four steps by two processes with two micro-batches each, started by what torchrun
+    calls."""
     out = tmp_path_factory.mktemp("two-processes")
     flags = train_arguments(tiny_toy, out / "run", **COMPARED | {"micro-batch": 2})
-    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", start_method="fork")
+    config = LaunchConfig(
+        1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", start_method="fork"
+    )
     launched = start(out, lambda: elastic_launch(config, train.main)(), "train.py", *flags)
     assert exit_code(launched) == 0, (out / "stderr").read_text()
     return out / "run"
@@ -239,9 +320,16 @@ def test_bf16_and_checkpointing_give_the_gradients_of_float32():
 
 
 def test_bf16_run(tiny_toy, tmp_path):
-    train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=2, bf16=True, **{"gradient-checkpointing": True}))
+    train_here(
+        *train_arguments(
+            tiny_toy, tmp_path / "run", steps=2, bf16=True, **{"gradient-checkpointing": True}
+        )
+    )
     assert json.loads((tmp_path / "run" / "config.json").read_text())["derived"]["bf16"]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto").dtype == torch.bfloat16
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto").dtype
+        == torch.bfloat16
+    )
     assert all(tensor.dtype == torch.float32 for tensor in adapter(tmp_path / "run", 2).values())
     assert 0 < metrics(tmp_path / "run")[0]["sampling_gap"] < 0.05
 
@@ -257,16 +345,22 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_kill_and_resume_equals_never_stopping_bitwise(tiny_toy, tmp_path, reference, two_processes, world):
+def test_kill_and_resume_equals_never_stopping_bitwise(
+    tiny_toy, tmp_path, reference, two_processes, world
+):
     """Other trainers repeat a batch after a resume, or forget the optimizer or the random state."""
     whole, killed = two_processes if world == 2 else reference, tmp_path / "killed"
-    flags = train_arguments(tiny_toy, killed, **COMPARED | {"steps": 1000, "micro-batch": 2 if world == 2 else 8})
+    flags = train_arguments(
+        tiny_toy, killed, **COMPARED | {"steps": 1000, "micro-batch": 2 if world == 2 else 8}
+    )
     processes = start_ranks(tmp_path, train.main, "train.py", *flags, world=world)
     wait_for((killed / "checkpoints" / "step-000002").exists)
     for process in processes:
         os.kill(process, signal.SIGKILL)
-    assert -signal.SIGKILL in [exit_code(process) for process in processes]  # the other may say that it lost it
-    for path in (killed / "checkpoints").glob("step-*"):  # the steps that it was faster than the kill
+    # the other may say that it lost it
+    assert -signal.SIGKILL in [exit_code(process) for process in processes]
+    # the steps that it was faster than the kill
+    for path in (killed / "checkpoints").glob("step-*"):
         if path.name != "step-000002":
             shutil.rmtree(path)
     resume = ["--out", killed, "--resume", "--steps", 4]
@@ -274,7 +368,9 @@ def test_kill_and_resume_equals_never_stopping_bitwise(tiny_toy, tmp_path, refer
     assert_same_run(whole, killed)
 
 
-def test_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tiny_toy, tmp_path, tiny_run, monkeypatch):
+def test_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(
+    tiny_toy, tmp_path, tiny_run, monkeypatch
+):
     """A checkpoint that is written in place is half a file after a crash."""
     flush = checkpoint._flush
 
@@ -282,11 +378,17 @@ def test_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tiny_toy, tmp
         flush(path)
         if "step-000004.tmp" in str(path):
             os.kill(os.getpid(), signal.SIGKILL)
+
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_flush", kill)
-        killed = start(tmp_path, train.main, "train.py", *train_arguments(tiny_toy, tmp_path / "run"))
+        killed = start(
+            tmp_path, train.main, "train.py", *train_arguments(tiny_toy, tmp_path / "run")
+        )
     assert exit_code(killed) == -signal.SIGKILL
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000004.tmp"]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-000002",
+        "step-000004.tmp",
+    ]
     train_here("--out", tmp_path / "run", "--resume")
     assert (tmp_path / "run" / "model").is_dir()
     assert without_seconds(metrics(tmp_path / "run")) == without_seconds(metrics(tiny_run))
@@ -294,16 +396,30 @@ def test_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(tiny_toy, tmp
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tiny_toy, tmp_path):
     flags = train_arguments(tiny_toy, tmp_path / "run", steps=1000, **{"checkpoint-every": 1000})
-    process, log = start(tmp_path, train.main, "train.py", *flags), tmp_path / "run" / "metrics.jsonl"
+    process, log = (
+        start(tmp_path, train.main, "train.py", *flags),
+        tmp_path / "run" / "metrics.jsonl",
+    )
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2)
     os.kill(process, signal.SIGINT)
-    code, steps, error = exit_code(process), len(metrics(tmp_path / "run")), (tmp_path / "stderr").read_text()
-    assert code == 128 + signal.SIGINT and "Traceback" not in error and f"--out {tmp_path / 'run'} --resume" in error
+    code, steps, error = (
+        exit_code(process),
+        len(metrics(tmp_path / "run")),
+        (tmp_path / "stderr").read_text(),
+    )
+    assert (
+        code == 128 + signal.SIGINT
+        and "Traceback" not in error
+        and f"--out {tmp_path / 'run'} --resume" in error
+    )
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{steps:06d}"]
 
 
-def test_stopping_in_the_middle_of_a_step_changes_nothing(tiny_toy, tmp_path, monkeypatch, tiny_run):
-    """The rollouts of the third step are cut short; resumed, the run is the one that was never stopped."""
+def test_stopping_in_the_middle_of_a_step_changes_nothing(
+    tiny_toy, tmp_path, monkeypatch, tiny_run
+):
+    """The rollouts of the third step are cut short; resumed, the run is the one that was never
+    stopped."""
     calls = []
 
     def sample(*args, **kwargs):
@@ -311,6 +427,7 @@ def test_stopping_in_the_middle_of_a_step_changes_nothing(tiny_toy, tmp_path, mo
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
+
     original = rollout.sample
     monkeypatch.setattr(rollout, "sample", sample)
     with pytest.raises(SystemExit) as exit:
@@ -333,32 +450,41 @@ def main_fails(capsys, monkeypatch, *flags):
     return lines[-1]
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"data": "nothing.jsonl"}, "nothing.jsonl: no such data file"),
-    ({"data": ""}, "--data is missing"),
-    ({"eval-data": "nothing.jsonl"}, "nothing.jsonl: no such data file"),
-    ({"model": "./nothing"}, "./nothing: no such model directory"),
-    ({"model": "no/such/model"}, "no such model directory"),
-    ({"model": "nobody/nothing"}, "nobody/nothing: cannot load the model"),
-    ({"max-new-tokens": 5000}, "train.jsonl: line 1: field 'problem'"),
-    ({"eps": 1.0}, "--eps must be in [0, 1), got 1.0"),
-    ({"floor": 0.0}, "--floor"),
-    ({"steps": 0}, "--steps"),
-    ({"gamma": "inf"}, "--gamma"),
-    ({"gamma": "nan"}, "--gamma"),
-    ({"lr": "fast"}, "--lr"),
-    ({"preset": "large"}, "--preset"),
-    ({"lora-targets": "up_proj"}, "the adapter would leave out all of the attention"),
-    ({"method": "opsd"}, "direction-aware; neighbouring methods are run with python -m family"),
-    ({"sed": 1}, "--sed")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data": "nothing.jsonl"}, "nothing.jsonl: no such data file"),
+        ({"data": ""}, "--data is missing"),
+        ({"eval-data": "nothing.jsonl"}, "nothing.jsonl: no such data file"),
+        ({"model": "./nothing"}, "./nothing: no such model directory"),
+        ({"model": "no/such/model"}, "no such model directory"),
+        ({"model": "nobody/nothing"}, "nobody/nothing: cannot load the model"),
+        ({"max-new-tokens": 5000}, "train.jsonl: line 1: field 'problem'"),
+        ({"eps": 1.0}, "--eps must be in [0, 1), got 1.0"),
+        ({"floor": 0.0}, "--floor"),
+        ({"steps": 0}, "--steps"),
+        ({"gamma": "inf"}, "--gamma"),
+        ({"gamma": "nan"}, "--gamma"),
+        ({"lr": "fast"}, "--lr"),
+        ({"preset": "large"}, "--preset"),
+        ({"lora-targets": "up_proj"}, "the adapter would leave out all of the attention"),
+        ({"method": "opsd"}, "direction-aware; neighbouring methods are run with python -m family"),
+        ({"sed": 1}, "--sed"),
+    ],
+)
 def test_mistakes_in_the_flags(tiny_toy, tmp_path, capsys, monkeypatch, changes, message):
-    assert message in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run", **changes))
+    assert message in main_fails(
+        capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run", **changes)
+    )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_without_gradient_checkpointing_names_the_flag(tiny_toy, tmp_path, capsys, monkeypatch):
+def test_a_model_without_gradient_checkpointing_names_the_flag(
+    tiny_toy, tmp_path, capsys, monkeypatch
+):
     def refuse(*_):
         raise ValueError("CTRL does not support activation checkpointing.")
+
     monkeypatch.setattr(Qwen3ForCausalLM, "activation_checkpointing_enable", refuse)
     flags = train_arguments(tiny_toy, tmp_path / "run", **{"gradient-checkpointing": True})
     assert "--no-gradient-checkpointing" in main_fails(capsys, monkeypatch, *flags)
@@ -400,22 +526,36 @@ def test_damaged_model_file(tiny_toy, tmp_path, capsys, monkeypatch):
 
 def test_output_is_a_file(tiny_toy, tmp_path, capsys, monkeypatch):
     (tmp_path / "run").write_text("mine")
-    assert "is a file" in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run"))
+    assert "is a file" in main_fails(
+        capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run")
+    )
     assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_output_directory_in_use(tiny_toy, tiny_run, tmp_path, capsys, monkeypatch):
     before = sorted(tiny_run.rglob("*"))
-    assert "output directory in use" in main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tiny_run))
+    assert "output directory in use" in main_fails(
+        capsys, monkeypatch, *train_arguments(tiny_toy, tiny_run)
+    )
     assert sorted(tiny_run.rglob("*")) == before
 
 
 def test_resume_mistakes(tiny_toy, tiny_run, tmp_path, capsys, monkeypatch):
-    assert "no run that can be resumed here" in main_fails(capsys, monkeypatch, "--out", tmp_path / "new", "--resume")
-    error = main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tiny_run, gamma=0.9, seed=4), "--resume")
-    assert "--resume with changed settings (" in error and "--gamma was 0.3" in error and "--seed was 0" in error
+    assert "no run that can be resumed here" in main_fails(
+        capsys, monkeypatch, "--out", tmp_path / "new", "--resume"
+    )
+    error = main_fails(
+        capsys, monkeypatch, *train_arguments(tiny_toy, tiny_run, gamma=0.9, seed=4), "--resume"
+    )
+    assert (
+        "--resume with changed settings (" in error
+        and "--gamma was 0.3" in error
+        and "--seed was 0" in error
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "started with 1 processes, this is 2" in main_fails(capsys, monkeypatch, "--out", tiny_run, "--resume")
+    assert "started with 1 processes, this is 2" in main_fails(
+        capsys, monkeypatch, "--out", tiny_run, "--resume"
+    )
 
 
 def test_damaged_checkpoint(tiny_run, tmp_path, capsys, monkeypatch):
@@ -426,9 +566,12 @@ def test_damaged_checkpoint(tiny_run, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("where, flag", [("sample", "--slots"), ("read", "--micro-batch")])
-def test_no_free_memory_names_the_flag_to_lower(tiny_toy, tmp_path, capsys, monkeypatch, where, flag):
+def test_no_free_memory_names_the_flag_to_lower(
+    tiny_toy, tmp_path, capsys, monkeypatch, where, flag
+):
     def fail(*args, **kwargs):
         torch.empty(2**60)  # what the CPU allocator raises is a RuntimeError of its own
+
     monkeypatch.setattr(rollout if where == "sample" else teacher, where, fail)
     error = main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run"))
     assert "no free memory" in error and flag in error
@@ -448,38 +591,73 @@ def test_help_has_a_sentence_for_every_flag(capsys, entry, kind):
     text = capsys.readouterr().out
     assert exit.value.code == 0 and "python -m family" in text
     for field in fields(kind):
-        assert f"--{field.name.replace('_', '-')}" in text and len(field.metadata["help"].split()) >= 3
+        assert (
+            f"--{field.name.replace('_', '-')}" in text and len(field.metadata["help"].split()) >= 3
+        )
 
 
 def test_presets():
     assert settings.TARGETS == list(lora.TARGETS)
-    assert train.parse_arguments([])[0].model == "toy" and train.parse_arguments(["--steps", "3"])[0].steps == 3
+    assert (
+        train.parse_arguments([])[0].model == "toy"
+        and train.parse_arguments(["--steps", "3"])[0].steps == 3
+    )
     paper = train.parse_arguments(["--model", "Qwen/Qwen3-4B", "--data", "d.jsonl"])[0]
-    assert (paper.gamma, paper.window, paper.lr, paper.lora_rank, paper.prompts_per_step) == (0.3, 3, 5e-6, 64, 32)
+    assert (paper.gamma, paper.window, paper.lr, paper.lora_rank, paper.prompts_per_step) == (
+        0.3,
+        3,
+        5e-6,
+        64,
+        32,
+    )
     larger = train.parse_arguments(["--preset", "paper-8b"])[0]
     assert (larger.gamma, larger.window) == (1.0, 5)
     own = train.parse_arguments(["--data", "mine.jsonl"])[0]
-    assert (own.model, own.data, own.eval_data) == ("toy", "mine.jsonl", "")  # not the toy's held-out problems
+    # not the toy's held-out problems
+    assert (own.model, own.data, own.eval_data) == ("toy", "mine.jsonl", "")
     both = train.parse_arguments(["--preset", "toy", "paper-8b", "--lr", "1"])[0]
-    assert (both.model, both.steps, both.gamma, both.lr) == ("Qwen/Qwen3-8B", 64, 1.0, 1.0)  # later ones win
+    # later ones win
+    assert (both.model, both.steps, both.gamma, both.lr) == ("Qwen/Qwen3-8B", 64, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("program, flags, code, said", [
-    ("train.py", ["--help"], 0, "--gamma"), ("train.py", ["--gama", "1"], 1, "unrecognized arguments: --gama"),
-    ("train.py", ["--out", "tests"], 1, "tests: output directory in use"),
-    ("eval.py", ["--help"], 0, "--samples"), ("eval.py", ["--model", "toy"], 1, "--model and --data are needed")])
+@pytest.mark.parametrize(
+    "program, flags, code, said",
+    [
+        ("train.py", ["--help"], 0, "--gamma"),
+        ("train.py", ["--gama", "1"], 1, "unrecognized arguments: --gama"),
+        ("train.py", ["--out", "tests"], 1, "tests: output directory in use"),
+        ("eval.py", ["--help"], 0, "--samples"),
+        ("eval.py", ["--model", "toy"], 1, "--model and --data are needed"),
+    ],
+)
 def test_help_and_mistakes_are_answered_without_torch(program, flags, code, said):
     """It took six seconds to import torch and transformers, before a misspelt flag was named."""
-    without = ("import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'numpy')); "
-               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", without, ROOT / program, *flags], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
+    without = (
+        "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'numpy')); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", without, ROOT / program, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == code
+        and said in done.stdout + done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_start_says_what_is_trained_and_where_the_settings_are(tiny_toy, tmp_path, capsys):
     train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=1))
     first, second, *_, time, report = capsys.readouterr().out.splitlines()
-    assert first.startswith("cl-egrsd trains an adapter of ") and " on 96 problems: 1 steps of 8 " in first
+    assert (
+        first.startswith("cl-egrsd trains an adapter of ")
+        and " on 96 problems: 1 steps of 8 " in first
+    )
     assert f"{tmp_path / 'run' / 'config.json'}" in second and "--help" in second
-    assert re.match(r"total time \d+ min \d+ s; ", time) and report == f"open {tmp_path / 'run' / 'report.html'}"
+    assert (
+        re.match(r"total time \d+ min \d+ s; ", time)
+        and report == f"open {tmp_path / 'run' / 'report.html'}"
+    )

@@ -23,9 +23,14 @@ file: it needs only torch.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+KINDS = ("lock", "pivot", "fork")  # of tokens: the teacher is sure; not yet, but soon; not soon
+HIGH, LOW = 0.5, 0.2  # nats: from HIGH on a token is no lock; below LOW, soon, it is a pivot
+SOON = 3  # tokens
 
 
 class RunningAdvantage:
@@ -176,6 +181,56 @@ def confidence_gate(
     return (1 - gamma * low / scale).clamp(floor, 1).masked_fill(~mask, 0.0)
 
 
+class Signals(NamedTuple):
+    """What the loss is made of, for every token: [B, T] each, constants."""
+
+    magnitude: Tensor  # w, (2)
+    gate: Tensor  # omega, (5) and (6); 0 outside the mask
+    advantage: Tensor  # A-hat = A * w * omega, (7); 0 outside the mask
+    lookahead: Tensor  # nats: the least H of the token and the next `soon` ones
+    kind: Tensor  # long: its place in KINDS
+
+
+def token_signals(
+    advantage: Tensor,
+    teacher_logp: Tensor,
+    student_logp: Tensor,
+    entropy: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    window: int = 0,
+    eps: float = 0.2,
+    floor: float = 0.1,
+    max_entropy: Tensor | float | None = None,
+    high: float = HIGH,
+    low: float = LOW,
+    soon: int = SOON,
+) -> Signals:
+    """All signals of the tokens; `token_advantages` are one of them. arXiv 2605.13255.
+
+    advantage [B]; teacher_logp, student_logp, entropy [B, T] in nats; mask bool [B, T]. The kind is
+    for people, the loss does not use it: a lock has H < high; a pivot has H >= high, and H < low at
+    one of the next `soon` tokens; all others are forks. ValueError as in `magnitude` and
+    `confidence_gate`, or if shapes differ.
+
+    >>> one, H = torch.ones(1, 3), torch.tensor([[2.0, 0.0, 2.0]])
+    >>> found = token_signals(torch.tensor([-2.0]), -one, -one, H, one.bool(), gamma=0.5)
+    >>> found.advantage.tolist(), [KINDS[k] for k in found.kind[0]]
+    ([[-1.0, -2.0, -1.0]], ['pivot', 'lock', 'fork'])
+    """
+    _require_matrices(
+        teacher_logp=teacher_logp, student_logp=student_logp, entropy=entropy, mask=mask
+    )
+    entropy = entropy.detach()
+    weight = magnitude(teacher_logp, student_logp, advantage, eps)
+    gate = confidence_gate(entropy, mask, gamma, window, floor, max_entropy)
+    token_advantage = torch.where(mask, advantage.detach().unsqueeze(-1) * weight * gate, 0.0)
+    lookahead = lookahead_min(entropy, mask, soon)
+    kind = torch.where(entropy < high, 0, torch.where(lookahead < low, 1, 2))
+    return Signals(weight, gate, token_advantage, lookahead, kind)
+
+
 def token_advantages(
     advantage: Tensor,
     teacher_logp: Tensor,
@@ -191,20 +246,16 @@ def token_advantages(
 ) -> Tensor:
     """Ahat = A * w * omega: detached, 0 outside the mask; eq. (7) and (8), arXiv 2605.13255.
 
-    advantage [B]; teacher_logp, student_logp, entropy [B, T] in nats; mask bool [B, T] -> [B, T]
-    with A's sign: the teacher never turns reward into punishment. ValueError as in `magnitude` and
-    `confidence_gate`, or if shapes differ.
+    Arguments and errors are those of `token_signals`. -> [B, T] with A's sign: the teacher never
+    turns reward into punishment.
 
-    >>> one = torch.ones(1, 2)
-    >>> token_advantages(torch.tensor([-2.0]), -one, -one, torch.tensor([[0.0, 2.0]]), one.bool(), gamma=0.5).tolist()
+    >>> one, H = torch.ones(1, 2), torch.tensor([[0.0, 2.0]])
+    >>> token_advantages(torch.tensor([-2.0]), -one, -one, H, one.bool(), gamma=0.5).tolist()
     [[-2.0, -1.0]]
     """
-    _require_matrices(
-        teacher_logp=teacher_logp, student_logp=student_logp, entropy=entropy, mask=mask
-    )
-    weight = magnitude(teacher_logp, student_logp, advantage, eps)
-    gate = confidence_gate(entropy.detach(), mask, gamma, window, floor, max_entropy)
-    return torch.where(mask, advantage.detach().unsqueeze(-1) * weight * gate, 0.0)
+    weights = {"gamma": gamma, "window": window, "eps": eps, "floor": floor}
+    readings = (teacher_logp, student_logp, entropy, mask)
+    return token_signals(advantage, *readings, **weights, max_entropy=max_entropy).advantage
 
 
 def policy_loss(

@@ -168,31 +168,17 @@ def _untied_head(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+@contextmanager
 def disabled(model: nn.Module):
     """Inside `with disabled(model):` the adapter is off: `model` is the base model, the teacher."""
-    layers = [layer for _, layer in _adapted(model)]
-    return _temporarily(layers, "enabled", [False] * len(layers))
-
-
-def replaced(model: nn.Module, tensors: list[Tensor]):
-    """Inside, `tensors` are the adapter's weights: those of an older or an averaged student.
-
-    They come in the order and the shapes of `lora_parameters`; ValueError if they are more or
-    fewer.
-    """
-    return _temporarily(lora_parameters(model), "data", tensors)
-
-
-@contextmanager
-def _temporarily(objects: list, attribute: str, values: list):
-    before = [getattr(item, attribute) for item in objects]
-    for item, value in zip(objects, values, strict=True):
-        setattr(item, attribute, value)
+    before = [(layer, layer.enabled) for _, layer in _adapted(model)]
     try:
+        for layer, _ in before:
+            layer.enabled = False
         yield
     finally:
-        for item, value in zip(objects, before, strict=True):
-            setattr(item, attribute, value)
+        for layer, enabled in before:
+            layer.enabled = enabled
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -150,14 +150,14 @@ def sample(model, prompts):
     return completions
 
 
-def is_correct(text: str, answer: str) -> bool:
+def is_correct(text, answer):
     """Whether the last box holds the answer, as a string."""
     _, box, rest = text.rpartition("\\boxed{")
     inside = re.match(r"((?:[^{}]|\{[^{}]*\})*)\}", rest)
     return bool(box and inside) and inside[1].strip() == answer.strip()
 
 
-def shaped_reward(correct: bool, length: int, max_length: int) -> float:
+def shaped_reward(correct, length, max_length):
     """A correct completion earns more if it is short."""
     return 1 + BETA * (1 - length / max_length) if correct else 0.0
 
@@ -228,7 +228,8 @@ def backward(model, student_prompts, teacher_prompts, completions, A, args):
 # ---- the loop
 
 
-def main():
+def arguments():
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -240,6 +241,11 @@ def main():
         import toy
 
         args.model, args.data = toy.resolve("toy", "model"), toy.resolve("toy", "train.jsonl")
+    return args
+
+
+def main():
+    args = arguments()
     random.seed(args.seed)
     torch.manual_seed(args.seed)
 
@@ -251,8 +257,7 @@ def main():
     baseline = RunningAdvantage()
     # The model's own settings, such as a repetition penalty, would be another policy than p_S.
     usual_settings = model.generation_config
-    stop_ids = usual_settings.eos_token_id
-    stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids
+    stop_ids = torch.tensor(usual_settings.eos_token_id).flatten().tolist()  # one or several
     model.generation_config = GenerationConfig(
         do_sample=True,
         max_new_tokens=args.max_new_tokens,
@@ -287,8 +292,7 @@ def main():
         optimizer.zero_grad()
         baseline.update(rewards)  # only now: no reward is part of its own baseline
         accuracy = (rewards > 0).float().mean().item()
-        length = sum(map(len, completions)) / len(completions)
-        bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.2f}, length {length:.0f}")
+        bar.set_postfix(loss=loss, accuracy=accuracy, length=sum(map(len, completions)) / len(rows))
 
     merge(model)
     model.generation_config = usual_settings

@@ -21,7 +21,7 @@ Prompts and completions stay token ids from end to end; nothing is decoded and e
 Copy this file: it needs torch, and a transformers model and tokenizer to work on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,12 @@ class Reading:
     entropy: Tensor | None
     mask: Tensor
     hidden: list[Tensor] | None = None
+
+    def rows(self, indices: list[int], width: int) -> "Reading":
+        """Some of the completions, the longest of which has `width` tokens."""
+        hidden = [self.hidden[i] for i in indices] if self.hidden else None
+        values = (x[indices, :width] for x in (self.logp, self.entropy, self.mask))
+        return Reading(*values, hidden)
 
 
 @dataclass(frozen=True)
@@ -171,12 +177,11 @@ def read(
     lengths = ends - starts  # [B, 1]
     mask = torch.arange(lengths.max(), device=device) < lengths  # [B, T]
     logp, entropies = score(output_head(model), states, targets, temperature, entropy)
-    return Reading(
-        _unpack(logp, mask),
-        _unpack(entropies, mask) if entropy else None,
-        mask,
-        list(states.split(list(map(len, completions)))) if hidden else None,
-    )
+    outside = torch.zeros(mask.shape, device=device)
+    logp = outside.masked_scatter(mask, logp)  # [N] -> [B, T]
+    entropies = outside.masked_scatter(mask, entropies) if entropy else None
+    by_row = list(states.split(list(map(len, completions)))) if hidden else None
+    return Reading(logp, entropies, mask, by_row)
 
 
 def reading_mode(model) -> None:
@@ -185,10 +190,6 @@ def reading_mode(model) -> None:
     in training; nothing else is."""
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
-
-
-def _unpack(flat: Tensor, mask: Tensor) -> Tensor:  # [N] -> [B, T], 0 outside the mask
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
 @torch.no_grad()
@@ -301,56 +302,11 @@ def score(
     return torch.cat(logp), torch.cat(entropies) if entropy else None
 
 
-def per_token_divergence(
-    head: Head | nn.Module,
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    mask: Tensor,
-    f: Callable[[Tensor, Tensor], Tensor],
-    temperature: float = 1.0,
-) -> Tensor:
-    """f(log p_T [n, V], log p_S [n, V]) -> [n], applied to every completion token: float32 [B, T],
-    0 outside the mask.
-
-    student and teacher are the `hidden` of two readings of the same completions, mask [B, T] is
-    theirs, and `head`, as in `score`, serves both. Gradients flow to `student` only. Logits are
-    made for a chunk of tokens at a time, and made again in the backward pass.
-    """
-    head = head if isinstance(head, Head) else Head(head)
-    # two distributions, and what f makes of them
-    size = max(1, CHUNK_LOGITS // 4 // head.linear.out_features)
-    chunks = zip(
-        torch.cat(list(student)).split(size),
-        torch.cat(list(teacher)).detach().split(size),
-        strict=True,
-    )
-    values = [
-        checkpoint(
-            _divergence_chunk,
-            head,
-            s,
-            t,
-            f,
-            temperature,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for s, t in chunks
-    ]
-    return _unpack(torch.cat(values), mask)
-
-
-def _divergence_chunk(head, student: Tensor, teacher: Tensor, f, temperature: float) -> Tensor:
-    log_p_student, log_p_teacher = (
-        (head(h) / temperature).log_softmax(-1) for h in (student, teacher)
-    )
-    return f(log_p_teacher, log_p_student)
-
-
 def _score_chunk(head, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool):
     logprobs = (head(hidden) / temperature).log_softmax(-1)  # [n, V]
     logp = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return logp, torch.special.entr(logprobs.exp()).sum(-1) if entropy else None
+    entropies = torch.special.entr(logprobs.exp()).sum(-1) if entropy else None  # (4)
+    return logp, entropies
 
 
 class _FrozenHead(torch.autograd.Function):

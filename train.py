@@ -18,8 +18,8 @@ One step, `Trainer.train_step`:
     update     clip, AdamW; then the running advantage learns the step's rewards
 
 What it is not: no importance ratio, no KL term, no replay of old rollouts, no separate inference
-engine; only LoRA adapters are trained. family/ overrides some of Trainer's methods; without it this
-file works as it stands.
+engine; only LoRA adapters are trained. What is particular to EGRSD stands in one object, `EGRSD`;
+another one with the same functions may take its place.
 """
 
 import sys
@@ -55,6 +55,7 @@ from support.distributed import Ranks
 from support.memory import slots_that_fit
 from support.sampling import Rollout, check_window, grade_rollouts, progress, sample, student_prompt
 from support.settings import Sampling, Settings
+from teacher import Reading
 
 EVALUATION = 2**32 - 1  # stands for the step number in the seeds of evaluation
 # rows decoded together in evaluation, unless --slots or the free memory says otherwise
@@ -76,81 +77,128 @@ class Student(nn.Module):
 
 @dataclass
 class Batch:
-    """A micro-batch: B completions of up to T tokens; log-probs and entropies in nats, float32, 0
-    outside the mask."""
+    """A micro-batch of the step: B completions of up to T tokens, read twice."""
 
     rows: list[Rollout]
-    logp: Tensor  # [B, T] log p_theta, carries the gradient
-    teacher_logp: Tensor  # [B, T]
-    entropy: Tensor  # [B, T] H of the teacher
-    mask: Tensor  # bool [B, T]
+    student: Reading  # logp carries the gradient
+    teacher: Reading
     advantage: Tensor  # [B]
-    max_entropy: float  # of the step, over all ranks
-    num_tokens: float  # of the step, over all ranks
-    # [T_i, D] each, the student's, if the loss needs full distributions
-    hidden: list[Tensor] | None
-    teacher_hidden: list[Tensor] | None  # likewise
+    max_entropy: float  # the largest H of the whole step, over all ranks
+    num_tokens: float  # of the rollouts of the whole step, over all ranks
+
+
+class EGRSD:
+    """EGRSD and CL-EGRSD as an object: all that `Trainer` asks of what is trained, `t` being it.
+
+    Another object with these attributes and functions may take its place.
+    """
+
+    needs_solution = True  # in the training problems
+    has_rollouts = True  # in every step
+    keeps_states = False  # hidden states in both readings, for losses of whole distributions
+
+    def __init__(self):
+        self.tensors, self.numbers = {}, {}  # become part of every checkpoint
+
+    def begin(self, t: "Trainer") -> None:
+        """Once, before the first step: InputError if a prompt is too long for the model."""
+        check_window(
+            t.model,
+            t.files["--data"],
+            t.problems,
+            t.s.max_new_tokens,
+            lambda p: [t.student_prompt(p), t.teacher_prompt(p, p.solution)],
+        )
+
+    def rows(self, t: "Trainer", problems: list[Problem]) -> tuple[list[Rollout], list[Rollout]]:
+        """The step's rollouts, and rows to learn from that are none."""
+        return t.make_rollouts(problems), []
+
+    def teacher_prompts(self, t: "Trainer", rows: list[Rollout]) -> list[list[int]]:
+        """What the teacher is shown: the problem and the reference solution."""
+        return [t.teacher_prompt(row.problem, row.problem.solution) for row in rows]
+
+    def read_as_teacher(self, t: "Trainer", rows: list[Rollout]) -> Reading:
+        """log p_T and H (4) of every row: the adapter is off, the solution in the prompt."""
+        with lora.disabled(t.model):
+            return t.read(self.teacher_prompts(t, rows), rows)
+
+    def loss(self, t: "Trainer", batch: Batch) -> Tensor:
+        """The micro-batch's share of the step's loss, a scalar."""
+        s, student = t.s, batch.student
+        token_advantages = egrsd.token_advantages(  # A * w * omega [B, T]: (2), (5), (6), (8)
+            batch.advantage,
+            batch.teacher.logp,
+            student.logp,
+            batch.teacher.entropy,
+            student.mask,
+            gamma=s.gamma,
+            window=s.window,
+            eps=s.eps,
+            floor=s.floor,
+            max_entropy=batch.max_entropy,
+        )
+        return egrsd.policy_loss(
+            student.logp, token_advantages, student.mask, batch.num_tokens
+        )  # (7)
+
+    def signals(self, t: "Trainer", batch: Batch) -> egrsd.Signals:
+        """What the loss is made of, for the log."""
+        s, student, by_teacher = t.s, batch.student, batch.teacher
+        weights = {"gamma": s.gamma, "window": s.window, "eps": s.eps, "floor": s.floor}
+        return egrsd.token_signals(
+            batch.advantage,
+            by_teacher.logp,
+            student.logp.detach(),
+            by_teacher.entropy,
+            student.mask,
+            max_entropy=batch.max_entropy,
+            **weights,
+        )
+
+    def token_metrics(self, t: "Trainer", batch: Batch) -> dict[str, Tensor]:
+        """[B, T] each; metrics.jsonl holds their means. Nothing here goes into the loss.
+
+        sampling_gap  |log-prob under the distribution drawn from - log p_S|
+        entropy       H of the teacher, nats                      delta    log p_T - log p_S
+        gate          omega        magnitude  w                   clipped  share of tokens whose w is at a bound
+        """
+        logp, A, eps = batch.student.logp.detach(), batch.advantage.unsqueeze(-1), t.s.eps
+        drawn = [torch.tensor(row.logprobs, device=logp.device) for row in batch.rows]
+        signals = self.signals(t, batch)
+        at_a_bound = (signals.magnitude - 1).abs() >= eps - 1e-6
+        return {
+            "sampling_gap": (nn.utils.rnn.pad_sequence(drawn, batch_first=True) - logp).abs(),
+            "entropy": batch.teacher.entropy,
+            "delta": batch.teacher.logp - logp,
+            "magnitude": signals.magnitude,
+            "clipped": at_a_bound & (A != 0) & (eps > 0),
+            "gate": signals.gate,
+        }
+
+    def after_update(self, t: "Trainer") -> dict[str, float]:
+        """What else changes with a step, such as the teacher's weights; more of its metrics."""
+        return {}
 
 
 class Trainer:
-    """EGRSD and CL-EGRSD, and the state of a run: model, problems, optimizer, running advantage,
-    steps done."""
+    """The state of a run (model, problems, optimizer, running advantage, steps done), and its
+    step."""
 
-    needs_solution = True  # of the training problems
-    has_rollouts = True  # in every step
-    full_distributions = False  # the loss needs the hidden states of both readings
-    quoted_completions = 0  # at most, in the teacher's prompt
-
-    def __init__(self, s: Settings, ranks: Ranks):
+    def __init__(self, s: Settings, ranks: Ranks, objective: EGRSD | None = None):
         """Load and check everything; nothing is written yet."""
-        self.s, self.ranks, self.out, self.step, self.rows_per_problem = (
-            s,
-            ranks,
-            Path(s.out),
-            0,
-            s.rollouts_per_prompt,
-        )
+        self.s, self.ranks, self.objective = s, ranks, objective or EGRSD()
+        self.out, self.step, self.rows_per_problem = Path(s.out), 0, s.rollouts_per_prompt
         self.stop, self.log, self.results = run.StopRequest(ranks), run.StepLog(self), {}
         self.make_decoder = graphs.choose(s.cuda_graphs, ranks.device)
-        data, eval_data = toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")
-        self.problems, self.left_out = ranks.together(
-            load_problems, data, self.needs_solution, s.skip_ungradable
-        )
-        self.held_out = (
-            ranks.together(load_problems, eval_data, False, s.skip_ungradable)[0]
-            if eval_data
-            else []
-        )
+        self.load_data()
         name = ranks.once_per_node(lambda: toy.resolve(s.model, "model"))
-        self.files = {"--data": data, "--model": name} | (
-            {"--eval-data": eval_data} if eval_data else {}
-        )
+        self.files["--model"] = name
         self.bf16 = s.bf16 if s.bf16 is not None else ranks.device.type == "cuda"
-        self.autocast = partial(
-            torch.autocast, ranks.device.type, torch.bfloat16, enabled=self.bf16
-        )
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        self.model, self.tokenizer = ranks.once_per_node(
-            lambda: load_model(name, dtype, ranks.device)
-        )
+        device, dtype = ranks.device, torch.bfloat16 if self.bf16 else torch.float32
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=self.bf16)
+        self.model, self.tokenizer = ranks.once_per_node(lambda: load_model(name, dtype, device))
         self.student_prompt = partial(student_prompt, self.tokenizer, thinking=s.thinking)
-        check_window(
-            self.model,
-            data,
-            self.problems,
-            (1 + self.quoted_completions) * s.max_new_tokens,
-            lambda p: [
-                self.student_prompt(p),
-                *self.teacher_prompts([Rollout([], [], False, p, [])]),
-            ],
-        )
-        check_window(
-            self.model,
-            eval_data,
-            self.held_out,
-            s.eval_max_new_tokens or s.max_new_tokens,
-            lambda p: [self.student_prompt(p)],
-        )
 
         torch.manual_seed(s.seed)
         # what it covers, in words
@@ -168,52 +216,61 @@ class Trainer:
             self.parameters, lr=s.lr, betas=(0.9, 0.999), weight_decay=s.weight_decay
         )
         self.baseline = egrsd.RunningAdvantage()
+        longest = s.eval_max_new_tokens or s.max_new_tokens
+        held_out = (self.files.get("--eval-data"), self.held_out)
+        check_window(self.model, *held_out, longest, lambda p: [self.student_prompt(p)])
+        self.objective.begin(self)
+
+    def load_data(self) -> None:
+        """Training and held-out problems, and the files that they stand in."""
+        s, load = self.s, partial(self.ranks.together, load_problems)
+        data, eval_data = toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")
+        needs_solution = self.objective.needs_solution
+        self.problems, self.left_out = load(data, needs_solution, s.skip_ungradable)
+        self.files, self.held_out = {"--data": data}, []
+        if eval_data:
+            self.held_out, _ = load(eval_data, False, s.skip_ungradable)
+            self.files["--eval-data"] = eval_data
 
     # ---- one step
 
     def train_step(self) -> dict:
         """One optimizer step over all ranks; returns its metrics. Nothing has changed if it raises
         Stop."""
-        s, ranks, log = self.s, self.ranks, self.log
+        s, ranks, log, objective = self.s, self.ranks, self.log, self.objective
         log.begin_step()
-        problems = self.next_problems()
-        # N, sampled by the student and graded by the verifier
-        rollouts = self.make_rollouts(problems)
+        # N rollouts, sampled by the student, graded by the verifier; EGRSD has no others
+        rollouts, others = objective.rows(self, self.next_problems())
         rewards = torch.tensor([row.reward for row in rollouts])  # [N]
-        # (9)
-        for row, advantage in zip(rollouts, self.baseline.advantage(rewards).tolist(), strict=True):
+        advantages = self.baseline.advantage(rewards)  # (9), from the rewards of earlier steps only
+        for row, advantage in zip(rollouts, advantages.tolist(), strict=True):
             row.advantage = advantage
-        # none in EGRSD: reference solutions, for example, in family/
-        rows = rollouts + self.other_rows(problems)
+        rows = rollouts + others
 
         log.begin("teacher")
-        reading = self.read_as_teacher(rows)  # log p_T and H [N, T], (4)
-        max_entropy = ranks.max(reading.entropy.max().item())  # of all ranks and micro-batches, (5)
-        # (7)
+        reading = objective.read_as_teacher(self, rows)  # log p_T and H [N, T], (4)
+        # (5): the maximum of H over all micro-batches and ranks. (7): the number of tokens, likewise
+        max_entropy = ranks.max(reading.entropy.max().item())
         num_tokens, all_tokens = ranks.sum(
-            [sum(len(r.token_ids) for r in some) for some in (rollouts, rows)]
+            [sum(len(row.token_ids) for row in some) for some in (rollouts, rows)]
         )
 
         log.begin("student")
         teacher.reading_mode(self.model)
-        batches = teacher.micro_batches(
-            [len(row.prompt) + len(row.token_ids) for row in rows],
-            self.most_tokens([row.prompt for row in rows]),
-        )
+        lengths = [len(row.prompt) + len(row.token_ids) for row in rows]
+        batches = teacher.micro_batches(lengths, self.most_tokens([row.prompt for row in rows]))
         for indices in batches:
             if ranks.distributed:  # only the last backward averages the gradients of the ranks
                 self.student.require_backward_grad_sync = indices is batches[-1]
             batch = self.read_as_student(indices, rows, reading, max_entropy, num_tokens)
-            loss = self.loss(batch)
+            loss = objective.loss(self, batch)
             # a rank's loss is its share of a sum, and averaging divides by world
             (loss * ranks.world).backward()
-            log.add(loss, self.token_metrics(batch), batch)
+            log.add(loss, objective.token_metrics(self, batch), batch)
 
         log.begin("update")
-        self.before_clipping(num_tokens)
-        # the norm before clipping
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm).item()
-        self.check_gradient(grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm).item()  # before clipping
+        self.check_gradient(norm)
         lr = s.lr * min(1.0, (self.step + 1) / max(1, s.lr_warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -221,34 +278,14 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.baseline.update(ranks.gather(rewards).flatten())  # (9), for the steps to come
-        self.after_update()
-        return log.finish_step(
-            self.step,
-            rollouts,
-            num_tokens,
-            grad_norm=grad_norm,
-            lr=lr,
-            max_entropy=max_entropy,
-            tokens=int(all_tokens),
-        )
-
-    def loss(self, batch: Batch) -> Tensor:
-        """EGRSD and, with a window, CL-EGRSD: this micro-batch's share of the step's loss, a
-        scalar."""
-        s = self.s
-        token_advantages = egrsd.token_advantages(  # A * w * omega [B, T]: (2), (5), (6), (8)
-            batch.advantage,
-            batch.teacher_logp,
-            batch.logp,
-            batch.entropy,
-            batch.mask,
-            gamma=s.gamma,
-            window=s.window,
-            eps=s.eps,
-            floor=s.floor,
-            max_entropy=batch.max_entropy,
-        )
-        return egrsd.policy_loss(batch.logp, token_advantages, batch.mask, batch.num_tokens)  # (7)
+        more = objective.after_update(self)
+        figures = {
+            "grad_norm": norm,
+            "lr": lr,
+            "max_entropy": max_entropy,
+            "tokens": int(all_tokens),
+        }
+        return log.finish_step(self.step, rollouts, num_tokens, **figures) | more
 
     def make_rollouts(self, problems: list[Problem]) -> list[Rollout]:
         """The student's completions of these problems, with their rewards."""
@@ -264,39 +301,32 @@ class Trainer:
             s.thinking,
         )
         first_row = self.ranks.rank * len(problems) * s.rollouts_per_prompt
-        rollouts = self.sample(
-            problems,
-            sampling,
-            self.step,
-            first_row,
-            progress(log.bar, log.status, counts=False, check=self.stop.interrupt),
-        )
+        show = progress(log.bar, log.status, counts=False, check=self.stop.interrupt)
+        rollouts = self.sample(problems, sampling, self.step, first_row, show)
         log.begin("grade")
         for row in grade_rollouts(self.tokenizer, rollouts):
-            row.reward = reward.shaped_reward(
-                row.correct, len(row.token_ids), s.max_new_tokens, s.beta_length
-            )
+            length = len(row.token_ids)
+            row.reward = reward.shaped_reward(row.correct, length, s.max_new_tokens, s.beta_length)
         return rollouts
 
-    def read_as_teacher(self, rows: list[Rollout]) -> teacher.Reading:
-        """log p_T and H of every row: the model as the teacher, with the teacher's prompts."""
-        prompts = self.teacher_prompts(rows)
+    def read(self, prompts: list[list[int]], rows: list[Rollout], hidden: bool = False) -> Reading:
+        """log p and H of every row behind these prompts, without gradients."""
         self.model.eval()
-        with self.as_teacher(), self.autocast():
+        with self.autocast():
             return teacher.read_in_batches(
                 self.model,
                 prompts,
                 [row.token_ids for row in rows],
                 self.most_tokens(prompts),
                 temperature=self.s.score_temperature,
-                hidden=self.full_distributions,
+                hidden=hidden,
             )
 
     def read_as_student(
         self,
         indices: list[int],
         rows: list[Rollout],
-        reading: teacher.Reading,
+        reading: Reading,
         max_entropy: float,
         num_tokens: float,
     ) -> Batch:
@@ -307,21 +337,11 @@ class Trainer:
                 [row.prompt for row in some],
                 [row.token_ids for row in some],
                 self.s.score_temperature,
-                self.full_distributions,
+                self.objective.keeps_states,
             )
-        width = student.mask.shape[1]
-        return Batch(
-            some,
-            student.logp,
-            reading.logp[indices, :width],
-            reading.entropy[indices, :width],
-            student.mask,
-            torch.tensor([row.advantage for row in some], device=self.ranks.device),
-            max_entropy,
-            num_tokens,
-            student.hidden,
-            [reading.hidden[i] for i in indices] if self.full_distributions else None,
-        )
+        by_teacher = reading.rows(indices, student.mask.shape[1])
+        advantage = torch.tensor([row.advantage for row in some], device=self.ranks.device)
+        return Batch(some, student, by_teacher, advantage, max_entropy, num_tokens)
 
     def check_gradient(self, norm: float) -> None:
         """InputError if the gradient, the same on all ranks, is not finite."""
@@ -335,62 +355,20 @@ class Trainer:
             f"--lr; the last good checkpoint is {last}"
         )
 
-    # ---- what else a neighbour may override
-
-    def teacher_prompts(self, rows: list[Rollout]) -> list[list[int]]:
-        """The problem and the reference solution."""
-        return [self.teacher_prompt(row.problem, row.problem.solution) for row in rows]
-
-    def as_teacher(self):
-        """Inside, the model is the teacher: the adapter is off."""
-        return lora.disabled(self.model)
-
-    def other_rows(self, problems: list[Problem]) -> list[Rollout]:
-        """Rows that are no rollouts, to be read and learned from beside them."""
-        return []
-
-    def before_clipping(self, num_tokens: float) -> None:
-        """What else changes the gradients of the step, of so many tokens of rollouts on all
-        ranks."""
-
-    def after_update(self) -> None:
-        """What else changes with a step, such as the teacher's weights."""
-
-    def token_metrics(self, batch: Batch) -> dict[str, Tensor]:
-        """[B, T] each; metrics.jsonl holds their means. Nothing here goes into the loss.
-
-        sampling_gap  |log-prob under the distribution drawn from - log p_S|
-        entropy       H of the teacher, nats                      delta    log p_T - log p_S
-        gate          omega        magnitude  w                   clipped  share of tokens whose w is at a bound
-        """
-        s, logp = self.s, batch.logp.detach()
-        drawn = nn.utils.rnn.pad_sequence(
-            [torch.tensor(row.logprobs, device=logp.device) for row in batch.rows], True
-        )
-        weight = egrsd.magnitude(batch.teacher_logp, logp, batch.advantage, s.eps)
-        clipped = (
-            ((weight - 1).abs() >= s.eps - 1e-6)
-            & (batch.advantage != 0).unsqueeze(-1)
-            & (s.eps > 0)
-        )
-        return {
-            "sampling_gap": (drawn - logp).abs(),
-            "entropy": batch.entropy,
-            "delta": batch.teacher_logp - logp,
-            "magnitude": weight,
-            "clipped": clipped,
-            "gate": egrsd.confidence_gate(
-                batch.entropy, batch.mask, s.gamma, s.window, s.floor, batch.max_entropy
-            ),
-        }
-
     def state(self) -> tuple[dict, dict]:
         """(tensors, numbers) of a checkpoint, besides adapter, optimizer and random state."""
-        return {}, {"step": self.step, "running_advantage": self.baseline.state_dict()}
+        own = {"step": self.step, "running_advantage": self.baseline.state_dict()}
+        return self.objective.tensors, own | self.objective.numbers
 
     def load_state(self, tensors: dict, numbers: dict) -> None:
+        """Put back what `state` gave."""
         self.step = numbers["step"]
         self.baseline.load_state_dict(numbers["running_advantage"])
+        for name, own in self.objective.tensors.items():
+            for tensor, saved in zip(own, tensors[name], strict=True):
+                tensor.copy_(saved)
+        for name in self.objective.numbers:
+            self.objective.numbers[name] = numbers[name]
 
     def teacher_prompt(self, problem: Problem, shown: str) -> list[int]:
         return teacher.encode(
@@ -481,16 +459,16 @@ class Trainer:
         return path
 
 
-def train(s: Settings, resume: bool, trainer: type[Trainer] = Trainer) -> None:
+def train(s: Settings, resume: bool, objective: EGRSD | None = None) -> None:
     """The whole run, the same on every rank: evaluate, train, evaluate, export."""
     began = BEGAN if __name__ == "__main__" else time.perf_counter()
     ranks = Ranks()
-    settings.check(s)
+    s.check()
     with run.hold(s.out, ranks, None if resume else settings.REMEDY):
         with run.name_lack_of_memory(
             lambda: "while loading: lower --lora-rank, or take a smaller --model"
         ):
-            t = trainer(s, ranks)
+            t = Trainer(s, ranks, objective)
         if resume:
             run.check_inputs(t)
             checkpoint.load_latest(t.out / "checkpoints", t.model, t.optimizer, ranks, t.load_state)
@@ -498,7 +476,7 @@ def train(s: Settings, resume: bool, trainer: type[Trainer] = Trainer) -> None:
                 return
         if ranks.rank == 0:
             run.write_config(t)
-            for name in ["metrics.jsonl", "samples.jsonl"][: 1 + t.has_rollouts]:
+            for name in ["metrics.jsonl", "samples.jsonl"][: 1 + t.objective.has_rollouts]:
                 checkpoint.drop_later_steps(t.out / name, t.step)
         with t.stop.checkpointed(t), run.name_lack_of_memory(t.log.advice):
             evaluate_and_train(t)

@@ -40,6 +40,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 MAX_CHARS = 20_000  # longer answers are refused
+_INTEGER = re.compile(r"-?[0-9]{1,15}")  # the plain case, before anything is read
 MAX_READ_CHARS = 250  # longer answers are compared as text
 MAX_DEPTH = 25  # nested brackets, arguments and exponents
 MAX_BITS = 24_000  # of a fraction, numerator and denominator together; 1/2006! has 19,1xx
@@ -87,6 +88,8 @@ def is_equal(prediction: str, gold: str) -> bool:
     """
     if not all(isinstance(text, str) and len(text) <= MAX_CHARS for text in (prediction, gold)):
         return False
+    if _INTEGER.fullmatch(prediction) and _INTEGER.fullmatch(gold):
+        return int(prediction) == int(gold)
     reader = _Reader()
     with localcontext(_PRECISION):
         for commas_group in (True, False):

@@ -13,7 +13,7 @@ family's papers.
                   ends; AUROC of position, H, lookahead H and |d| for places where all branches fail      2605.21606
 
 Into --out go diagnostics.json and tokens.jsonl, a line per solution with all values of its tokens,
-of which experiments.token_view makes a page. The student is the model with --adapter, the teacher
+of which experiments.report makes a page. The student is the model with --adapter, the teacher
 the model without it.
 """
 
@@ -37,12 +37,13 @@ import reward
 import rollout
 import teacher
 import toy
+from family.divergences import per_token_divergence
 from support.checkpoint import append_jsonl, write_json
 from support.data import Problem, load_adapter, load_model, load_problems
 from support.distributed import Ranks
 from support.errors import InputError
 from support.flags import SEEDS, flag, parse
-from support.report import COLUMNS, HIGH, KINDS, LOW, WINDOW
+from support.report import COLUMNS
 from support.run import hold, one_line_errors, say
 from support.sampling import Rollout, check_window, grade_rollouts, progress, sample
 from support.settings import Sampling
@@ -95,11 +96,15 @@ class Settings(ReadingSettings):
     problems: int = flag(64, "how many of the file's problems, from its start", "[1, inf)")
     gamma: float = flag(0.3, "strength of the gate", "[0, inf)")
     window: int = flag(
-        WINDOW, "lookahead of CL-EGRSD's gate, of pivots and of the lookahead entropy", "[0, inf)"
+        egrsd.SOON,
+        "lookahead of CL-EGRSD's gate, of pivots and of the lookahead entropy",
+        "[0, inf)",
     )
     eps: float = flag(0.2, "clip of the magnitude, for the token advantages", "[0, 1)")
-    high: float = flag(HIGH, "H in nats from which a token is a pivot or a fork", "[0, inf)")
-    low: float = flag(LOW, "H in nats below which a pivot's continuation is certain", "[0, inf)")
+    high: float = flag(egrsd.HIGH, "H in nats from which a token is a pivot or a fork", "[0, inf)")
+    low: float = flag(
+        egrsd.LOW, "H in nats below which a pivot's continuation is certain", "[0, inf)"
+    )
     branches: int = flag(
         100, "positions for branch viability, drawn at random, 0: none", "[0, inf)"
     )
@@ -210,40 +215,39 @@ def read_both(
     by_student = read([r.prompt for r in rollouts])
     with lora.disabled(model):
         by_teacher = read([teacher_prompt(tokenizer, r.problem, s.thinking) for r in rollouts])
-    overlap = teacher.per_token_divergence(
-        teacher.output_head(model),
-        by_student.hidden,
-        by_teacher.hidden,
-        by_student.mask,
-        top_overlap,
+    mask, hidden = by_student.mask, (by_student.hidden, by_teacher.hidden)
+    overlap = per_token_divergence(teacher.output_head(model), *hidden, mask, top_overlap)
+    log_p_teacher, log_p_student = by_teacher.logp, by_student.logp
+    delta, H = log_p_teacher - log_p_student, by_teacher.entropy
+    signals = egrsd.token_signals(
+        torch.tensor([r.advantage for r in rollouts], device=model.device),
+        log_p_teacher,
+        log_p_student,
+        H,
+        mask,
+        gamma=s.gamma,
+        window=s.window,
+        eps=s.eps,
+        floor=s.floor,
+        high=s.high,
+        low=s.low,
+        soon=s.window,
     )
-    H, mask = by_teacher.entropy.cpu(), by_teacher.mask.cpu()
-    log_p_teacher, log_p_student = by_teacher.logp.cpu(), by_student.logp.cpu()
-    delta, advantage = log_p_teacher - log_p_student, torch.tensor([r.advantage for r in rollouts])
-    soon = egrsd.lookahead_min(H, mask, s.window)
+    column = torch.arange(mask.shape[1], device=model.device)
     values = {
         "mask": mask,
         "entropy": H,
         "delta": delta,
         "|d|": delta.abs(),
-        "overlap": overlap.cpu(),
-        "lookahead": soon,
-        "kind": torch.where(H < s.high, 0, torch.where(soon < s.low, 1, 2)),  # places in KINDS
+        "overlap": overlap,
+        "lookahead": signals.lookahead,
+        "kind": signals.kind,
         "gate": egrsd.confidence_gate(H, mask, s.gamma, 0, s.floor),
-        "cl_gate": egrsd.confidence_gate(H, mask, s.gamma, s.window, s.floor),
-        "advantage": egrsd.token_advantages(
-            advantage,
-            log_p_teacher,
-            log_p_student,
-            H,
-            mask,
-            gamma=s.gamma,
-            window=s.window,
-            eps=s.eps,
-            floor=s.floor,
-        ),
-        "position": (torch.arange(mask.shape[1]) + 0.5) / mask.sum(1, keepdim=True),
+        "cl_gate": signals.gate,
+        "advantage": signals.advantage,
+        "position": (column + 0.5) / mask.sum(1, keepdim=True),
     }
+    values = {name: value.cpu() for name, value in values.items()}
     return values, by_teacher.hidden
 
 
@@ -251,7 +255,7 @@ def summarise(rollouts: list[Rollout], values: dict[str, Tensor]) -> dict:
     """What diagnostics.json says, but for settings and branches."""
     texts, mask = [r.text for r in rollouts], values["mask"]
     flat = {name: value[mask] for name, value in values.items()}  # [N], N tokens
-    kinds = {name: flat["kind"] == k for k, name in enumerate(KINDS)}
+    kinds = {name: flat["kind"] == k for k, name in enumerate(egrsd.KINDS)}
     deciles = np.array_split(flat["entropy"].numpy().argsort(kind="stable"), 10)
     return {
         "completions": len(rollouts),

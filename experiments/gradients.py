@@ -41,11 +41,11 @@ import egrsd
 import lora
 import teacher
 import toy
+import train
 from experiments import compare
 from experiments.diagnostics import ReadingSettings, sample_student, teacher_prompt
 from family import __main__ as lab
 from family.contexts import CONTEXTS
-from family.neighbour import Neighbour
 from support.checkpoint import write_json
 from support.data import add_adapter, load_adapter, load_model, load_problems
 from support.distributed import Ranks
@@ -187,6 +187,7 @@ def step_sketches(name: str, model, batches: list[list[Rollout]], s: Settings) -
             "out": out,
             "seed": s.seed,
             "lr": 0,
+            "max-grad-norm": 1e30,  # as it is
             "lora-rank": adapter.rank,
             "lora-alpha": adapter.alpha,
             "prompts-per-step": s.batch,
@@ -198,23 +199,21 @@ def step_sketches(name: str, model, batches: list[list[Rollout]], s: Settings) -
         }
         flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
         try:
-            settings, *_ = lab.parse_arguments(
+            settings, _, objective = lab.parse_arguments(
                 [*compare.variants()[name], "--lora-targets", *layers, *flags]
             )
         except InputError as error:
             raise InputError(f"--also {name}: {error} (here it is --samples)") from None
-        t, found = Neighbour(settings, Ranks.alone()), []
-        t.log.bar, clip = tqdm(disable=True), t.before_clipping
+        t, found = train.Trainer(settings, Ranks.alone(), objective), []
+        t.log.bar = tqdm(disable=True)
         for own, parameter in zip(t.parameters, lora.lora_parameters(model), strict=True):
             own.data.copy_(parameter)
 
-        def before_clipping(num_tokens: float) -> None:
-            clip(num_tokens)
-            found.append(
-                sketch(torch.cat([p.grad.flatten() for p in t.parameters]), s.sketch, s.seed)
-            )
+        def note_gradient() -> None:
+            gradient = torch.cat([p.grad.flatten() for p in t.parameters])
+            found.append(sketch(gradient, s.sketch, s.seed))
 
-        t.before_clipping = before_clipping
+        t.optimizer.step = note_gradient
         for rows in tqdm(batches, desc=name, unit=" batches"):
             t.step, t.next_problems = (
                 0,

@@ -27,9 +27,9 @@ import train
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError, reason
 from support.flags import Parser, add_flags, nonempty_path
-from support.report import HIGH, KINDS, LOW, WINDOW, kinds, visible
+from support.report import signals, visible
 from support.run import name_lack_of_memory, one_line_errors, say
-from support.settings import PRESETS, Settings, check
+from support.settings import PRESETS, Settings
 
 PROGRAM = "python -m experiments.walk"
 # of train.py
@@ -48,32 +48,33 @@ COLUMNS = ("log p_S", "log p_T", "w", "H", "least H", "omega", "A-hat", "term")
 TRIES = 50  # steps, in search of one with a correct and a wrong completion
 
 
-class Listener(train.Trainer):
-    """train.py's Trainer, unchanged, but that it notes what the loss of each completion is made
-    of."""
+class Listener(train.EGRSD):
+    """EGRSD, unchanged, but that it notes what the loss of each completion is made of."""
 
-    heard = ()
+    def __init__(self):
+        super().__init__()
+        self.heard = []
 
-    def token_metrics(self, batch: train.Batch) -> dict:
-        found, H = super().token_metrics(batch), batch.entropy
-        w, omega, least = (
-            found["magnitude"],
-            found["gate"],
-            egrsd.lookahead_min(H, batch.mask, self.s.window),
+    def token_metrics(self, t: train.Trainer, batch: train.Batch) -> dict:
+        signals, H, logp = (
+            self.signals(t, batch),
+            batch.teacher.entropy,
+            batch.student.logp.detach(),
         )
-        weight, log_p = batch.advantage.unsqueeze(-1) * w * omega, batch.logp.detach()
-        values = (log_p, batch.teacher_logp, w, H, least, omega, weight, -weight * log_p)
-        self.heard += tuple(
-            (
-                row,
-                {
-                    name: x[i, : len(row.token_ids)].tolist()
-                    for name, x in zip(COLUMNS, values, strict=True)
-                },
-            )
-            for i, row in enumerate(batch.rows)
-        )
-        return found
+        columns = {
+            "log p_S": logp,
+            "log p_T": batch.teacher.logp,
+            "w": signals.magnitude,
+            "H": H,
+            "least H": egrsd.lookahead_min(H, batch.student.mask, t.s.window),
+            "omega": signals.gate,
+            "A-hat": signals.advantage,
+            "term": -signals.advantage * logp,
+        }
+        for i, row in enumerate(batch.rows):
+            length = len(row.token_ids)
+            self.heard.append((row, {name: x[i, :length].tolist() for name, x in columns.items()}))
+        return super().token_metrics(t, batch)
 
 
 def record(given: dict, earlier: int) -> dict:
@@ -84,8 +85,8 @@ def record(given: dict, earlier: int) -> dict:
         name_lack_of_memory(lambda: "lower --max-new-tokens, or take a smaller --model"),
     ):
         s = Settings(**preset | given | {"prompts_per_step": 2, "eval_data": "", "out": out})
-        check(s)
-        t = Listener(s, Ranks.alone())
+        s.check()
+        t = train.Trainer(s, Ranks.alone(), listener := Listener())
         with tqdm(desc="walk: earlier steps", unit=" steps") as t.log.bar:
             while t.step < earlier + TRIES:
                 # train_step will draw the same ones again
@@ -101,14 +102,14 @@ def record(given: dict, earlier: int) -> dict:
             "warm_up": t.step < t.baseline.warmup_steps or t.baseline.std == 0,
         }
         metrics = t.train_step()
-        rows, decode = [row for row, _ in t.heard], t.tokenizer.decode
+        rows, decode = [row for row, _ in listener.heard], t.tokenizer.decode
         with torch.no_grad(), t.autocast():
             after = t.student(
                 [r.prompt for r in rows], [r.token_ids for r in rows], s.score_temperature, False
             ).logp
         if not after.isfinite().all():
             raise InputError("after the update log-probs are not finite: lower --lr")
-    terms = [term for _, columns in t.heard for term in columns["term"]]
+    terms = [term for _, columns in listener.heard for term in columns["term"]]
     assert math.isclose(
         by_hand := math.fsum(terms) / len(terms), metrics["loss"], rel_tol=1e-5, abs_tol=1e-5
     ), (
@@ -129,7 +130,9 @@ def record(given: dict, earlier: int) -> dict:
             name: [round(x, 4) + 0.0 for x in values]  # -0.0 + 0.0 is 0.0
             for name, values in (columns | {"after": logp[: len(row.token_ids)].tolist()}).items()
         }
-        for (row, columns), shown, logp in zip(t.heard, t.teacher_prompts(rows), after, strict=True)
+        for (row, columns), shown, logp in zip(
+            listener.heard, listener.teacher_prompts(t, rows), after, strict=True
+        )
     ]
     return {
         "settings": asdict(s) | {"out": ""},
@@ -158,6 +161,8 @@ def fit(text: str, most: int = 10**9) -> str:
 def derived(c: dict, s: dict, b: dict) -> dict:
     """A recorded completion, and what a reader works out from the numbers that are printed of
     it."""
+    # the kinds look SOON tokens ahead, whatever the window of the gate is
+    found = signals({"logp": c["log p_S"], "entropy": c["H"]}, c["A"], s | {"window": 0})
     judged = "correct" if c["correct"] else "wrong" if c["finished"] else "not finished, so wrong"
     r = (
         f"1 + {s['beta_length']} * (1 - {c['tokens']} / {s['max_new_tokens']}) = "
@@ -181,7 +186,7 @@ def derived(c: dict, s: dict, b: dict) -> dict:
             for key in ("prompt", "teacher_prompt", "problem", "solution", "completion")
         }
         | {
-            "kind": [KINDS[k] for k in kinds(c["H"])[1]],
+            "kind": [egrsd.KINDS[k] for k in found.kind[0]],
             "verdict": (
                 f"{c['answer'] or 'none'}, gold answer {c['gold']}: {judged}; r = "
                 f"{r}{c['reward']:.6f}"
@@ -229,14 +234,14 @@ def tell(record: dict, rows: int = 60, made: str = "") -> str:
         "tries": TRIES,
         "N": N,
         "t": top + 1,
-        "high": HIGH,
-        "low": LOW,
-        "soon": WINDOW,
+        "high": egrsd.HIGH,
+        "low": egrsd.LOW,
+        "soon": egrsd.SOON,
         "k": {name: c[name][top] for name in COLUMNS},
         "sign": (c["A"] > 0) - (c["A"] < 0),
         "range": f"[{1 - s['eps']:.4g}, {1 + s['eps']:.4g}]",
         "now": (c["later"] + o["later"]) / N,
-        "kinds": ", ".join(f"{kind}: {c['kind'].count(kind)}" for kind in KINDS),
+        "kinds": ", ".join(f"{kind}: {c['kind'].count(kind)}" for kind in egrsd.KINDS),
         "by_hand": (c["sum"] + o["sum"]) / N,
         "table": table(c, COLUMNS, [*range(n)[:rows]]),
         "rest": (

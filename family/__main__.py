@@ -11,25 +11,32 @@ The step is train.py's, and so are all other flags; docs/family.md has a table o
 
 import sys
 
-import family
 import train
+from family.explain import explain
 from family.neighbour import Neighbour
+from family.settings import FamilySettings
 from support import run, settings
-from support.settings import Settings
 
 
-def parse_arguments(argv: list[str]) -> tuple[Settings, bool, type[train.Trainer]]:
-    """(settings, resume?, whose step it is) from the command line."""
-    s, resume = settings.parse(argv, __doc__, family)
-    settings.check(s)
-    family.check(s)
-    return s, resume, Neighbour if family.is_used(s) else train.Trainer
+def parse_arguments(argv: list[str]) -> tuple[FamilySettings, bool, train.EGRSD | Neighbour]:
+    """(settings, resume?, method) from the command line."""
+    parser = settings.make_parser(__doc__, FamilySettings)
+    parser.add_argument(
+        "--explain", action="store_true", help="print what --method is, brings and costs, and end"
+    )
+    given = vars(parser.parse_args(argv))
+    explains = given.pop("explain", False)
+    s, resume = settings.resolve(given, FamilySettings)
+    s.check()
+    if explains:
+        explain(s)
+        raise SystemExit(0)
+    return s, resume, train.EGRSD() if s.is_core() else Neighbour(s)
 
 
 def main() -> None:
-    with run.one_line_errors(
-        "python -m family", "interrupted before training began, nothing was written"
-    ):
+    nothing = "interrupted before training began, nothing was written"
+    with run.one_line_errors("python -m family", nothing):
         train.train(*parse_arguments(sys.argv[1:]))
 
 

@@ -33,10 +33,14 @@ LABELS = ("setup", "calculation", "algebra", "case distinction", "idea", "conclu
 class Row(Rollout):
     """A completion of T tokens, and what the family's methods know of it."""
 
+    is_reference: bool = False  # no rollout: the data's solution, or the teacher's
+    has_context: bool = True  # the teacher had something to be shown
     asked: dict = field(default_factory=dict)  # texts that were asked for
     label: str = ""  # kind of the marked segments; "" if there are none
     marked: Tensor | None = None  # bool [T], tokens of the marked segments
-    teacher_prompt: list[int] | None = None  # with which the teacher reads this row, or wrote it
+    # with which the teacher reads this row, or wrote it
+    teacher_prompt: list[int] | None = None
+    kept: Tensor | None = None  # bool [T], tokens that the mean of the step counts
     # log (p_S / p_T) of the teacher's solution minus that of the rollout, sums over tokens, nats
     margin: float = 0.0
     views: Tensor | None = None  # [T] KL(p_T || the teacher without a text), nats

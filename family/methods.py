@@ -29,18 +29,37 @@ import torch
 from torch import Tensor
 
 import egrsd
-import train
+from family.divergences import (
+    clipped_forward_kl,
+    clipped_reverse_kl,
+    clipped_reverse_kl_top,
+    dual_weight,
+    finite,
+    forward_kl,
+    forward_kl_top,
+    jensen_shannon_top,
+    policy_top,
+    position_weight,
+    reverse_kl,
+    two_view_gate,
+)
 
 
 @dataclass
-class Batch(train.Batch):
-    """What a method may use: the micro-batch of the training step, and these."""
+class Batch:
+    """What a method may use: B completions of up to T tokens of a training step."""
 
+    logp: Tensor  # [B, T] log p_theta, nats; carries the gradient
+    teacher_logp: Tensor  # [B, T] nats; log p_theta where the teacher has nothing to be shown
+    entropy: Tensor  # [B, T] H of the teacher, nats
+    mask: Tensor  # bool [B, T]
+    advantage: Tensor  # [B]
     correct: Tensor  # bool [B], the verifier's word
-    # bool [B]: not a rollout: the reference solution, or what the teacher wrote
-    is_reference: Tensor
+    is_reference: Tensor  # bool [B]: no rollout: the reference solution, or what the teacher wrote
     # f(log p_T [n, V], log p_S [n, V]) -> [n], at every token: [B, T]
     divergence: Callable[[Callable], Tensor]
+    max_entropy: float  # the largest H of the step
+    num_tokens: float  # of the step's rollouts that its mean counts, over all ranks
     num_completions: float  # rollouts of the step, over all ranks
     step: int  # steps done before this one
     median_entropies: Sequence[float]  # of H in every step so far, this one included
@@ -48,16 +67,16 @@ class Batch(train.Batch):
     window: int = 3
     eps: float = 0.2
     floor: float = 0.1
-    # bool [B, T]: the rollouts' tokens that the step's mean counts; a loss may keep fewer
-    kept: Tensor | None = None
     # [B, T]: a loss may leave its weights here, which are reported as `gate`
     weight: Tensor | None = None
     # tokens of the step that are no rollouts', over all ranks; None: no such rows
     num_reference: float | None = None
+    success_rate: float = 0.0  # share of the step's rollouts that are correct
+    # what only methods have that ask for it, see `Method`
+    kept: Tensor | None = None  # bool [B, T]
     # [B]: log (p_S / p_T) of the teacher's solution minus that of the rollout, sums
     margin: Tensor | None = None
     marked: Tensor | None = None  # bool [B, T]: tokens of the segments that the student marked
-    success_rate: float = 0.0  # share of the step's rollouts that are correct
     # [B, T]: KL(p_T || the teacher without a text), normalised by running mean and std
     views: Tensor | None = None
     # as `divergence`, with the teacher without a text for p_T
@@ -67,9 +86,8 @@ class Batch(train.Batch):
     def per_completion(self) -> Tensor:
         """[B, 1]: with this factor the step takes the mean over completions of sums over their
         tokens."""
-        tokens = torch.where(
-            self.is_reference, self.num_reference or self.num_tokens, self.num_tokens
-        )
+        others = self.num_reference or self.num_tokens
+        tokens = torch.where(self.is_reference, others, self.num_tokens)
         return tokens.unsqueeze(-1) / self.num_completions
 
     @property
@@ -87,7 +105,8 @@ class Method:
 
     loss: Callable[[Batch], Tensor]
     summary: str
-    needs: dict = field(default_factory=dict)  # settings it is defined by: other values are refused
+    # settings it is defined by: other values are refused
+    needs: dict = field(default_factory=dict)
     recipe: dict = field(default_factory=dict)  # settings its source uses: flags may change them
     # which of advantage, eps, gamma, window, floor, rows its formula reads
     uses: tuple[str, ...] = ()
@@ -100,6 +119,9 @@ class Method:
     # of the teacher's solutions the one most like the student's own next tokens is taken
     overlap: bool = False
     margin: bool = False  # batch.margin is available: one more reading by the student
+    # (d, entropy of the student, mask, step) -> bool [N, T], the tokens of rollouts that the mean
+    # counts, batch.kept: one more reading by the student
+    keeps: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
     # (correct, step): is a rollout marked? batch.marked
     marks: Callable[[bool, int], bool] | None = None
     views: bool = False  # batch.views and batch.anchor are: one more reading by the teacher
@@ -229,24 +251,28 @@ def antisd(batch: Batch, weight: float = 0.5, warmup: int = 5) -> Tensor:
     )
 
 
+REOPOLD_BOUND = math.log(0.1) / 0.9  # of d, nats
+
+
+def keeps(d: Tensor, H: Tensor, mask: Tensor, step: int, switch=50, share=0.2) -> Tensor:
+    """Before step `switch` the tokens with d above the bound, later the `share` of each completion
+    where the student's entropy H is highest: d, H, mask [N, T] -> bool [N, T]. 2603.11137."""
+    if step < switch:
+        return (d > REOPOLD_BOUND) & mask
+    H = H.masked_fill(~mask, -math.inf)
+    rank = H.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the most uncertain
+    return (rank < (share * mask.sum(1, keepdim=True)).ceil()) & mask
+
+
 @method(
     "reopold",
     "REOPOLD: the log-ratio as the coefficient, floored, later on uncertain tokens only",
-    full_distributions=True,
+    keeps=keeps,
 )
-def reopold(batch: Batch, switch_step: int = 50, share: float = 0.2) -> Tensor:
-    """c = max(d, b), b = log(0.1) / 0.9, mean over kept tokens: before `switch_step` those with d >
-    b, later the 20 % of highest student entropy. 2603.11137. Grade P (code). Simplified: 20 % of a
-    completion, not of the batch."""
-    bound = math.log(0.1) / 0.9
-    keep = batch.d > bound
-    if batch.step >= switch_step:
-        H = batch.divergence(student_entropy).detach().masked_fill(~batch.mask, -math.inf)
-        # 0: the most uncertain token
-        rank = H.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        keep = rank < (share * batch.mask.sum(1, keepdim=True)).ceil()
-    batch.kept = keep & batch.mask
-    return policy(batch, batch.d.clamp(min=bound) * keep)
+def reopold(batch: Batch) -> Tensor:
+    """c = max(d, b), b = log(0.1) / 0.9, mean over the tokens that `keeps` keeps. 2603.11137. Grade
+    P (code). Simplified: 20 % of a completion, not of the batch."""
+    return policy(batch, batch.d.clamp(min=REOPOLD_BOUND) * batch.kept)
 
 
 @method(
@@ -426,17 +452,14 @@ def brts(batch: Batch, weight: float = 10.0) -> Tensor:
 def resd(batch: Batch) -> Tensor:
     """Per completion the mean of `clipped_reverse_kl_top`, times 1 - s if solved and s if not, s
     the step's share of solved ones, scaled to a mean of 1. 2605.12741. Grade P. Where all or none
-    are solved the weight is 1 (ours, as is the wording). Left out: playbook, buffer of solutions,
-    inner updates; the verifier says only right or wrong."""
-    s = batch.success_rate
-    weight = (
-        torch.where(batch.correct, 1 - s, s) / (2 * s * (1 - s))
-        if 0 < s < 1
-        else torch.ones_like(batch.advantage)
-    )
-    return weight.unsqueeze(-1) * mean_of_completions(
-        batch, batch.divergence(partial(clipped_reverse_kl_top, k=100))
-    )
+    are solved the weight is 1, as the authors' clamp makes it. The paper sums over the tokens of a
+    completion: this mean is that sum divided by its length. Ours: the wording. Left out: playbook,
+    buffer of solutions, inner updates; the verifier says only right or wrong."""
+    s, weight = batch.success_rate, torch.ones_like(batch.advantage)
+    if 0 < s < 1:
+        weight = torch.where(batch.correct, 1 - s, s) / (2 * s * (1 - s))
+    divergence = batch.divergence(partial(clipped_reverse_kl_top, k=100))
+    return weight.unsqueeze(-1) * mean_of_completions(batch, divergence)
 
 
 @method(
@@ -457,7 +480,8 @@ def trace(batch: Batch, errors: bool = False, warmup: int = 10, decay_steps: int
     kinds and segments (contexts.py). Unmarked rollouts are those of grpo-group."""
     lam = 0.5 * min(1.0, max(0.0, 1 - (batch.step - warmup) / decay_steps))
     marked = batch.marked & (batch.correct != errors).unsqueeze(-1)
-    kl = mean_of_completions(batch, batch.divergence(reverse_kl if errors else clipped_forward_kl))
+    divergence = batch.divergence(clipped_reverse_kl if errors else clipped_forward_kl)
+    kl = mean_of_completions(batch, divergence)
     return policy(batch, batch.A * torch.where(marked, 1 - lam / 0.5, 1.0)) + lam * marked * kl
 
 
@@ -472,7 +496,7 @@ def trace(batch: Batch, errors: bool = False, warmup: int = 10, decay_steps: int
     recipe=dict(teacher_schedule="copy", teacher_every=10),
 )
 def trace_errors(batch: Batch) -> Tensor:
-    """`trace` with KL(p_S || p_T) on the marked segments of wrong rollouts, a variant of the
+    """`trace` with `clipped_reverse_kl` on the marked segments of wrong rollouts, a variant of the
     source. Grade S."""
     return trace(batch, errors=True)
 
@@ -481,108 +505,3 @@ def mean_of_completions(batch: Batch, losses: Tensor) -> Tensor:
     """[B, T] -> [B, T], scaled so that the step takes the mean per completion, and of
     completions."""
     return losses * batch.per_completion / batch.mask.sum(1, keepdim=True)
-
-
-# Divergences: log p_T and log p_S [n, V] of the same n tokens -> [n] in nats, with the gradient by
-# log p_S. Rows must be normalised: sum exp = 1. k is cut to V. Where a probability is 0, p log p is
-# 0 and an infinite value large.
-
-
-def finite(logs: Tensor) -> Tensor:
-    """Log-probs [...] in nats, -inf replaced by log 2^-149 = -103.3, of the smallest float32; this
-    bound is ours."""
-    return logs.masked_fill(logs == -math.inf, -149 * math.log(2))
-
-
-def clipped_forward_kl(teacher: Tensor, student: Tensor, most: float = 0.05) -> Tensor:
-    """sum_v min(p_T log(p_T / p_S), most): [n, V] twice -> [n], nats; may be negative. OPSD,
-    2601.18734."""
-    return (teacher.exp() * (finite(teacher) - finite(student))).clamp(max=most).sum(-1)
-
-
-def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(p_S || p_T): [n, V] twice -> [n], nats, >= 0. Where p_T = 0 < p_S it is infinite: `finite`
-    bounds it."""
-    return (student.exp() * (finite(student) - finite(teacher))).sum(-1)
-
-
-def student_entropy(teacher: Tensor, student: Tensor) -> Tensor:
-    """-sum_v p_S log p_S: [n, V] twice -> [n], nats; the teacher is not used."""
-    return -(student.exp() * finite(student)).sum(-1)
-
-
-def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(p_T || p_S): [n, V] twice -> [n], nats, >= 0."""
-    return (teacher.exp() * (finite(teacher) - finite(student))).sum(-1)
-
-
-def forward_kl_top(teacher: Tensor, student: Tensor, k: int, renormalised: bool = True) -> Tensor:
-    """KL(p_T || p_S) on the teacher's k likeliest tokens, p_T renormalised, p_S not: [n, V] twice
-    -> [n], nats, >= 0. renormalised=False: only as the weight of log p_T - log p_S, which may be
-    negative then."""
-    top = teacher.topk(min(k, teacher.shape[-1])).indices
-    p, q = finite(teacher.gather(-1, top)), finite(student.gather(-1, top))
-    weights = p.log_softmax(-1)
-    return (weights.exp() * ((weights if renormalised else p) - q)).sum(-1)
-
-
-def policy_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
-    """-sum_v c log p_S on the student's k likeliest tokens, c = q (log p_T - log p_S) held
-    constant, q being p_S renormalised there, the logs not: [n, V] twice -> [n], nats; may be
-    negative. 2604.13016."""
-    top = student.topk(min(k, student.shape[-1])).indices
-    log_s, log_t = finite(student.gather(-1, top)), finite(teacher.gather(-1, top))
-    return -((log_s.softmax(-1) * (log_t - log_s)).detach() * log_s).sum(-1)
-
-
-def jensen_shannon_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
-    """JSD on the student's k likeliest tokens and one bucket for the rest: [n, V] twice -> [n],
-    nats, in [0, log 2]. 2601.20802."""
-    p, q = _with_rest(teacher, student, k)
-    middle = torch.logaddexp(p, q) - math.log(2)
-    return (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1) / 2
-
-
-def clipped_reverse_kl_top(teacher: Tensor, student: Tensor, k: int) -> Tensor:
-    """KL(p_S || p_T'), p_T' = max(p_T, 0.2 p_S) held constant, on the student's k likeliest tokens
-    and one bucket for the rest: [n, V] twice -> [n], nats; may be negative. 2605.12741."""
-    p, q = _with_rest(teacher, student, k)
-    return (q.exp() * (q - torch.maximum(p, q.detach() + math.log(0.2)))).sum(-1)
-
-
-# log-probs [n, k + 1] each
-def _with_rest(teacher: Tensor, student: Tensor, k: int) -> list[Tensor]:
-    top = student.topk(min(k, student.shape[-1])).indices
-    tops = [finite(x.gather(-1, top)) for x in (teacher, student)]
-    return [
-        torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()], -1) for x in tops
-    ]
-
-
-def dual_weight(teacher: Tensor, student: Tensor, k: int = 20) -> Tensor:
-    """(1 - H / log k) (1 - p_S(y*)), H the entropy of p_T renormalised on its k likeliest tokens,
-    y* the likeliest: [n, V] twice -> [n], in [0, 1]. MSD, 2605.02971."""
-    values, top = teacher.topk(min(k, teacher.shape[-1]))
-    p = finite(values).log_softmax(-1)
-    sure = 1 + (p.exp() * p).sum(-1) / math.log(p.shape[-1])
-    return sure.clamp(min=0) * (1 - student.gather(-1, top[:, :1]).squeeze(-1).exp())
-
-
-def two_view_gate(views: Tensor) -> Tensor:
-    """0.05 + 0.95 sigmoid(2 z), z [B, T] how far a token's KL is above the mean, in deviations.
-    RP-OPSD, 2608.06347."""
-    return 0.05 + 0.95 * torch.sigmoid(2 * views)
-
-
-def position_weight(
-    mask: Tensor, least: float = 0.25, middle: float = 0.30, width: float = 0.10
-) -> Tensor:
-    """least + (1 - least) * sigmoid(((t - 0.5) / T_i - middle) / width), low at the start; PW-OPSD,
-    2605.21606.
-
-    Grade P. mask bool [B, T] -> [B, T]. Its mean over a completion is 0.77, and it is not
-    renormalised.
-    """
-    t = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    place = (t - 0.5) / mask.sum(1, keepdim=True)
-    return least + (1 - least) * torch.sigmoid((place - middle) / width)

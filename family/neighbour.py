@@ -1,9 +1,11 @@
-"""How train.Trainer's step changes for the methods of the family, and for ablations of EGRSD by the
-family's flags."""
+"""What a method, a teacher or a gate of the family changes in the training step: the object that
+train.Trainer asks in the place of train.EGRSD."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,35 +15,29 @@ import egrsd
 import lora
 import rollout
 import teacher
-import train
 from family import asking
 from family.contexts import CONTEXTS, Row
-from family.methods import (
-    METHODS,
-    Batch,
-    Method,
+from family.divergences import (
     dual_weight,
     finite,
     forward_kl,
+    per_token_divergence,
     position_weight,
     two_view_gate,
 )
-from family.settings import FamilySettings, rows
+from family.methods import METHODS, Batch, Method
+from family.settings import FamilySettings
 from support import checkpoint
 from support.data import InputError, Problem
-from support.distributed import Ranks
 from support.run import SAMPLES_PER_STEP, say
 from support.sampling import Rollout, check_window
+from train import EGRSD, Trainer
+from train import Batch as Micro
 
-# Stands for the core's methods with a flag of the family; its loss is never called, Trainer's own
-# is.
-EGRSD = Method(
-    train.Trainer.loss,
-    "with a flag of the family",
-    uses=("advantage", "gamma", "window", "eps", "floor"),
+# EGRSD with a flag of the family: train.EGRSD has its loss
+WITH_A_FLAG = Method(
+    None, "with a flag of the family", uses=("advantage", "gamma", "window", "eps", "floor")
 )
-
-
 PAD = partial(nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] each -> [B, T]
 
 
@@ -53,8 +49,7 @@ class GroupAdvantage(egrsd.RunningAdvantage):
         super().__init__()
         if group < 2:
             raise ValueError(
-                "group must be >= 2, the standard deviation of one reward is not defined, "
-                f"got {group}"
+                f"group must be >= 2, the standard deviation of one reward is not defined, got {group}"
             )
         self.group = group
 
@@ -69,100 +64,89 @@ class GroupAdvantage(egrsd.RunningAdvantage):
         return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten().to(rewards.dtype)
 
 
-class Neighbour(train.Trainer):
-    """A Trainer whose method, teacher or gate is the family's."""
+@contextmanager
+def replaced(model: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, `tensors` are the adapter's weights, in the order and shapes of `lora_parameters`:
+    those of an older or an averaged student. ValueError if they are more or fewer."""
+    parameters = lora.lora_parameters(model)
+    before = [parameter.data for parameter in parameters]
+    try:
+        for parameter, tensor in zip(parameters, tensors, strict=True):
+            parameter.data = tensor
+        yield
+    finally:
+        for parameter, own in zip(parameters, before, strict=True):
+            parameter.data = own
 
-    def __init__(self, s: FamilySettings, ranks: Ranks):
-        self.method, self.context, self.rows = (
-            METHODS.get(s.method, EGRSD),
-            CONTEXTS[s.teacher_context],
-            rows(s),
-        )
+
+class Neighbour:
+    """For train.Trainer: what train.EGRSD is for EGRSD. `t` is the Trainer."""
+
+    def __init__(self, s: FamilySettings):
+        self.s, self.core = s, EGRSD()
+        self.method = METHODS.get(s.method, WITH_A_FLAG)
+        self.context, self.source = CONTEXTS[s.teacher_context], s.source
         self.two_views = self.method.views or s.gate == "two-view"
-        self.full_distributions = self.method.full_distributions or s.gate in ("two-view", "dual")
-        self.quoted_completions, self.is_ready = self.context.quoted, False
-        needs = self.context.needs if self.method.teacher or self.rows == "teacher" else ()
-        self.needs_solution = self.rows == "reference" or "solution" in needs
-        # something for samples.jsonl
-        self.has_rollouts = self.method.rollouts or self.rows == "teacher"
-        super().__init__(s, ranks)
-        self.check_data(needs)
-        self.is_ready, self.rollouts, self.figures, self.success_rate = True, [], Counter(), 0.0
-        self.rows_per_problem = (s.rollouts_per_prompt if self.method.rollouts else 0) + bool(
-            self.rows
-        )
-        self.median_entropies: list[float] = []
-        # over all tokens so far: their number, sum of Batch.views, sum of squares
-        self.view_sums = [0.0, 0.0, 0.0]
-        self.num_kept = 0.0  # tokens of this rank's rollouts that the mean of the step counts
-        self.teacher_adapter = (
-            [] if s.teacher_schedule == "frozen" else [p.detach().clone() for p in self.parameters]
-        )
-        if s.advantage == "group":
-            self.baseline = GroupAdvantage(s.rollouts_per_prompt)
-        long = [
-            p
-            for p in self.problems
-            if self.rows == "reference" and len(p.solution.encode()) >= s.max_new_tokens
-        ]
-        cut = sum(not self.reference(p).finished for p in long)
-        if cut and ranks.rank == 0:
-            say(
-                f"--method {s.method}: {cut} of {len(self.problems)} reference solutions are "
-                f"longer than --max-new-tokens {s.max_new_tokens} and are cut there"
-            )
+        self.keeps_states = self.method.full_distributions or s.gate in ("two-view", "dual")
+        # fields of the problems that the teacher is shown
+        self.needs = self.context.needs if self.method.teacher or self.source == "teacher" else ()
+        self.needs_solution = self.source == "reference" or "solution" in self.needs
+        self.has_rollouts = self.method.rollouts or self.source == "teacher"  # for samples.jsonl
+        self.is_ready, self.rollouts, self.written, self.figures = False, [], [], Counter()
+        self.success_rate = 0.0
+        self.numbers = {
+            "median_entropies": [],  # of H over the rollouts of every step so far
+            # over all tokens so far: their number, sum of Batch.views, sum of squares
+            "view_sums": [0.0, 0.0, 0.0],
+        }
+        self.tensors = {"teacher": []}  # the adapter of a teacher that is not frozen
 
-    def check_data(self, needs: Sequence[str]) -> None:
-        """InputError if a problem has no such field, or no room for what is asked about its
-        rollouts."""
-        data, question = self.files["--data"], self.context.question
-        for problem, name in ((problem, name) for problem in self.problems for name in needs):
+    def begin(self, t: Trainer) -> None:
+        """Check that every text fits, and make what lasts for the run."""
+        s = self.s
+        self.check_data(t)
+        self.is_ready = True
+        t.rows_per_problem = s.rollouts_per_prompt * self.method.rollouts + bool(self.source)
+        if s.teacher_schedule != "frozen":
+            self.tensors["teacher"] = [p.detach().clone() for p in t.parameters]
+        if s.advantage == "group":
+            t.baseline = GroupAdvantage(s.rollouts_per_prompt)
+        if self.source == "reference":
+            long = [p for p in t.problems if len(p.solution.encode()) >= s.max_new_tokens]
+            cut = sum(not self.reference(t, p).finished for p in long)
+            if cut and t.ranks.rank == 0:
+                say(
+                    f"--method {s.method}: {cut} of {len(t.problems)} reference solutions are longer "
+                    f"than --max-new-tokens {s.max_new_tokens} and are cut there"
+                )
+
+    def check_data(self, t: Trainer) -> None:
+        """InputError if a problem lacks a field, or a prompt, quotations included, is too long."""
+        data, question, most = t.files["--data"], self.context.question, self.s.max_new_tokens
+        quoting = (1 + self.context.quoted) * most
+        self.longest = max(t.problems, key=lambda p: len((p.problem + p.solution).encode()))
+        fits = partial(check_window, t.model, data, t.problems)
+
+        def shown(p: Problem) -> list[list[int]]:
+            return self.teacher_prompts(t, [Row([], [], False, p, t.student_prompt(p))])
+
+        fits(quoting, lambda p: [t.student_prompt(p), *shown(p)])
+        for problem, name in ((problem, name) for problem in t.problems for name in self.needs):
             if not getattr(problem, name):
                 raise InputError(
                     f"{data}: line {problem.line}: field '{name}' is missing: add it, or choose "
                     "another --teacher-context"
                 )
-        if self.s.teacher_context == "other" and len(self.problems) < 2:
+        if self.s.teacher_context == "other" and len(t.problems) < 2:
             raise InputError(f"{data}: one problem, --teacher-context other needs two: add one")
         if question:
-            check_window(
-                self.model,
-                data,
-                self.problems,
-                (1 + self.context.quoted) * self.s.max_new_tokens,
-                lambda p: [self.encode(question.text(Row([], [], False, p, []), self.tokenizer))],
+            about = partial(Row, [], [], False, prompt=[])
+            fits(
+                quoting,
+                lambda p: [asking.encode(t, question.text(about(problem=p), t.tokenizer))],
             )
         if self.method.overlap:
-            check_window(
-                self.model,
-                data,
-                self.problems,
-                self.s.max_new_tokens,
-                lambda p: [asking.hinted(self, p)],
-            )
-
-    def train_step(self) -> dict:
-        """The step, with what was noted in it on all ranks."""
-        self.figures = Counter()
-        metrics, sums = super().train_step(), Counter()
-        for key, value in self.ranks.gather_lists(list(self.figures.items())):
-            sums[key] += value
-        figures = {
-            name: total / (sums[name, "count"] or 1)
-            for (name, part), total in sums.items()
-            if part == "sum"
-        }
-        # else they stand with the rollouts
-        if self.rows == "teacher" and not self.rollouts and self.ranks.rank == 0:
-            checkpoint.append_jsonl(
-                self.out / "samples.jsonl",
-                [{"step": self.step} | row.as_json() for row in self.written[:SAMPLES_PER_STEP]],
-            )
-        return (
-            metrics
-            | figures
-            | ({"ask_s": self.log.seconds["ask"]} if "asked_tokens" in figures else {})
-        )
+            fits(most, lambda p: [asking.hinted(t, p)])
 
     def note(self, name: str, values: Sequence[float], mean: bool = True) -> None:
         """metrics.jsonl gets the mean of all values of the step, or their sum."""
@@ -170,327 +154,272 @@ class Neighbour(train.Trainer):
             self.figures[name, "sum"] += float(sum(values))
             self.figures[name, "count"] += len(values) * mean
 
-    def encode(self, text: str) -> list[int]:
-        return teacher.encode(self.tokenizer, [{"role": "user", "content": text}], self.s.thinking)
+    # ---- which rows, and what the teacher is shown
 
-    def make_rollouts(self, problems: list[Problem]) -> list[Row]:
-        """Also asks about them what the teacher's prompts need."""
-        rollouts = super().make_rollouts(problems) if self.method.rollouts else []
+    def rows(self, t: Trainer, problems: list[Problem]) -> tuple[list[Row], list[Row]]:
+        """Rollouts, about which is asked what the teacher's prompts need; and solutions to learn
+        from: those of the data, or one of the teacher's for each problem."""
+        self.figures, others = Counter(), []
+        rollouts = t.make_rollouts(problems) if self.method.rollouts else []
         self.rollouts = [
             Row(**vars(row), marked=torch.zeros(len(row.token_ids), dtype=torch.bool))
             for row in rollouts
         ]
         if self.context.question and self.rollouts:
-            asking.ask_about(self, self.rollouts)
-        return self.rollouts
+            asking.ask_about(t, self.rollouts)
+        if self.source == "reference":
+            others = [self.reference(t, problem) for problem in problems]
+        elif self.source == "teacher":
+            others = self.written = asking.solutions(t, problems, self.rollouts)
+        (self.num_reference,) = t.ranks.sum([sum(len(row.token_ids) for row in others)])
+        return self.rollouts, others
 
-    def other_rows(self, problems: list[Problem]) -> list[Row]:
-        """Solutions to learn from: those of the data, or one of the teacher's for each problem."""
-        rows = [self.reference(problem) for problem in problems] if self.rows == "reference" else []
-        if self.rows == "teacher":
-            rows = self.written = asking.solutions(self, problems, self.rollouts)
-        (self.num_reference,) = self.ranks.sum([sum(len(row.token_ids) for row in rows)])
-        return rows
-
-    def reference(self, problem: Problem) -> Rollout:
+    def reference(self, t: Trainer, problem: Problem) -> Row:
         """The reference solution and a stop token as a completion; not finished if it is cut at
         --max-new-tokens."""
-        cap, eos = self.s.max_new_tokens, self.tokenizer.eos_token_id
-        stop = rollout.stop_ids(self.model, self.tokenizer)[0] if eos is None else eos
-        ids = self.tokenizer.encode(problem.solution, add_special_tokens=False) + [stop]
+        eos, cap = t.tokenizer.eos_token_id, self.s.max_new_tokens
+        stop = rollout.stop_ids(t.model, t.tokenizer)[0] if eos is None else eos
+        ids = t.tokenizer.encode(problem.solution, add_special_tokens=False) + [stop]
         return Row(
             ids[:cap],
             [0.0] * len(ids[:cap]),
             len(ids) <= cap,
             problem,
-            self.student_prompt(problem),
+            t.student_prompt(problem),
             problem.solution,
             problem.answer,
             True,
             is_reference=True,
         )
 
-    def teacher_prompts(self, rows: list[Rollout]) -> list[list[int]]:
+    def teacher_prompts(self, t: Trainer, rows: list[Rollout]) -> list[list[int]]:
         """What --teacher-context says. A row whose teacher has nothing to be shown gets the
         student's prompt."""
-        group, prompts = self.s.rollouts_per_prompt, []
+        n = self.s.rollouts_per_prompt
+        rows = [row if isinstance(row, Row) else Row(**vars(row)) for row in rows]
         for i, row in enumerate(rows):
-            is_taught = self.rows == "teacher" or self.method.teacher and not row.is_reference
-            if getattr(row, "teacher_prompt", None) is None:
-                row.teacher_prompt = (
-                    self.prompt_of(row, rows[i - i % group : i - i % group + group], i)
-                    if (is_taught)
-                    else row.prompt
-                )
-            row.has_context = is_taught and (
-                row.teacher_prompt is not row.prompt or self.context.is_bare
-            )
-            prompts.append(row.teacher_prompt)
-        return prompts
+            learns = self.method.teacher and not row.is_reference
+            is_taught = self.source == "teacher" or learns
+            if row.teacher_prompt is None:
+                group = rows[i - i % n : i - i % n + n]
+                row.teacher_prompt = self.prompt_of(t, row, group, i) if is_taught else row.prompt
+            has_text = row.teacher_prompt is not row.prompt
+            row.has_context = is_taught and (has_text or self.context.is_bare)
+        return [row.teacher_prompt for row in rows]
 
-    def prompt_of(self, row: Rollout, group: list[Rollout], number: int) -> list[int]:
+    def prompt_of(self, t: Trainer, row: Row, group: list[Row], number: int) -> list[int]:
         """The teacher's prompt for a rollout of a problem, of whose rollouts `group` has all;
         `number` counts this rank's. The student's prompt, if there is nothing to show."""
-        share = self.s.prompts_per_step // self.ranks.world * self.s.rollouts_per_prompt
-        rng = np.random.default_rng(
-            (self.s.seed, self.step, self.ranks.rank * share + number, asking.SEEDS["contexts"])
-        )
+        s = self.s
+        first = t.ranks.rank * (s.prompts_per_step // t.ranks.world * s.rollouts_per_prompt)
+        rng = np.random.default_rng((s.seed, t.step, first + number, asking.SEEDS["contexts"]))
         others = [group[i] for i in rng.permutation(len(group)) if group[i] is not row]
         example = self.longest
-        if self.is_ready and len(self.problems) > 1:  # any but the row's own; lines are in order
-            example = int(rng.integers(len(self.problems) - 1))
-            example = self.problems[example + (self.problems[example].line >= row.problem.line)]
-        # while prompts are checked, none is
-        known = row if isinstance(row, Row) else Row(**vars(row))
-        shown = self.context.text(
-            known,
-            [other.text for other in others if other.correct],
-            [other.text for other in others if not other.correct],
-            example,
-        )
-        return row.prompt if shown is None else self.teacher_prompt(row.problem, shown)
+        if self.is_ready and len(t.problems) > 1:  # any but the row's own; lines are in order
+            place = int(rng.integers(len(t.problems) - 1))
+            example = t.problems[place + (t.problems[place].line >= row.problem.line)]
+        correct = [other.text for other in others if other.correct]
+        failed = [other.text for other in others if not other.correct]
+        shown = self.context.text(row, correct, failed, example)
+        return row.prompt if shown is None else t.teacher_prompt(row.problem, shown)
 
-    @cached_property
-    def longest(self) -> Problem:
-        """Of the data, while the lengths of prompts are checked."""
-        return max(
-            self.problems, key=lambda problem: len((problem.problem + problem.solution).encode())
-        )
+    # ---- as whom the teacher reads
 
-    def as_teacher(self):
-        """The base model, or what --teacher-schedule made of the student."""
-        return (
-            lora.replaced(self.model, self.teacher_adapter)
-            if self.teacher_adapter
-            else super().as_teacher()
-        )
+    def as_teacher(self, t: Trainer):
+        """Inside, the model is the base model, or what --teacher-schedule made of the student."""
+        own = self.tensors["teacher"]
+        return replaced(t.model, own) if own else lora.disabled(t.model)
 
-    def read_as_teacher(self, rows: list[Rollout]) -> teacher.Reading:
-        """H is 0 where the teacher has nothing to be shown. Also notes the median of H over the
-        step's rollouts, and what else a method needs before the first backward."""
+    def read_as_teacher(self, t: Trainer, rows: list[Row]) -> teacher.Reading:
+        """log p_T and H, with a mask that leaves out rows whose teacher has nothing to be shown.
+        Also finds what else a method needs before the first backward."""
         if not self.method.teacher:
-            nothing = torch.zeros(
-                len(rows), max(len(row.token_ids) for row in rows), device=self.ranks.device
-            )
+            longest = max(len(row.token_ids) for row in rows)
+            nothing = torch.zeros(len(rows), longest, device=t.ranks.device)
             return teacher.Reading(nothing, nothing, nothing.bool())
-        reading = super().read_as_teacher(rows)
-        reading.entropy *= self.has_context(rows)
+        with self.as_teacher(t):
+            reading = t.read(self.teacher_prompts(t, rows), rows, hidden=self.keeps_states)
+        reading.mask &= torch.tensor([[row.has_context] for row in rows], device=t.ranks.device)
+        reading.entropy *= reading.mask
         medians = [
-            reading.entropy[i, : len(row.token_ids)].median().item()
-            if row.has_context
-            else torch.nan
-            for i, row in enumerate(rows)
+            H[: len(row.token_ids)].median().item() if row.has_context else torch.nan
+            for H, row in zip(reading.entropy, rows, strict=True)
             if not row.is_reference
         ]
-        self.median_entropies.append(
-            self.ranks.gather(torch.tensor(medians)).nanmedian().nan_to_num().item()
-        )
-        solved, count = self.ranks.sum(
-            [sum(row.correct for row in self.rollouts), len(self.rollouts)]
-        )
+        median = t.ranks.gather(torch.tensor(medians)).nanmedian().nan_to_num().item()
+        self.numbers["median_entropies"].append(median)
+        solved, count = t.ranks.sum([sum(row.correct for row in self.rollouts), len(self.rollouts)])
         self.success_rate = solved / max(1, count)
         if self.two_views:
-            self.compare_views(rows, reading)
-        if self.method.margin:
-            self.find_margins(rows, reading)
+            self.compare_views(t, rows, reading)
+        if self.method.margin or self.method.keeps:
+            self.read_ahead(t, rows, reading)
         return reading
 
     @torch.no_grad()
-    def compare_views(self, rows: list[Row], reading: teacher.Reading) -> None:
+    def compare_views(self, t: Trainer, rows: list[Row], reading: teacher.Reading) -> None:
         """The teacher reads again without a text: KL(p_T || that), its mean and deviation over all
-        tokens so far."""
-        prompts = [row.prompt for row in rows]
-        with self.as_teacher(), self.autocast():
-            bare = teacher.read_in_batches(
-                self.model,
-                prompts,
-                [row.token_ids for row in rows],
-                self.most_tokens(prompts),
-                hidden=True,
-                temperature=self.s.score_temperature,
-            )
-            views = teacher.per_token_divergence(
-                teacher.output_head(self.model),
-                bare.hidden,
-                reading.hidden,
-                reading.mask,
-                forward_kl,
-                self.s.score_temperature,
+        tokens so far of rollouts whose teacher had something to be shown."""
+        with self.as_teacher(t):
+            bare = t.read([row.prompt for row in rows], rows, hidden=True)
+        with t.autocast():
+            head, temperature = teacher.output_head(t.model), self.s.score_temperature
+            views = per_token_divergence(
+                head, bare.hidden, reading.hidden, bare.mask, forward_kl, temperature
             )
         for row, some, hidden in zip(rows, views, bare.hidden, strict=True):
-            row.views, row.bare_hidden = (
-                some[: len(row.token_ids)],
-                hidden if self.method.views else None,
-            )
-        counted = [value for row in self.rollouts for value in row.views.tolist()]
-        new = self.ranks.sum([len(counted), sum(counted), sum(value**2 for value in counted)])
-        self.view_sums = [before + more for before, more in zip(self.view_sums, new, strict=True)]
+            row.views = some[: len(row.token_ids)]
+            row.bare_hidden = hidden if self.method.views else None
+        seen = [row.views.tolist() for row in self.rollouts if row.has_context]
+        counted = [value for values in seen for value in values]
+        new = t.ranks.sum([len(counted), sum(counted), sum(value**2 for value in counted)])
+        before = self.numbers["view_sums"]
+        self.numbers["view_sums"] = [a + b for a, b in zip(before, new, strict=True)]
         self.note("view_kl", counted)
 
-    def find_margins(self, rows: list[Row], reading: teacher.Reading) -> None:
-        """The student reads both solutions of every problem, the rollout and the teacher's: PBSD's
-        margins."""
-        prompts, n = [row.prompt for row in rows], len(self.rollouts)
-        teacher.reading_mode(self.model)
-        with self.autocast():
-            student = teacher.read_in_batches(
-                self.model,
-                prompts,
-                [row.token_ids for row in rows],
-                self.most_tokens(prompts),
-                temperature=self.s.score_temperature,
-            )
-        ratios = (finite(student.logp) - finite(reading.logp)).double().sum(1)  # log (p_S / p_T)
-        for row, margin in zip(rows, (ratios[n:] - ratios[:n]).repeat(2).tolist(), strict=True):
-            row.margin = margin
-        self.note("margin", [row.margin for row in self.rollouts])
+    def read_ahead(self, t: Trainer, rows: list[Row], reading: teacher.Reading) -> None:
+        """The student reads, for PBSD's margins (of every problem's two solutions, the rollout and
+        the teacher's), or for which tokens a method keeps."""
+        student = t.read([row.prompt for row in rows], rows)
+        d = torch.where(reading.mask, finite(reading.logp) - finite(student.logp), 0.0)
+        if self.method.keeps:
+            kept = self.method.keeps(d, student.entropy, student.mask, t.step)
+            for row, some in zip(rows, kept, strict=True):
+                row.kept = some[: len(row.token_ids)]
+            (self.num_kept,) = t.ranks.sum([kept.sum().item()])
+        if self.method.margin:
+            n, ratios = len(self.rollouts), -d.double().sum(1)  # log (p_S / p_T)
+            for row, margin in zip(rows, (ratios[n:] - ratios[:n]).repeat(2).tolist(), strict=True):
+                row.margin = margin
+            self.note("margin", [row.margin for row in self.rollouts])
 
-    def has_context(self, rows: list[Rollout]) -> Tensor:
-        """Whether the teacher had something to be shown: bool [B, 1]."""
-        return torch.tensor([[row.has_context] for row in rows], device=self.ranks.device)
+    # ---- the loss of a micro-batch
 
-    def after_update(self) -> None:
-        """What --teacher-schedule says. An average is one of the matrices A and of the B, not of
-        their product."""
-        for row in self.rollouts:
-            # they would stay in memory while the next step samples
-            row.views = row.bare_hidden = None
-        # the first is empty for `frozen`
-        for old, new in zip(self.teacher_adapter, self.parameters, strict=False):
-            if self.s.teacher_schedule == "ema":
-                old.lerp_(new.detach(), 1 - self.s.teacher_decay)
-            elif self.step % self.s.teacher_every == 0:
-                old.copy_(new.detach())
-
-    def read_as_student(self, *arguments) -> train.Batch:
-        """d = 0 where the teacher has nothing to be shown."""
-        batch = super().read_as_student(*arguments)
-        batch.teacher_logp = torch.where(
-            self.has_context(batch.rows) & self.method.teacher,
-            batch.teacher_logp,
-            batch.logp.detach(),
-        )
-        return batch
-
-    def loss(self, batch: train.Batch) -> Tensor:
-        """The method's loss: means over the step's tokens, of rollouts and of reference solutions
-        apart."""
-        s, device, self.gate = self.s, self.ranks.device, None
+    def loss(self, t: Trainer, micro: Micro) -> Tensor:
+        """The method's loss: means over the step's tokens, of rollouts and of other rows apart."""
+        s, self.gate, student = self.s, None, micro.student
+        seen = self.seen(micro)
         if s.gate:
-            self.gate = self.other_gate(batch)
-            weights = (
-                egrsd.token_advantages(
-                    batch.advantage,
-                    batch.teacher_logp,
-                    batch.logp,
-                    batch.entropy,
-                    batch.mask,
-                    gamma=0,
-                    eps=s.eps,
-                )
-                * self.gate
+            self.gate = self.other_gate(t, seen)
+            weights = egrsd.token_advantages(
+                micro.advantage,
+                seen.teacher.logp,
+                student.logp,
+                seen.teacher.entropy,
+                student.mask,
+                gamma=0,
+                eps=s.eps,
             )
-            return egrsd.policy_loss(batch.logp, weights, batch.mask, batch.num_tokens)
-        if self.method is EGRSD:
-            return super().loss(batch)
-        is_reference = torch.tensor([row.is_reference for row in batch.rows], device=device)
-        own = Batch(
-            **vars(batch),
-            correct=torch.tensor([row.correct for row in batch.rows], device=device),
-            is_reference=is_reference,
-            divergence=self.divergence(batch),
-            step=self.step,
+            return egrsd.policy_loss(
+                student.logp, weights * self.gate, student.mask, micro.num_tokens
+            )
+        if self.method is WITH_A_FLAG:
+            return self.core.loss(t, seen)
+        batch = self.batch(t, seen)
+        losses = self.method.loss(batch)
+        self.gate = batch.weight
+        counts = (max(1, self.num_reference), max(1, batch.num_tokens))
+        share = torch.where(batch.is_reference, *(1 / count for count in counts)).unsqueeze(-1)
+        return (torch.where(batch.mask, losses, 0.0) * share).sum()
+
+    def seen(self, micro: Micro) -> Micro:
+        """The same micro-batch with d = 0 where the teacher has nothing to be shown."""
+        own = micro.student.logp.detach()
+        logp = torch.where(micro.teacher.mask, micro.teacher.logp, own)
+        return replace(micro, teacher=replace(micro.teacher, logp=logp))
+
+    def batch(self, t: Trainer, micro: Micro) -> Batch:
+        """What the methods read."""
+        s, rows, device = self.s, micro.rows, t.ranks.device
+        own = partial(self.divergence, t, micro)
+        return Batch(
+            logp=micro.student.logp,
+            teacher_logp=micro.teacher.logp,
+            entropy=micro.teacher.entropy,
+            mask=micro.student.mask,
+            advantage=micro.advantage,
+            correct=torch.tensor([row.correct for row in rows], device=device),
+            is_reference=torch.tensor([row.is_reference for row in rows], device=device),
+            divergence=lambda f: own(micro.teacher.hidden, f) * micro.teacher.mask,
+            max_entropy=micro.max_entropy,
+            num_tokens=self.num_kept if self.method.keeps else micro.num_tokens,
             num_completions=s.prompts_per_step * s.rollouts_per_prompt,
-            median_entropies=self.median_entropies,
+            step=t.step,
+            median_entropies=self.numbers["median_entropies"],
             gamma=s.gamma,
             window=s.window,
             eps=s.eps,
             floor=s.floor,
-            kept=batch.mask & ~is_reference.unsqueeze(-1),
             num_reference=self.num_reference,
             success_rate=self.success_rate,
-            anchor=self.divergence(batch, bare=True),
-            margin=torch.tensor([row.margin for row in batch.rows], device=device),
-            views=self.views(batch) if self.two_views else None,
-            marked=PAD([row.marked for row in batch.rows]).to(device)
-            if self.method.marks
-            else None,
+            kept=PAD([row.kept for row in rows]) if self.method.keeps else None,
+            margin=torch.tensor([row.margin for row in rows], device=device),
+            marked=PAD([row.marked for row in rows]).to(device) if self.method.marks else None,
+            views=self.views(rows) if self.two_views else None,
+            anchor=lambda f: own([row.bare_hidden for row in rows], f),
         )
-        losses = self.method.loss(own)
-        self.gate = own.weight
-        self.num_kept += own.kept.sum().item()
-        share = torch.where(
-            is_reference, 1 / max(1, self.num_reference), 1 / max(1, batch.num_tokens)
-        ).unsqueeze(-1)
-        return (torch.where(batch.mask, losses, 0.0) * share).sum()
 
-    def before_clipping(self, num_tokens: float) -> None:
-        """Make the mean one over the tokens that the method keeps, whose number in the step is
-        known only now."""
-        (kept,) = self.ranks.sum([self.num_kept])
-        scale = num_tokens / kept if kept else 1.0  # exactly 1 where all are kept
-        for parameter in self.parameters:
-            parameter.grad *= scale
-        self.log.loss, self.num_kept = self.log.loss * scale, 0.0
+    def divergence(self, t: Trainer, micro: Micro, hidden: list[Tensor], f: Callable) -> Tensor:
+        """f of the distributions behind these states and of the student's: [B, T]."""
+        student, head = micro.student, teacher.output_head(t.model)
+        with t.autocast():
+            return per_token_divergence(
+                head, student.hidden, hidden, student.mask, f, self.s.score_temperature
+            )
 
-    def divergence(self, batch: train.Batch, bare: bool = False) -> Callable[[Callable], Tensor]:
-        """Batch.divergence, 0 where the teacher had nothing to be shown, or Batch.anchor."""
-
-        def divergence(f):
-            hidden = [row.bare_hidden for row in batch.rows] if bare else batch.teacher_hidden
-            with self.autocast():
-                return (bare | self.has_context(batch.rows)) * teacher.per_token_divergence(
-                    teacher.output_head(self.model),
-                    batch.hidden,
-                    hidden,
-                    batch.mask,
-                    f,
-                    self.s.score_temperature,
-                )
-
-        return divergence
-
-    def views(self, batch: train.Batch) -> Tensor:
+    def views(self, rows: list[Row]) -> Tensor:
         """Batch.views."""
-        count, total, squares = self.view_sums
+        count, total, squares = self.numbers["view_sums"]
         mean = total / max(1, count)
         deviation = max(0.0, squares / max(1, count) - mean**2) ** 0.5
-        return (PAD([row.views for row in batch.rows]) - mean) / (deviation + 1e-6)
+        return (PAD([row.views for row in rows]) - mean) / (deviation + 1e-6)
 
-    def other_gate(self, batch: train.Batch) -> Tensor:
+    def other_gate(self, t: Trainer, micro: Micro) -> Tensor:
         """What --gate says, [B, T]; two-view and dual are 1 where the teacher had nothing to be
         shown."""
         if self.s.gate == "position":
-            return position_weight(batch.mask)
-        gate = (
-            two_view_gate(self.views(batch))
-            if self.s.gate == "two-view"
-            else self.divergence(batch)(dual_weight).detach()
-        )
-        return torch.where(self.has_context(batch.rows), gate, 1.0)
+            return position_weight(micro.student.mask)
+        if self.s.gate == "two-view":
+            gate = two_view_gate(self.views(micro.rows))
+        else:
+            gate = self.divergence(t, micro, micro.teacher.hidden, dual_weight).detach()
+        return torch.where(micro.teacher.mask, gate, 1.0)
 
-    def token_metrics(self, batch: train.Batch) -> dict[str, Tensor]:
-        """Without what the method does not use."""
+    def token_metrics(self, t: Trainer, micro: Micro) -> dict[str, Tensor]:
+        """Those of train.EGRSD that the method makes use of, 0 at rows that are no rollouts."""
         unused = {"entropy", "delta"} if not self.method.teacher else set()
         unused |= {"magnitude", "clipped"} if "eps" not in self.method.uses else set()
         unused |= {"gate"} if "gamma" not in self.method.uses else set()
-        metrics = {
-            name: value
-            for name, value in super().token_metrics(batch).items()
-            if name not in unused
-        }
-        return metrics | ({"gate": self.gate} if self.gate is not None else {})
+        metrics = self.core.token_metrics(t, self.seen(micro))
+        metrics = {name: value for name, value in metrics.items() if name not in unused}
+        metrics |= {"gate": self.gate} if self.gate is not None else {}
+        flags = [[not row.is_reference] for row in micro.rows]
+        is_rollout = torch.tensor(flags, device=t.ranks.device)
+        return {name: value * is_rollout for name, value in metrics.items()}
 
-    def state(self) -> tuple[dict, dict]:
-        tensors, numbers = super().state()
-        return tensors | {"teacher": self.teacher_adapter}, numbers | {
-            "median_entropies": self.median_entropies,
-            "view_sums": self.view_sums,
-        }
+    # ---- after the update
 
-    def load_state(self, tensors: dict, numbers: dict) -> None:
-        super().load_state(tensors, numbers)
-        self.median_entropies = numbers["median_entropies"]
-        self.view_sums = numbers.get("view_sums", self.view_sums)  # older checkpoints have none
-        for old, saved in zip(self.teacher_adapter, tensors["teacher"], strict=True):
-            old.copy_(saved)
+    def after_update(self, t: Trainer) -> dict[str, float]:
+        """What --teacher-schedule says (an average is one of the matrices A and of the B, not of
+        their product), and what was noted in the step on all ranks."""
+        for row in self.rollouts:
+            # they would stay in memory while the next step samples
+            row.views = row.bare_hidden = None
+        # of a frozen teacher the first is empty
+        for old, new in zip(self.tensors["teacher"], t.parameters, strict=False):
+            if self.s.teacher_schedule == "ema":
+                old.lerp_(new.detach(), 1 - self.s.teacher_decay)
+            elif t.step % self.s.teacher_every == 0:
+                old.copy_(new.detach())
+        if self.written and not self.rollouts and t.ranks.rank == 0:  # else with the rollouts
+            lines = [{"step": t.step} | row.as_json() for row in self.written[:SAMPLES_PER_STEP]]
+            checkpoint.append_jsonl(t.out / "samples.jsonl", lines)
+        sums = Counter()
+        for key, value in t.ranks.gather_lists(list(self.figures.items())):
+            sums[key] += value
+        figures = {
+            name: total / (sums[name, "count"] or 1)
+            for (name, part), total in sums.items()
+            if part == "sum"
+        }
+        return figures | ({"ask_s": t.log.seconds["ask"]} if "asked_tokens" in figures else {})

@@ -2,8 +2,8 @@
 
 Made of config.json, metrics.jsonl, evaluation.json and those rows of samples.jsonl that have
 `by_token`, as far as they are there: whenever a run ends or stops, and by `python -m
-experiments.report`. experiments/token_view.py makes its page of the same parts. Every text of a run
-is escaped, so that no problem or completion can end the page, or run in it.
+experiments.report`, which also makes a page of the completions of experiments.diagnostics. Every
+text is escaped, so that no problem or completion can end the page, or run in it.
 """
 
 import html
@@ -16,15 +16,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 
+import torch
+
+import egrsd
 from support import checkpoint
 from support.errors import DAMAGED, InputError, reason
 from support.settings import METHODS
 
-COLUMNS = ("entropy", "lookahead", "gate", "delta", "advantage", "kind")  # of token_view
+COLUMNS = ("entropy", "lookahead", "gate", "delta", "advantage", "kind")  # of tokens.jsonl
 COLOURS = {"entropy": "teacher entropy", "gate": "gate", "advantage": "token advantage"}
-KINDS = ("lock", "pivot", "fork")
-# nats from which a token is no lock; nats below which it is a pivot, so soon
-HIGH, LOW, WINDOW = 0.5, 0.2, 3
 MOST_TOKENS, MOST_POINTS = 300, 400  # shown of a completion, drawn of a curve
 BY_TOKEN = '"by_token": {'  # marks the rows of samples.jsonl that have values by token
 CURVES = {
@@ -107,18 +107,33 @@ now, but sure soon, <span class="key fork">fork</span> unsure for longer</span><
     )
 
 
-def kinds(H: list[float], window: int = WINDOW) -> tuple[list[float], list[int]]:
-    """(least H of each token and the next `window` ones, (8); its place in KINDS), H in nats."""
-    soon = [min(H[t : t + window + 1]) for t in range(len(H))]
-    return soon, [
-        0 if now < HIGH else 1 if then < LOW else 2 for now, then in zip(H, soon, strict=True)
-    ]
+def signals(values: dict, A: float, s: dict, max_entropy: float | None = None) -> egrsd.Signals:
+    """What follows from the values of a completion's tokens and the settings of the run: [1, T]
+    each. `lookahead` and `kind` look as far as the gate does, and without a window SOON tokens."""
+    logp = torch.tensor([values["logp"]])
+    # of a teacher with nothing to be shown there is neither
+    delta, H = (
+        torch.tensor([values.get(name, [0.0] * logp.numel())]) for name in ("delta", "entropy")
+    )
+    weights = {name: s[name] for name in ("gamma", "window", "eps", "floor")}
+    everywhere = torch.ones_like(logp, dtype=torch.bool)
+    soon = s["window"] or egrsd.SOON
+    return egrsd.token_signals(
+        torch.tensor([A]),
+        logp + delta,
+        logp,
+        H,
+        everywhere,
+        max_entropy=max_entropy,
+        soon=soon,
+        **weights,
+    )
 
 
 def article(i: int, row: dict, more: str = "") -> str:
     """One completion, its line breaks made visible."""
     shown = [escaped(token).replace("\n", "\u21b5\n") for token in row["tokens"]]
-    names = [KINDS[kind] for kind in row["kind"]] if "kind" in row else [""] * len(shown)
+    names = [egrsd.KINDS[kind] for kind in row["kind"]] if "kind" in row else [""] * len(shown)
     tokens = "".join(
         f'<span class="t {kind}" data-i="{i}" data-t="{t}" tabindex="0">{text}</span>'
         for t, (text, kind) in enumerate(zip(shown, names, strict=True))
@@ -314,7 +329,7 @@ def completions(run: Run) -> tuple[list[dict], str]:
     )
     shown = [row for row in read_log(run.samples, BY_TOKEN) if row["step"] in chosen]
     for step in sorted(chosen):
-        found = [token_row(row, run.settings) for row in shown if row["step"] == step]
+        found = [token_row(row, run) for row in shown if row["step"] == step]
         articles = "".join(article(len(rows) + i, row) for i, row in enumerate(found))
         rows, columns = (
             rows + found,
@@ -340,25 +355,44 @@ def completions(run: Run) -> tuple[list[dict], str]:
     )
 
 
-def token_row(sample: dict, settings: dict) -> dict:
+def token_row(sample: dict, run: Run) -> dict:
     """A row of samples.jsonl as `article` and `document` take it, with what follows from its
     values."""
-    values = dict(sample["by_token"])
-    if H := values.get("entropy"):
-        values["lookahead"], values["kind"] = kinds(H, settings["window"] or WINDOW)
-    if settings["method"] in METHODS:  # others may give credit in another way
-        values["advantage"] = [
-            round(sample["advantage"] * w * omega, 4)
-            for w, omega in zip(values["magnitude"], values["gate"], strict=True)
-        ]
+    values, s, A = dict(sample["by_token"]), run.settings, sample["advantage"]
+    most = {row["step"]: row.get("max_entropy") for row in run.metrics}.get(sample["step"])
+    found = signals(values, A, s, most)
+    if "entropy" in values:
+        values["lookahead"], values["kind"] = found.lookahead[0].tolist(), found.kind[0].tolist()
+    # other methods, and other gates of `python -m family`, may give credit in another way
+    if s["method"] in METHODS and not s.get("gate") and most is not None:
+        values["advantage"] = [round(x, 4) for x in found.advantage[0].tolist()]
     values = {name: found[:MOST_TOKENS] for name, found in values.items()}
+    about = {name: sample[name] for name in ("problem", "correct", "reward")}
     return (
-        {name: sample[name] for name in ("problem", "correct", "reward")}
+        about
         | values
-        | {
-            "tokens": values["text"],
-            "count": sample["tokens"],
-            "answer": sample["gold"],
-            "A": sample["advantage"],
-        }
+        | {"tokens": values["text"], "count": sample["tokens"], "answer": sample["gold"], "A": A}
+    )
+
+
+def token_view(rows: list[dict], title: str, colour: str = "entropy") -> str:
+    """The page of lines of tokens.jsonl, which experiments.diagnostics writes: colours show teacher
+    entropy, gate or token advantage, one at a time."""
+    articles = "".join(
+        article(
+            i,
+            row,
+            f"""<details><summary>student's prompt and reference solution</summary>
+<pre>{escaped(row["prompt"])}</pre>
+<pre>{escaped(row["solution"])}</pre></details>""",
+        )
+        for i, row in enumerate(rows)
+    )
+    return document(
+        title,
+        f"""<p class="faint">{len(rows)} sampled solutions, each read by the teacher, who also sees
+the reference. A token's advantage is A x magnitude x gate. Point at a token for its values.</p>
+{navigation(rows, colour)}
+{articles}""",
+        rows,
     )

@@ -25,7 +25,7 @@ from support.data import digest, model_digest
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError, LocalError, one_line, reason
 from support.sampling import Rollout
-from support.settings import in_use
+from support.settings import FORMAT, in_use
 
 SAMPLES_PER_STEP = 4  # rollouts of rank 0 that go into samples.jsonl at each step
 PATIENCE = 5  # steps without learning, before a warning
@@ -256,33 +256,27 @@ class StepLog:
         """A micro-batch: its loss, and values per token [B, T], to be averaged over the tokens of
         rollouts."""
         self.loss += loss.item()
-        counted = batch.mask & torch.tensor(
-            [[not row.is_reference] for row in batch.rows], device=batch.mask.device
-        )
         for name, value in values.items():
-            self.token_sums[name] += (value * counted).sum().double().item()
-        values = {"logp": batch.logp.detach()} | values
-        self.read |= {id(row): (values, i) for i, row in enumerate(batch.rows)}
+            self.token_sums[name] += (value * batch.student.mask).sum().double().item()
+        shown = {"logp": batch.student.logp.detach()} | values
+        self.read |= {id(row): (batch, shown, i) for i, row in enumerate(batch.rows)}
 
     def by_token(self, step: int, row: Rollout) -> dict:
         """Text and values of a rollout's tokens, in the steps that a report may show."""
-        s, left_out = (
-            self.trainer.s,
-            {"sampling_gap", "clipped"} | (set() if row.has_context else {"entropy", "delta"}),
-        )
+        s = self.trainer.s
         if step not in (1, (s.steps + 1) // 2, s.steps) and step % s.checkpoint_every:
             return {}
-        values, i = self.read[id(row)]
-        return {
-            "by_token": {
-                "text": [self.trainer.tokenizer.decode([token]) for token in row.token_ids]
-            }
-            | {
-                name: [round(x, 4) for x in value[i, : len(row.token_ids)].tolist()]
-                for name, value in values.items()
-                if name not in left_out
-            }
+        batch, values, i = self.read[id(row)]
+        left_out = {"sampling_gap", "clipped"}
+        if not batch.teacher.mask[i].any():  # the teacher had nothing to say of these tokens
+            left_out |= {"entropy", "delta"}
+        text = [self.trainer.tokenizer.decode([token]) for token in row.token_ids]
+        rounded = {
+            name: [round(x, 4) for x in value[i, : len(text)].tolist()]
+            for name, value in values.items()
+            if name not in left_out
         }
+        return {"by_token": {"text": text} | rounded}
 
     def finish_step(self, step: int, rollouts: list[Rollout], num_tokens: float, **metrics) -> dict:
         """The line of metrics.jsonl, means over all ranks; also writes the samples and sets the
@@ -359,20 +353,15 @@ def fingerprint(files: dict[str, str]) -> dict[str, str]:
 def check_inputs(trainer) -> None:
     """InputError if the data or the model of a resumed run are not those it began with; rank 0
     looks, all raise."""
-    path, files, problems = trainer.out / "config.json", trainer.files, []
-    written = json.loads(path.read_text()).get("fingerprint") if trainer.ranks.rank == 0 else None
-    if isinstance(written, dict):
+    files, problems = trainer.files, []
+    if trainer.ranks.rank == 0:
+        written = json.loads((trainer.out / "config.json").read_text())["fingerprint"]
         problems = [
             f"{files[flag]}: not what {flag} named when the run began: put that back, or start a "
             "new run with another --out"
             for flag, found in fingerprint(files).items()
             if found != written.get(flag)
         ]
-    elif trainer.ranks.rank == 0:
-        print(
-            f"{path}: warning: no fingerprint: data and model may have changed since the run began",
-            file=sys.stderr,
-        )
     for problem in trainer.ranks.gather_lists(problems):
         raise InputError(problem)
 
@@ -405,13 +394,16 @@ def write_config(trainer) -> None:
     student = trainer.student_prompt(first)
     prompts = {
         "student": student,
-        "teacher": trainer.teacher_prompts([Rollout([], [], False, first, student)])[0],
+        "teacher": trainer.objective.teacher_prompts(
+            trainer, [Rollout([], [], False, first, student)]
+        )[0],
     }
     checkpoint.write_json(
         trainer.out / "config.json",
         {
+            "format": FORMAT,
+            "entry": s.ENTRY,
             "settings": asdict(s),
-            "trainer": type(trainer).__name__,
             "world_size": world,
             "derived": derived,
             "versions": versions,

@@ -25,9 +25,6 @@ class Rollout(rollout.Completion):
     correct: bool = False  # finished, and the verifier says that the answer is right
     reward: float = 0.0
     advantage: float = 0.0
-    # not the student's: the data's solution, or the teacher's, from which family/ may learn
-    is_reference: bool = False
-    has_context: bool = True  # the teacher had something to be shown: family/ may have nothing
 
     def grade(self) -> "Rollout":
         """Fill in answer and correct, from the text. A truncated completion is wrong whatever it

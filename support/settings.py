@@ -1,8 +1,7 @@
 """What a run can be told: every setting with its sentence, presets, and what does not go together.
 
 Values come from the defaults, then presets, then the method, then flags; of a resumed run from its
-config.json. The package family/ brings more methods and flags, if it is there: the functions here
-take it as an argument.
+config.json. Another command may bring more methods and flags, as a subclass of Settings.
 """
 
 import json
@@ -21,31 +20,40 @@ from support.flags import (
     flag_name,
 )
 
-TARGETS = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "qkv_proj",
-    "gate_up_proj",
-    # those of lora.py, without its import of torch
-    "query_key_value",
-    "c_attn",
-    "c_fc",
-    "c_proj",
-]
+# those of lora.py, without its import of torch
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS += ["qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "c_fc", "c_proj"]
+FORMAT = 2  # of config.json
 # at the start: such a directory is still free
 LEFT_BY_A_KILL = {"lock", "config.json.tmp", "results.json.tmp"}
 REMEDY = "go on with --resume, or choose another --out"
 MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every", "cuda_graphs"}
 
 
+METHODS = {  # names for gamma and window: what each sets, and its line in --help
+    "cl-egrsd": (
+        {},
+        "CL-EGRSD, --gamma and --window above 0: the gate looks --window tokens ahead",
+    ),
+    "egrsd": (dict(gamma=0.3, window=0), "EGRSD, --window 0: direction x magnitude x gate"),
+    "direction-aware": (
+        dict(gamma=0.0),
+        "--gamma 0, direction x magnitude: what the EGRSD paper calls RLSD",
+    ),
+}
+
+
+def method_name(gamma: float, window: int) -> str:
+    """The name in METHODS that these two numbers have."""
+    return "direction-aware" if gamma == 0 else "egrsd" if window == 0 else "cl-egrsd"
+
+
 @dataclass
 class Settings:
     """One run. The defaults are the paper's recipe for Qwen3-4B."""
+
+    ENTRY = "python train.py"  # the command whose settings these are
+    OTHERS = "neighbouring methods and ablations: python -m family --help"
 
     model: str = flag(
         "Qwen/Qwen3-4B", "checkpoint directory or hub id; toy: the embedded tiny model"
@@ -131,6 +139,40 @@ class Settings:
         False, "leave out rows whose gold answer the verifier cannot grade"
     )
 
+    @classmethod
+    def methods(cls) -> dict[str, str]:
+        """What --method may be, with a line each."""
+        return {name: line for name, (_, line) in METHODS.items()}
+
+    @classmethod
+    def bring(cls, method: str, preset: dict, given: dict) -> dict:
+        """Settings that a method's name stands for; InputError if there is no such method."""
+        if method not in METHODS:
+            raise InputError(
+                f"--method {method}: train.py knows {', '.join(METHODS)}; neighbouring methods are "
+                "run with python -m family"
+            )
+        return METHODS[method][0] if "method" in given else {}
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing beside the others, with the reason."""
+        no_gate = self.method in METHODS and self.gamma == 0
+        return dict.fromkeys(("window", "floor") * no_gate, "there is no gate with --gamma 0")
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is loaded or written."""
+        check_ranges(self)
+        world = max(1, environment_number("WORLD_SIZE", 1))  # Ranks refuses 0
+        if self.prompts_per_step % world:
+            raise InputError(
+                f"--prompts-per-step {self.prompts_per_step} must be a multiple of the {world} "
+                "processes"
+            )
+        if not self.data:
+            raise InputError(
+                "--data is missing: name a JSONL file with problem, solution and answer"
+            )
+
 
 @dataclass
 class Sampling:
@@ -191,55 +233,52 @@ PRESETS = {
     ),
 }
 
-METHODS = {  # names for gamma and window: what each sets, and its line in --help
-    "cl-egrsd": (
-        {},
-        "CL-EGRSD, --gamma and --window above 0: the gate looks --window tokens ahead",
-    ),
-    "egrsd": (dict(gamma=0.3, window=0), "EGRSD, --window 0: direction x magnitude x gate"),
-    "direction-aware": (
-        dict(gamma=0.0),
-        "--gamma 0, direction x magnitude: what the EGRSD paper calls RLSD",
-    ),
-}
+
+def parse(argv: list[str], description: str) -> tuple[Settings, bool]:
+    """(settings, resume) of train.py's command line."""
+    return resolve(vars(make_parser(description, Settings).parse_args(argv)), Settings)
 
 
-def method_name(gamma: float, window: int) -> str:
-    """The name in METHODS that these two numbers have."""
-    return "direction-aware" if gamma == 0 else "egrsd" if window == 0 else "cl-egrsd"
+def make_parser(description: str, kind: type[Settings]) -> Parser:
+    """The command line of these settings."""
+    listed = "\n".join(f"  {name:16} {line}" for name, line in kind.methods().items())
+    parser = Parser(description, f"methods:\n{listed}\n{kind.OTHERS}", kind.ENTRY)
+    parser.add_argument(
+        "--preset",
+        nargs="+",
+        choices=PRESETS,
+        help="named settings, over which flags win (default: "
+        "toy, or with another --model paper-4b, whose values are the defaults given below)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last complete checkpoint in --out"
+    )
+    add_flags(parser, fields(kind))
+    return parser
 
 
-def parse(argv: list[str], description: str, family=None) -> tuple[Settings, bool]:
-    """(settings, resume) from the command line; with --resume the settings of the run in --out,
-    which flags may repeat but not change."""
-    given = vars(_parser(description, family).parse_args(argv))
-    resume, explain = given.pop("resume", False), given.pop("explain", False)
+def resolve(given: dict, kind: type[Settings]) -> tuple[Settings, bool]:
+    """(settings, resume) of what is given on the command line; with --resume the settings of the
+    run in --out, which flags may repeat but not change."""
+    resume = given.pop("resume", False)
     implied = [] if resume else ["toy"] if given.get("model", "toy") == "toy" else ["paper-4b"]
     preset = {
         key: value for name in given.pop("preset", implied) for key, value in PRESETS[name].items()
     }
     if "data" in given:
-        # a preset's held-out problems belong to its training problems
-        preset.pop("eval_data", None)
-    if explain:
-        family.check(s := _resolve(preset, given, family))
-        family.explain(s)
-        raise SystemExit(0)
+        preset.pop("eval_data", None)  # a preset's held-out problems belong to its training data
     if not resume:
-        return _resolve(preset, given, family), False
+        return _start(preset, given, kind), False
     out = given.get("out", Settings.out)
-    stored, world = read_config(Path(out), family)
+    stored, world = read_config(Path(out), kind)
     stored.out = out  # the directory may have been moved or copied
-    brought = _brought(given.get("method", stored.method), preset, given, family)
-    repeated = {
-        key: (preset | brought | given)[key]
-        for key in preset | given
-        if key not in MAY_CHANGE_ON_RESUME
-    }
+    brought = kind.bring(given.get("method", stored.method), preset, given)
+    repeated = preset | brought | given
+    keys = [key for key in preset | given if key not in MAY_CHANGE_ON_RESUME]
     changed = [
         f"{flag_name(key)} was {getattr(stored, key)}"
-        for key, value in repeated.items()
-        if value != getattr(stored, key)
+        for key in keys
+        if repeated[key] != getattr(stored, key)
     ]
     if changed:
         raise InputError(
@@ -252,6 +291,25 @@ def parse(argv: list[str], description: str, family=None) -> tuple[Settings, boo
             f"processes, this is {here}: set --nproc-per-node to match"
         )
     return replace(stored, **{key: given[key] for key in MAY_CHANGE_ON_RESUME & given.keys()}), True
+
+
+def _start(preset: dict, given: dict, kind: type[Settings]) -> Settings:
+    """The defaults, over them the preset, what the method stands for, and flags. Flags that
+    contradict the method or change nothing are refused."""
+    method = given.get("method", Settings.method)
+    s = kind(**preset | kind.bring(method, preset, given) | given)
+    if method in METHODS:
+        s.method = method_name(s.gamma, s.window)
+        if given.get("method", s.method) != s.method:
+            raise InputError(
+                f"--method {method} with --gamma {s.gamma} and --window {s.window}, which is "
+                f"{s.method}: leave --method out, or these flags"
+            )
+    without_effect = s.without_effect()
+    for key in given:
+        if key in without_effect:
+            raise InputError(f"{flag_name(key)}: {without_effect[key]}: leave it out")
+    return s
 
 
 def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
@@ -273,73 +331,6 @@ def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
     return s
 
 
-def _parser(description: str, family) -> Parser:
-    methods = {name: line for name, (_, line) in METHODS.items()} | (
-        {name: method.summary for name, method in family.METHODS.items()} if family else {}
-    )
-    listed = "\n".join(f"  {name:16} {line}" for name, line in methods.items())
-    others = "" if family else "\nneighbouring methods and ablations: python -m family --help"
-    parser = Parser(
-        description, f"methods:\n{listed}{others}", "python -m family" if family else None
-    )
-    parser.add_argument(
-        "--preset",
-        nargs="+",
-        choices=PRESETS,
-        help="named settings, over which flags win (default: "
-        "toy, or with another --model paper-4b, whose values are the defaults given below)",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the last complete checkpoint in --out"
-    )
-    add_flags(parser, fields(Settings))
-    if family:
-        group = parser.add_argument_group("neighbouring methods and ablations (family/)")
-        group.add_argument(
-            "--explain",
-            action="store_true",
-            help="print what --method is, brings and costs, and end",
-        )
-        add_flags(group, fields(family.FamilySettings)[len(fields(Settings)) :])
-    return parser
-
-
-def _brought(method: str, preset: dict, given: dict, family) -> dict:
-    """What a method's name stands for."""
-    if family and method in family.METHODS:
-        return family.bring(method, preset, given)
-    if method not in METHODS:
-        raise InputError(
-            f"--method {method}: not known; --help lists the methods"
-            if family
-            else f"--method {method}: train.py knows {', '.join(METHODS)}; neighbouring methods are "
-            "run with python -m family"
-        )
-    return METHODS[method][0] if "method" in given else {}
-
-
-def _resolve(preset: dict, given: dict, family) -> Settings:
-    """The defaults, over them the preset, what the method stands for, and flags. Flags that
-    contradict the method or change nothing are refused."""
-    method = given.get("method", Settings.method)
-    brought = _brought(method, preset, given, family)
-    s = (family.FamilySettings if family else Settings)(**preset | brought | given)
-    if method in METHODS:
-        s.method = method_name(s.gamma, s.window)
-        if given.get("method", s.method) != s.method:
-            raise InputError(
-                f"--method {method} with --gamma {s.gamma} and --window {s.window}, which is "
-                f"{s.method}: leave --method out, or these flags"
-            )
-    without_effect = family.without_effect(s) if family else {}
-    if method in METHODS and s.gamma == 0:
-        without_effect |= dict.fromkeys(("window", "floor"), "there is no gate with --gamma 0")
-    for key in given:
-        if key in without_effect:
-            raise InputError(f"{flag_name(key)}: {without_effect[key]}: leave it out")
-    return s
-
-
 def in_use(out: str | Path) -> bool:
     """Whether something of the user's is in this directory."""
     path = Path(out)
@@ -348,22 +339,10 @@ def in_use(out: str | Path) -> bool:
 
 def check_start(s: Settings, resume: bool) -> None:
     """What can be known of a start before anything is imported or made."""
-    check(s)
+    s.check()
     # several processes say it together
     if not resume and environment_number("WORLD_SIZE", 1) == 1 and in_use(s.out):
         raise InputError(f"{s.out}: output directory in use: {REMEDY}")
-
-
-def check(s: Settings) -> None:
-    """Refuse settings that cannot work, before anything is loaded or written."""
-    check_ranges(s)
-    world = max(1, environment_number("WORLD_SIZE", 1))  # Ranks refuses 0
-    if s.prompts_per_step % world:
-        raise InputError(
-            f"--prompts-per-step {s.prompts_per_step} must be a multiple of the {world} processes"
-        )
-    if not s.data:
-        raise InputError("--data is missing: name a JSONL file with problem, solution and answer")
 
 
 def _check_type(f, value) -> None:
@@ -379,34 +358,25 @@ def _check_type(f, value) -> None:
         raise ValueError(f"{f.name} is {value!r}")
 
 
-def read_config(run: Path, family) -> tuple[Settings, int]:
-    """Settings and world size of an earlier run. Older ones have a `gate` that says what gamma and
-    window say."""
-    path, kind = run / "config.json", family.FamilySettings if family else Settings
+def read_config(run: Path, kind: type[Settings]) -> tuple[Settings, int]:
+    """Settings and world size of a run that `kind.ENTRY` started; InputError if it did not."""
+    path = run / "config.json"
     try:
         config = json.loads(path.read_text())
-        values, world = dict(config["settings"]), config["world_size"]
-        if not family and config.get("trainer") == "Neighbour":
+        if (written := config.get("format", 1)) != FORMAT:
             raise InputError(
-                f"{run}: this run was started with python -m family: go on with python -m family "
-                f"--out {run} --resume"
+                f"{path}: format {written}, this version reads {FORMAT}: go on with the version "
+                f"that began the run, or start anew: {kind.ENTRY} --out another directory"
             )
-        values.setdefault("lora_targets", TARGETS[:7])  # what a run adapted that does not name them
-        values |= {
-            "lookahead": {"gate": ""},
-            "entropy": {"gate": "", "window": 0},
-            "none": {"gate": "", "gamma": 0.0},
-            "position": {"window": 0},
-        }.get(values.get("gate"), {})
-        if values["method"] in METHODS:
-            values["method"] = method_name(values["gamma"], values["window"])
-        # then flags of family/, which may be gone, are at their defaults
-        if config.get("trainer") == "Trainer":
-            values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
+        if (entry := config["entry"]) != kind.ENTRY:
+            raise InputError(
+                f"{run}: this run was started with {entry}: go on with {entry} --out {run} --resume"
+            )
+        values = config["settings"]
+        s = kind(**values)
         for f in fields(kind):
-            if f.name in values:
-                _check_type(f, values[f.name])
-        return kind(**values), int(world)
+            _check_type(f, values[f.name])
+        return s, int(config["world_size"])
     except (OSError, *DAMAGED) as error:
         raise InputError(
             f"{path}: no run that can be resumed here ({error}): check --out, or leave --resume out"

@@ -15,8 +15,8 @@ import torch
 from conftest import assert_ended_well, exit_code, family_here, start_ranks
 from test_family import adapter, arguments, every_other_one_is_correct, metrics
 from test_train import assert_same_run, wait_for
+from tqdm import tqdm
 
-import family
 import rollout
 import toy
 import train
@@ -24,7 +24,6 @@ from experiments import gradients
 from family import METHODS, asking, contexts, methods, neighbour
 from family import __main__ as lab
 from family.contexts import CONTEXTS, LABELS, Row
-from support import settings
 from support.data import InputError, Problem, load_problems
 from support.sampling import Rollout
 
@@ -32,26 +31,24 @@ PROBLEMS = [Problem(f"P{line}", f"S{line}", "7", line, f"in words {line}") for l
 
 
 def shown(context, texts, correct, i, step=0, **changes):
-    """What the teacher of rollout i is shown, as Neighbour.teacher_prompts asks for it."""
+    """What the teacher of rollout i is shown, as Neighbour.teacher_prompts makes it."""
     rows = [
         Row([2], [0.0], True, PROBLEMS[1], [3], text, "8", ok, **changes)
         for text, ok in zip(texts, correct, strict=True)
     ]
-    this = SimpleNamespace(
-        s=SimpleNamespace(rollouts_per_prompt=len(rows), prompts_per_step=1, seed=0),
+    t = SimpleNamespace(
         step=step,
-        rows="",
         ranks=SimpleNamespace(rank=0, world=1),
         problems=PROBLEMS,
-        longest=PROBLEMS[0],
-        is_ready=True,
-        method=METHODS["sdpo"],
-        context=CONTEXTS[context],
         teacher_prompt=lambda problem, text: text,
     )
-    this.prompt_of = lambda *arguments: neighbour.Neighbour.prompt_of(this, *arguments)
-    asked = neighbour.Neighbour.teacher_prompts(this, rows)
-    assert neighbour.Neighbour.teacher_prompts(this, rows) == asked
+    flags = ["--method", "sdpo", "--teacher-context", "other" if context == "label" else context]
+    flags += ["--rollouts-per-prompt", max(2, len(rows)), "--prompts-per-step", 1]
+    s, _, n = lab.parse_arguments(["--model", "m", "--data", "d", *map(str, flags)])
+    s.rollouts_per_prompt = len(rows)
+    n.context, n.longest, n.is_ready = CONTEXTS[context], PROBLEMS[0], True
+    asked = n.teacher_prompts(t, rows)
+    assert n.teacher_prompts(t, rows) == asked
     return None if asked[i] == [3] and not rows[i].has_context else asked[i]
 
 
@@ -214,16 +211,16 @@ def test_questions(tokenizer):
 # ---- solutions that the teacher writes
 
 
-def test_likeness_compares_as_far_as_both_reach():
+def test_likeness_is_a_share_of_the_solution():
+    """Also of one that is longer than the rollout."""
     top = torch.tensor([[1, 2], [3, 4], [5, 6]])
     for ids, expected in (
         ([1, 4, 5], 1.0),
         ([1, 9], 0.5),
         ([9, 9, 9, 5, 5], 0.0),
-        ([2, 9, 9, 1], 1 / 3),
+        ([2, 9, 9, 1], 1 / 4),
     ):
         assert asking.likeness(Row(ids, [], True, PROBLEMS[0], []), top) == pytest.approx(expected)
-    assert asking.likeness(Row([1], [], True, PROBLEMS[0], []), None) == 0
 
 
 @pytest.mark.parametrize(
@@ -256,10 +253,12 @@ def test_the_chosen_solution(tokenizer, monkeypatch, overlap, texts, hint, chose
     notes, first = {}, row_of(tokenizer, "bbb", False)
     t = SimpleNamespace(
         s=SimpleNamespace(teacher_rollouts=3),
-        method=SimpleNamespace(overlap=overlap),
+        objective=SimpleNamespace(
+            method=SimpleNamespace(overlap=overlap),
+            note=notes.__setitem__,
+            prompt_of=lambda t, row, group, i: "shown " + row.problem.solution,
+        ),
         tokenizer=tokenizer,
-        note=notes.__setitem__,
-        prompt_of=lambda row, group, i: "shown " + row.problem.solution,
         teacher_prompt=lambda problem, text: "shown " + text,
     )
     (row,) = asking.solutions(t, [PROBLEMS[0]], [first])
@@ -286,7 +285,7 @@ def test_top_tokens_are_those_of_whole_logits(tiny_toy, tmp_path):
 
 def trainer(tiny_toy, out, name, **changes):
     s, *_ = lab.parse_arguments(arguments(tiny_toy, out, name, **changes))
-    return neighbour.Neighbour(s, train.Ranks())
+    return train.Trainer(s, train.Ranks(), neighbour.Neighbour(s))
 
 
 # ---- steps
@@ -486,33 +485,48 @@ def test_the_two_view_gate_uses_running_statistics(tiny_toy, tmp_path):
         [],
     )
     t.out.mkdir()
-    before_clipping, rows = t.before_clipping, []
-    t.before_clipping = lambda n: (
-        before_clipping(n),
-        rows.append([replace(row) for row in t.rollouts]),
-    )
+    n, rows, read = t.objective, [], t.read_as_student
+
+    def watched(*arguments):
+        rows.append([replace(row) for row in n.rollouts])
+        return read(*arguments)
+
+    t.read_as_student = watched
     for _ in range(2):
         t.train_step()
         seen += [value for row in rows[-1] for value in row.views.tolist()]
-    assert t.view_sums == pytest.approx([len(seen), sum(seen), sum(x**2 for x in seen)])
-    expected = (torch.tensor(rows[1][0].views.tolist()) - np.mean(seen)) / np.std(seen)
-    torch.testing.assert_close(
-        t.views(SimpleNamespace(rows=rows[1][:2]))[0, : len(expected)],
-        expected.float(),
-        atol=1e-4,
-        rtol=1e-4,
-    )
+    assert n.numbers["view_sums"] == pytest.approx([len(seen), sum(seen), sum(x**2 for x in seen)])
+    expected = (torch.tensor(rows[-1][0].views.tolist()) - np.mean(seen)) / np.std(seen)
+    found = n.views(rows[-1][:2])[0, : len(expected)]
+    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
     # not kept while the next step samples
-    assert all(row.views is row.bare_hidden is None for row in t.rollouts)
+    assert all(row.views is row.bare_hidden is None for row in n.rollouts)
     tensors, numbers = t.state()
-    t.view_sums = [0.0] * 3
-    t.load_state({"teacher": []}, json.loads(json.dumps(numbers)))
-    assert (
-        t.view_sums == numbers["view_sums"]
-        and t.load_state(
-            {"teacher": []}, {key: value for key, value in numbers.items() if key != "view_sums"}
-        )
-        is None
+    n.numbers["view_sums"] = [0.0] * 3
+    t.load_state(tensors, json.loads(json.dumps(numbers)))
+    assert n.numbers["view_sums"] == numbers["view_sums"] != [0.0] * 3
+
+
+def test_a_row_without_context_is_no_part_of_the_two_views_statistics(tiny_toy, tmp_path):
+    """Its KL is 0 because nothing was shown, which says nothing of the teacher."""
+    changes = {"gate": "two-view", "teacher-context": "peer"}
+    changes |= {"rollouts-per-prompt": 4, "prompts-per-step": 2}
+    t = trainer(tiny_toy, tmp_path / "run", "egrsd", **changes)
+    t.out.mkdir()
+    t.log.bar, n = tqdm(disable=True), t.objective
+    views, read = [], t.read_as_student
+
+    def watched(*arguments):
+        views.append([row.views.tolist() for row in n.rollouts if row.has_context])
+        return read(*arguments)
+
+    t.read_as_student = watched
+    t.train_step()
+    without = [row for row in n.rollouts if not row.has_context]
+    assert 0 < len(without) < 8
+    counted = [value for values in views[0] for value in values]
+    assert n.numbers["view_sums"] == pytest.approx(
+        [len(counted), sum(counted), sum(x**2 for x in counted)]
     )
 
 
@@ -590,18 +604,40 @@ def test_what_the_teacher_is_asked_must_fit_the_window(tiny_toy, tmp_path, name,
         )
 
 
+def test_the_window_must_hold_three_quotations_beside_the_marks(tiny_toy, tmp_path, monkeypatch):
+    """The segments, which are quoted, may have three times the tokens of the rollout."""
+    t = trainer(tiny_toy, tmp_path, "trace", **{"max-new-tokens": 20})
+    rows = [Row([], [], False, problem, []) for problem in t.problems]
+    questions = [contexts.MARKS.text(row, t.tokenizer) for row in rows]
+    longest = max(len(asking.encode(t, question)) for question in questions)
+    monkeypatch.setattr(rollout, "window", lambda model: longest + 4 * 20)
+    t.objective.check_data(t)
+    monkeypatch.setattr(rollout, "window", lambda model: longest + 4 * 20 - 1)
+    with pytest.raises(InputError, match="beyond the model's window"):
+        t.objective.check_data(t)
+
+
+def test_texts_have_no_special_tokens_and_seeds_of_their_own(tiny_toy, tmp_path, monkeypatch):
+    assert len({0, *asking.SEEDS.values()}) == 1 + len(asking.SEEDS)  # 0: the rollouts'
+    t = trainer(tiny_toy, tmp_path, "resd")
+    ids = [*t.tokenizer.encode("no carry"), t.tokenizer.eos_token_id]
+    monkeypatch.setattr(asking, "ask", lambda t, prompts, what: [rollout.Completion(ids, [], True)])
+    row = Row([1], [], True, t.problems[0], [], "", "8")
+    asking.ask_about(t, [row])
+    assert row.asked["reflection"] == "no carry"
+
+
 def test_what_does_not_fit_is_not_asked(tiny_toy, tmp_path, monkeypatch):
     """Quotations may become longer when they are encoded anew: then there is no reflection."""
     monkeypatch.setattr(rollout, "window", lambda model: 60)
     t = SimpleNamespace(
         s=SimpleNamespace(max_new_tokens=20),
-        context=CONTEXTS["reflection"],
+        objective=SimpleNamespace(context=CONTEXTS["reflection"], method=METHODS["resd"]),
         tokenizer=None,
         step=0,
-        method=METHODS["resd"],
         model=None,
-        encode=lambda text: [0] * (39 + len(text.split("x"))),
     )
+    monkeypatch.setattr(asking, "encode", lambda t, text: [0] * (39 + len(text.split("x"))))
     rows = [
         Row([1], [], True, PROBLEMS[0], [], "", "8"),
         Row([1], [], True, PROBLEMS[0], [], "x" * 9, "8"),
@@ -693,30 +729,10 @@ def test_gradients_of_steps_are_those_of_gradients(tiny_toy, monkeypatch):
 
 
 def test_settings_of_methods_that_ask():
-    s, _ = settings.parse(["--model", "m", "--data", "d", "--method", "brts"], "", family)
-    assert (s.teacher_rollouts, s.ask_temperature, s.ask_top_p, s.rollouts_per_prompt) == (
-        4,
-        0.7,
-        0.95,
-        1,
-    )
-    s, _ = settings.parse(
-        [
-            "--model",
-            "m",
-            "--data",
-            "d",
-            "--method",
-            "sft",
-            "--rows",
-            "teacher",
-            "--teacher-rollouts",
-            "3",
-            "--teacher-context",
-            "answer",
-        ],
-        "",
-        family,
-    )
-    family.check(s)
-    assert family.settings.rows(s) == "teacher" and s.teacher_rollouts == 3
+    s, *_ = lab.parse_arguments(["--model", "m", "--data", "d", "--method", "brts"])
+    asked = (s.teacher_rollouts, s.ask_temperature, s.ask_top_p, s.rollouts_per_prompt)
+    assert asked == (4, 0.7, 0.95, 1)
+    flags = ["--method", "sft", "--rows", "teacher", "--teacher-rollouts", "3"]
+    flags += ["--model", "m", "--data", "d", "--teacher-context", "answer"]
+    s, *_ = lab.parse_arguments(flags)
+    assert s.source == "teacher" and s.teacher_rollouts == 3

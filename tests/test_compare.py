@@ -12,7 +12,6 @@ import pytest
 
 from experiments import compare, plot
 from family import __main__ as lab
-from support import settings
 from support.errors import InputError
 
 ROOT = Path(compare.__file__).parent.parent
@@ -84,7 +83,7 @@ def test_every_run_has_the_same_number_of_rollouts(tmp_path):
     a = arguments(tmp_path)
     for name in compare.variants():
         run, *_ = lab.parse_arguments(compare.flags(name, a))
-        settings.check(run)
+        run.check()
         assert run.prompts_per_step * run.rollouts_per_prompt == 32 and run.steps == 40
         assert run.method == name or name not in compare.methods()
 

@@ -13,12 +13,14 @@ import torch
 from conftest import forked, random_ids, tiny_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import egrsd
 import lora
 import reward
 import teacher
-from experiments import diagnostics, token_view
+from experiments import diagnostics, report
+from family.divergences import per_token_divergence
 from support.data import load_problems
-from support.report import COLUMNS, KINDS
+from support.report import COLUMNS, token_view
 
 
 def test_doctests():
@@ -254,7 +256,7 @@ def test_overlap_in_a_reading_is_that_of_full_distributions():
         teacher.read(model, random_ids([4, 5], seed=seed), completions, hidden=True)
         for seed in (3, 2)
     )
-    found = teacher.per_token_divergence(
+    found = per_token_divergence(
         model.lm_head,
         by_student.hidden,
         by_teacher.hidden,
@@ -326,7 +328,7 @@ class Parsed(html.parser.HTMLParser):
 def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
     assert (
         forked(
-            tmp_path, token_view.main, "v", diagnosed / "tokens.jsonl", "--out", tmp_path / "v.html"
+            tmp_path, report.main, "v", diagnosed / "tokens.jsonl", "--out", tmp_path / "v.html"
         )[0]
         == 0
     )
@@ -340,7 +342,7 @@ def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
     spans = [
         attributes for tag, attributes in parsed.tags if tag == "span" and "data-t" in attributes
     ]
-    kinds = [KINDS[k] for row in rows for k in row["kind"]]
+    kinds = [egrsd.KINDS[k] for row in rows for k in row["kind"]]
     assert [attributes["class"].split()[1] for attributes in spans] == kinds
     assert rows[0]["problem"] in parsed.text and rows[0]["solution"] in parsed.text
 
@@ -351,7 +353,7 @@ def test_page_cannot_be_broken_by_a_completion():
         COLUMNS, [0, 1]
     )
     row |= {"tokens": [evil, "\n"], "correct": True, "reward": 1.0, "A": 0.5}
-    parsed = Parsed(token_view.page([row], evil))
+    parsed = Parsed(token_view([row], evil))
     assert [attributes.get("id") for tag, attributes in parsed.tags if tag == "script"] == [
         "data",
         None,
@@ -364,5 +366,5 @@ def test_page_cannot_be_broken_by_a_completion():
 
 def test_page_refuses_other_files(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"problem": "p"}\n')
-    code, lines, _ = forked(tmp_path, token_view.main, "v", tmp_path / "other.jsonl")
+    code, lines, _ = forked(tmp_path, report.main, "v", tmp_path / "other.jsonl")
     assert code == 1 and len(lines) == 1 and "not a tokens.jsonl" in lines[0]

@@ -9,7 +9,7 @@ import pytest
 
 import eval as evaluation
 import train
-from experiments import bench, compare, diagnostics, gradients, plot, report, token_view, walk
+from experiments import bench, compare, diagnostics, gradients, plot, report, walk
 from family import __main__ as lab
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +76,14 @@ def test_links_to_lines_point_at_what_they_name():
         )
 
 
+def test_links_of_equations_point_at_the_lines_that_carry_their_numbers():
+    links = re.findall(r"\[eq\. (\(\d\))\]\((\w+\.py)#L(\d+)\)", text_of(ROOT / "README.md"))
+    assert {equation for equation, _, _ in links} >= {"(4)", "(9)"}
+    for equation, file, number in links:
+        code, _, comment = text_of(ROOT / file).splitlines()[int(number) - 1].partition("#")
+        assert code.strip() and equation in comment, f"{file}#L{number} is no line of {equation}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files(page):
     for name in set(
@@ -114,7 +122,6 @@ def flags_of():
         "experiments.diagnostics": diagnostics,
         "experiments.gradients": gradients,
         "experiments.report": report,
-        "experiments.token_view": token_view,
         "experiments.walk": walk,
         "family": lab,
     }

@@ -79,6 +79,45 @@ def test_maximum_is_of_the_raw_entropy_not_of_the_window_minimum():
     assert egrsd.confidence_gate(H, mask, gamma=1.0, window=1).tolist() == [[0.5, 0.5, 0.5, 0.5]]
 
 
+def test_proposition_1_holds_with_eq_8_and_not_with_algorithm_1_as_printed():
+    """CL-EGRSD gives no token less weight than EGRSD if both divide by the maximum of the raw H. If
+    the lookahead's values overwrite H before its maximum is taken, most completions have one."""
+    generator, less = torch.Generator().manual_seed(0), 0
+    for _ in range(500):
+        H = 3 * torch.rand(1, 20, generator=generator) ** 2
+        mask = torch.ones_like(H, dtype=torch.bool)
+        egrsd_gate = egrsd.confidence_gate(H, mask, gamma=1.0)
+        assert (egrsd.confidence_gate(H, mask, gamma=1.0, window=3) >= egrsd_gate).all()
+        low = egrsd.lookahead_min(H, mask, window=3)
+        as_printed = egrsd.confidence_gate(low, mask, gamma=1.0)  # its maximum is that of `low`
+        less += bool((as_printed < egrsd_gate - 1e-6).any())
+    assert less > 400
+
+
+def test_gate_is_zero_outside_the_mask():
+    H, mask = torch.ones(2, 4), torch.tensor([[True] * 4, [True, False, False, False]])
+    gate = egrsd.confidence_gate(H, mask, gamma=0.3, window=1)
+    assert not gate[~mask].any() and gate[mask].all()
+    signals = egrsd.token_signals(torch.ones(2), -H, -H, H, mask, gamma=0.3)
+    assert not signals.gate[~mask].any() and not signals.advantage[~mask].any()
+
+
+def test_signals_are_one_definition():
+    """token_advantages are those of token_signals; the kinds against a loop."""
+    for seed in range(20):
+        A, teacher, student, H, mask, _ = random_step(seed)
+        how = {"gamma": 1.0, "window": 2, "eps": 0.3, "floor": 0.2, "max_entropy": 5.0}
+        signals = egrsd.token_signals(A, teacher, student, H, mask, **how, soon=2)
+        advantages = egrsd.token_advantages(A, teacher, student, H, mask, **how)
+        assert torch.equal(signals.advantage, advantages)
+        for i, length in enumerate(mask.sum(1).tolist()):
+            for t in range(length):
+                h, ahead = H[i, t].item(), H[i, t : min(t + 3, length)].min().item()
+                kind = "lock" if h < 0.5 else "pivot" if ahead < 0.2 else "fork"
+                assert egrsd.KINDS[signals.kind[i, t]] == kind
+                assert signals.lookahead[i, t].item() == ahead
+
+
 def test_gradient_equals_finite_differences():
     A, teacher, student, H, mask, _ = random_step(4)
     student.requires_grad_()

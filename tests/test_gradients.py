@@ -11,11 +11,10 @@ import torch
 from conftest import random_ids, tiny_qwen3
 
 import egrsd
-import family
 import lora
 from experiments import compare, gradients
 from experiments.gradients import Settings
-from support import settings
+from family import __main__ as lab
 from support.data import Problem
 from support.sampling import Rollout
 
@@ -97,7 +96,7 @@ def test_names_are_those_of_compare():
         "shorter",
     } <= set(grid)
     for name in set(grid) & set(compare.variants()) - {"grpo"}:
-        s = settings.parse(["--preset", "toy", *compare.variants()[name]], "", family)[0]
+        s, *_ = lab.parse_arguments(["--preset", "toy", *compare.variants()[name]])
         assert grid[name] == (s.gamma, s.window if s.gamma else 0, s.eps), name
     # all of its gates and clips, grpo and magnitude off
     assert len(set(grid) & set(compare.variants())) == 18

@@ -115,6 +115,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=next(iter(change))):
             lora.load_adapter(tiny_qwen3(), tmp_path)
+    for change in ({"r": "8"}, {"lora_alpha": "16"}, {"r": 8.0}, {"lora_alpha": None}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match="r and lora_alpha must be numbers"):
+            lora.load_adapter(tiny_qwen3(), tmp_path)
 
 
 def test_paths_and_all_linear_in_the_files_of_others(tmp_path):
@@ -203,11 +207,15 @@ def test_sampling_sees_the_weights_of_its_beginning(change):
 
     first, other = tokens(), [torch.randn_like(p) * 0.3 for p in lora.lora_parameters(model)]
     change(model)
-    with lora.replaced(model, other):
-        second = tokens()
-        for tensor in other[1::2]:  # the B
-            tensor.mul_(-1)
-        assert tokens() != second != first
+    own = [parameter.data for parameter in lora.lora_parameters(model)]
+    for parameter, tensor in zip(lora.lora_parameters(model), other, strict=True):
+        parameter.data = tensor
+    second = tokens()
+    for tensor in other[1::2]:  # the B
+        tensor.mul_(-1)
+    assert tokens() != second != first
+    for parameter, tensor in zip(lora.lora_parameters(model), own, strict=True):
+        parameter.data = tensor
     with lora.disabled(model):
         base = tokens()
     assert tokens() == first != base

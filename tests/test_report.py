@@ -96,17 +96,17 @@ def test_the_steps_that_have_values():
             tokenizer=SimpleNamespace(decode=str),
         )
     )
-    row = SimpleNamespace(token_ids=[7, 8], has_context=True)
-    log.read[id(row)] = (
-        {
-            "logp": torch.tensor([[0.0, 0.0, 0.0], [-1.23456, -2.0, 0.0]]),
-            "clipped": torch.ones(2, 3),
-        },
-        1,
-    )
+    row, mask = SimpleNamespace(token_ids=[7, 8]), torch.tensor([[True] * 3, [True, True, False]])
+    values = {"logp": torch.tensor([[0.0, 0.0, 0.0], [-1.23456, -2.0, 0.0]])}
+    values |= {"entropy": torch.ones(2, 3), "clipped": torch.ones(2, 3)}
+    batch = SimpleNamespace(teacher=SimpleNamespace(mask=mask))
+    log.read[id(row)] = (batch, values, 1)
     found = {step: log.by_token(step, row) for step in range(1, 10)}
     assert [step for step, values in found.items() if values] == [1, 4, 5, 8, 9]
-    assert found[9] == {"by_token": {"text": ["[7]", "[8]"], "logp": [-1.2346, -2.0]}}
+    shown = {"text": ["[7]", "[8]"], "logp": [-1.2346, -2.0]}
+    assert found[9] == {"by_token": shown | {"entropy": [1.0, 1.0]}}
+    mask[1] = False  # the teacher had nothing to be shown
+    assert log.by_token(9, row) == {"by_token": shown}
 
 
 def read_slowly(model, prompt, ids):
@@ -219,7 +219,7 @@ def test_what_is_derived_agrees_with_egrsd(tiny_run):
         assert shown["lookahead"] == pytest.approx(soon[0].tolist()) and shown[
             "advantage"
         ] == pytest.approx(weights[0].tolist(), abs=5e-4)
-        assert [report.KINDS[kind] for kind in shown["kind"]] == [
+        assert [egrsd.KINDS[kind] for kind in shown["kind"]] == [
             "lock" if h < 0.5 else "pivot" if s < 0.2 else "fork"
             for h, s in zip(shown["entropy"], soon[0].tolist(), strict=True)
         ]

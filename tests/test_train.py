@@ -490,23 +490,10 @@ def test_a_model_without_gradient_checkpointing_names_the_flag(
     assert "--no-gradient-checkpointing" in main_fails(capsys, monkeypatch, *flags)
 
 
-def test_a_run_from_before_lora_targets_has_the_seven_that_there_were(tiny_run, tmp_path):
-    config = json.loads((tiny_run / "config.json").read_text())
-    for targets, wanted in ((None, settings.TARGETS[:7]), (["q_proj"], ["q_proj"]), ([1], None)):
-        config["settings"].pop("lora_targets", None)
-        config["settings"] |= {"lora_targets": targets} if targets else {}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        if wanted:
-            assert settings.read_config(tmp_path, family)[0].lora_targets == wanted
-        else:
-            with pytest.raises(train.InputError, match="lora_targets is"):
-                settings.read_config(tmp_path, family)
-
-
 def test_prompts_that_cannot_be_shared_equally(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(train.InputError, match="multiple"):
-        settings.check(settings.Settings(data="d", prompts_per_step=8))
+        settings.Settings(data="d", prompts_per_step=8).check()
 
 
 def test_tokenizer_without_chat_template(tiny_toy, tmp_path, capsys, monkeypatch):

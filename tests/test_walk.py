@@ -126,13 +126,15 @@ def test_a_flag_at_0_changes_its_column(found, make, flag, same, constant):
 
 
 def test_the_kinds_are_those_of_diagnostics(found):
-    """Which takes tensors where `derived` has a line of its own."""
-    c = copy.deepcopy(found["completions"][0]) | {"H": [0.6, 0.1, 0.6, 0.6, 0.3, 0.6, 0.7]}
+    c = copy.deepcopy(found["completions"][0])
+    c["H"] = ([0.6, 0.1, 0.6, 0.3, 0.6, 0.7] * c["tokens"])[: c["tokens"]]
     kinds = walk.derived(c, found["settings"], found["before"])["kind"]
     H = torch.tensor([c["H"]])
-    soon = egrsd.lookahead_min(H, torch.ones_like(H, dtype=torch.bool), walk.WINDOW)
-    expected = torch.where(H < walk.HIGH, 0, torch.where(soon < walk.LOW, 1, 2))
-    assert kinds == [walk.KINDS[k] for k in expected[0].tolist()] and set(kinds) == set(walk.KINDS)
+    soon = egrsd.lookahead_min(H, torch.ones_like(H, dtype=torch.bool), egrsd.SOON)
+    expected = torch.where(H < egrsd.HIGH, 0, torch.where(soon < egrsd.LOW, 1, 2))
+    assert kinds == [egrsd.KINDS[k] for k in expected[0].tolist()] and set(kinds) == set(
+        egrsd.KINDS
+    )
 
 
 @pytest.mark.parametrize("made", ["", "Made by `a command`."])

@@ -325,6 +325,10 @@ class Parsed(html.parser.HTMLParser):
             self.text += data
 
 
+def test_the_toy_s_musings_are_markers():
+    assert set(diagnostics.MARKERS) >= {word.strip() for word in toy.MUSINGS}
+
+
 def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
     assert (
         forked(

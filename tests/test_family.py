@@ -21,11 +21,19 @@ from conftest import (
     tiny_qwen3,
     train_arguments,
 )
-from test_train import ROOT, adapter, assert_close_gradients, assert_same_run, metrics
+from test_train import (
+    ROOT,
+    adapter,
+    assert_close_gradients,
+    assert_help_is_whole,
+    assert_same_run,
+    metrics,
+)
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import egrsd
+import family
 import lora
 import rollout
 import teacher
@@ -801,6 +809,10 @@ def test_divergences_see_what_comes_after_the_head(monkeypatch, scale, cap):
 
 
 # ---- settings
+
+
+def test_help_has_a_sentence_for_every_flag(capsys):
+    assert_help_is_whole(capsys, lab, family.FamilySettings)
 
 
 def settings(*flags):

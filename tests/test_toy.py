@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoTokenizer
 import reward
 import teacher
 import toy
-from experiments import diagnostics
 from support import distributed
 from support.data import load_model, load_problems
 
@@ -171,7 +170,6 @@ def test_musings_stand_before_steps_and_every_word_is_a_token():
         tokenizer.decode([i]) for i in tokenizer.encode(next(t for t in traces if t[0].isalpha()))
     ]
     assert set(words[:8]) <= set(toy.MUSINGS) and words[8] == "2"
-    assert set(diagnostics.MARKERS) >= {word.strip() for word in toy.MUSINGS}
 
 
 def test_tokenizer_encodes_any_text_and_its_template_knows_thinking():

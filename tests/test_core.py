@@ -2,6 +2,7 @@
 recorded ones."""
 
 import ast
+import graphlib
 import json
 import re
 import shutil
@@ -148,6 +149,23 @@ def test_imports_point_downwards():
         assert not imported(path) & {"train", "eval", "family", "experiments"}, path
     for path in [ROOT / f"{name}.py" for name in CORE]:
         assert not imported(path) & {"family", "experiments"}, path
+
+
+def test_no_module_imports_itself_through_others():
+    """CycleError names the circle, imports inside functions included."""
+    paths = [path for path in ROOT.rglob("*.py") if not {".venv", "runs"} & set(path.parts)]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    graph = {}
+    for name, path in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        graph[name] = found & modules.keys()
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("egrsd") < order.index("train")
 
 
 def test_the_core_names_no_neighbour():

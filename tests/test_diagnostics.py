@@ -17,6 +17,7 @@ import egrsd
 import lora
 import reward
 import teacher
+import toy
 from experiments import diagnostics, report
 from family.divergences import per_token_divergence
 from support.data import load_problems

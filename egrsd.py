@@ -3,7 +3,7 @@ r"""EGRSD and CL-EGRSD: the objective, as pure functions on tensors.
 "Respecting Self-Uncertainty in On-Policy Self-Distillation for Efficient LLM Reasoning", arXiv
 2605.13255. Equation numbers below are that paper's. One completion y_i of T_i tokens was sampled
 from the student p_S; the teacher p_T is the same weights shown the reference solution. Three
-signals multiply, token by token:
+signals make the weight of a token, A_i * w_it * omega_it:
 
     direction   D_i  = sign(A_i)                                        did the verifier like the completion?
     magnitude   w_it = clip((p_T(y_it) / p_S(y_it)) ^ D_i, 1-eps, 1+eps)   does the teacher agree?      (2)
@@ -28,7 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KINDS = ("lock", "pivot", "fork")  # of tokens: the teacher is sure; not yet, but soon; not soon
+# of tokens: the teacher is sure here; not here, but soon again; not soon either
+KINDS = ("lock", "pivot", "fork")
 HIGH, LOW = 0.5, 0.2  # nats: from HIGH on a token is no lock; below LOW, soon, it is a pivot
 SOON = 3  # tokens
 
@@ -186,8 +187,8 @@ class Signals(NamedTuple):
 
     magnitude: Tensor  # w, (2)
     gate: Tensor  # omega, (5) and (6); 0 outside the mask
-    advantage: Tensor  # A-hat = A * w * omega, (7); 0 outside the mask
-    lookahead: Tensor  # nats: the least H of the token and the next `soon` ones
+    advantage: Tensor  # A-hat = A * w * omega, in (7); 0 outside the mask
+    least_entropy: Tensor  # nats: of the token and the next `soon` ones, which tells its kind
     kind: Tensor  # long: its place in KINDS
 
 
@@ -226,9 +227,9 @@ def token_signals(
     weight = magnitude(teacher_logp, student_logp, advantage, eps)
     gate = confidence_gate(entropy, mask, gamma, window, floor, max_entropy)
     token_advantage = torch.where(mask, advantage.detach().unsqueeze(-1) * weight * gate, 0.0)
-    lookahead = lookahead_min(entropy, mask, soon)
-    kind = torch.where(entropy < high, 0, torch.where(lookahead < low, 1, 2))
-    return Signals(weight, gate, token_advantage, lookahead, kind)
+    least = lookahead_min(entropy, mask, soon)  # the gate's own one looks `window` tokens ahead
+    kind = torch.where(entropy < high, 0, torch.where(least < low, 1, 2))
+    return Signals(weight, gate, token_advantage, least, kind)
 
 
 def token_advantages(
@@ -253,9 +254,9 @@ def token_advantages(
     >>> token_advantages(torch.tensor([-2.0]), -one, -one, H, one.bool(), gamma=0.5).tolist()
     [[-2.0, -1.0]]
     """
-    weights = {"gamma": gamma, "window": window, "eps": eps, "floor": floor}
+    how = {"gamma": gamma, "window": window, "eps": eps, "floor": floor}
     readings = (teacher_logp, student_logp, entropy, mask)
-    return token_signals(advantage, *readings, **weights, max_entropy=max_entropy).advantage
+    return token_signals(advantage, *readings, **how, max_entropy=max_entropy).advantage
 
 
 def policy_loss(

@@ -1,6 +1,6 @@
 r"""EGRSD and CL-EGRSD (arXiv 2605.13255) in one file, from prompts to optimizer.step(). Read this first.
 
-    python minimal.py                                   the toy, two minutes on a laptop CPU
+    python minimal.py                                   the toy, one to two minutes on a laptop CPU
     python minimal.py --model Qwen/Qwen3-0.6B --data train.jsonl --steps 100 --prompts 32 --micro-batch 2 \
         --max-new-tokens 1024 --temperature 1.1 --top-p 0.95 --top-k 20 --rank 64 --alpha 128 --lr 5e-6
 
@@ -8,12 +8,14 @@ The data is JSON lines with problem, solution and answer. `--window 0` is EGRSD,
 
 One step: the student samples a completion of every problem. A verifier says right or wrong. The same
 weights, without the adapter and shown the reference solution, are the teacher. Student and teacher
-read the completions. Three signals multiply for each token: the direction of the reward, the ratio
-of the two likelihoods, and a gate that trusts the teacher less where its entropy is high.
+read the completions. Three signals multiply for each token: the advantage of its completion, whose
+sign is the direction; the ratio of the two likelihoods; and a gate that trusts the teacher less where
+its entropy is high.
 
 train.py trains the same way: tests/test_minimal.py compares prompts, rewards and every gradient. It
 adds many GPUs and bfloat16, faster sampling, logits in chunks, a verifier that knows 1/2 = 0.5,
-checkpoints and evaluation. This file holds the logits of a micro-batch whole, in float32: tokens x
+epochs without gaps, checkpoints and evaluation, and it leaves routers and experts alone. This file
+holds the logits of a micro-batch whole, in float32: tokens x
 vocabulary numbers, several times. A model of 4 billion parameters needs train.py.
 """
 
@@ -81,7 +83,7 @@ def encode(tokenizer, text: str):
 class LoRA(nn.Module):
     """W x + (alpha / rank) B A x, arXiv 2106.09685. W is frozen, B is zero at the start."""
 
-    on = True  # for all layers at once: on, the model is the student; off, the teacher
+    on = True  # for all layers at once: on to sample and as the student; off as the teacher
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -114,7 +116,7 @@ def merge(model):
 
 
 def read(model, prompts, completions):
-    """log p of the completions' tokens, the entropy H of what could stand there, a mask: [B, T] each.
+    """log p of the completions' tokens, the entropy H of the next-token distribution, a mask: [B, T] each.
 
     Token ids in, nats out. One forward pass over prompt + completion; nothing is sampled.
     """
@@ -166,7 +168,7 @@ def shaped_reward(correct, length, max_length):
 
 
 class RunningAdvantage:
-    """How much better than the rewards of earlier steps?"""
+    """A: how much better a reward is than those of earlier steps. Ten steps of warm-up: r - 0.5."""
 
     def __init__(self):
         self.steps, self.rewards = 0, []
@@ -191,17 +193,18 @@ def egrsd_loss(
 
     log-probs, H and mask [B, T], A [B]. max_H, the largest H, and num_tokens are the whole step's.
     """
-    A = A.unsqueeze(-1)
+    A = A.unsqueeze(-1)  # [B, 1]
     delta = (teacher_logp - student_logp).detach()
-    w = torch.exp(A.sign() * delta).clamp(1 - eps, 1 + eps)  # (2): does the teacher agree?
+    # (2): above 1 if the teacher likes the token more, or, where A < 0, if it likes it less
+    w = torch.exp(A.sign() * delta).clamp(1 - eps, 1 + eps)
 
     ahead = nn.functional.pad(H.masked_fill(~mask, torch.inf), (0, window), value=torch.inf)
     least_H = ahead.unfold(1, window + 1, 1).amin(-1)  # (8): of this token and the next `window`
     H_hat = least_H / max(1, max_H)  # (5): max_H is of the whole step
     omega = (1 - gamma * H_hat).clamp(floor, 1)  # (6): is the teacher sure?
 
-    A_hat = A * w * omega
-    return -(A_hat[mask] * student_logp[mask]).sum() / num_tokens  # (7): of the whole step
+    A_hat = A * w * omega  # what stands on padding is left out in the next line
+    return -(A_hat[mask] * student_logp[mask]).sum() / num_tokens  # (7): num_tokens of the step
 
 
 def backward(model, student_prompts, teacher_prompts, completions, A, args):
@@ -216,10 +219,10 @@ def backward(model, student_prompts, teacher_prompts, completions, A, args):
     num_tokens = sum(map(len, completions))
 
     total = 0.0
-    weights = (args.gamma, args.window, args.eps, args.floor)
+    how = (args.gamma, args.window, args.eps, args.floor)
     for part, (teacher_logp, H, mask) in zip(parts, readings, strict=True):
-        logp, _, _ = read(model, student_prompts[part], completions[part])
-        loss = egrsd_loss(logp, teacher_logp, H, mask, A[part], max_H, num_tokens, *weights)
+        logp, _, _ = read(model, student_prompts[part], completions[part])  # H is the teacher's
+        loss = egrsd_loss(logp, teacher_logp, H, mask, A[part], max_H, num_tokens, *how)
         loss.backward()
         total += loss.item()
     return total

@@ -11,15 +11,15 @@ One step, `Trainer.train_step`:
     rollouts   every rank samples completions of its share of the problems     rollout.sample
     rewards    the verifier grades them; shorter correct ones get more         reward.shaped_reward
     advantage  against the rewards of earlier steps                            egrsd.RunningAdvantage  (9)
-    teacher    adapter off, solution in the prompt: log p_T and entropy H      teacher.read            (4)
+    teacher    adapter off, solution in the prompt: log p_T and entropy H      teacher.read_in_batches (4)
     student    adapter on: log p_theta                                         teacher.read
     loss       advantage x magnitude x gate                                    egrsd.token_advantages  (2) (5) (6) (8)
                a mean over the tokens of all ranks                             egrsd.policy_loss       (7)
     update     clip, AdamW; then the running advantage learns the step's rewards
 
 What it is not: no importance ratio, no KL term, no replay of old rollouts, no separate inference
-engine; only LoRA adapters are trained. What is particular to EGRSD stands in one object, `EGRSD`;
-another one with the same functions may take its place.
+engine; only LoRA adapters are trained. `Trainer` is the loop and the state of a run, `EGRSD` is the
+method: an object that the loop asks, in whose place another one may stand.
 """
 
 import sys
@@ -80,17 +80,17 @@ class Batch:
     """A micro-batch of the step: B completions of up to T tokens, read twice."""
 
     rows: list[Rollout]
-    student: Reading  # logp carries the gradient
-    teacher: Reading
+    by_student: Reading  # logp carries the gradient
+    by_teacher: Reading
     advantage: Tensor  # [B]
     max_entropy: float  # the largest H of the whole step, over all ranks
     num_tokens: float  # of the rollouts of the whole step, over all ranks
 
 
 class EGRSD:
-    """EGRSD and CL-EGRSD as an object: all that `Trainer` asks of what is trained, `t` being it.
+    """The method as an object: what `Trainer`, called `t` here, asks in its step.
 
-    Another object with these attributes and functions may take its place.
+    Another object with these attributes and functions makes another method of the same loop.
     """
 
     needs_solution = True  # in the training problems
@@ -98,6 +98,7 @@ class EGRSD:
     keeps_states = False  # hidden states in both readings, for losses of whole distributions
 
     def __init__(self):
+        self.baseline = egrsd.RunningAdvantage()
         self.tensors, self.numbers = {}, {}  # become part of every checkpoint
 
     def begin(self, t: "Trainer") -> None:
@@ -111,7 +112,7 @@ class EGRSD:
         )
 
     def rows(self, t: "Trainer", problems: list[Problem]) -> tuple[list[Rollout], list[Rollout]]:
-        """The step's rollouts, and rows to learn from that are none."""
+        """The step's rollouts, and other rows to learn from, of which EGRSD has none."""
         return t.make_rollouts(problems), []
 
     def teacher_prompts(self, t: "Trainer", rows: list[Rollout]) -> list[list[int]]:
@@ -125,35 +126,34 @@ class EGRSD:
 
     def loss(self, t: "Trainer", batch: Batch) -> Tensor:
         """The micro-batch's share of the step's loss, a scalar."""
-        s, student = t.s, batch.student
-        token_advantages = egrsd.token_advantages(  # A * w * omega [B, T]: (2), (5), (6), (8)
+        s, own = t.s, batch.by_student
+        # A-hat = A * w * omega [B, T], from (2), (5), (6) and (8)
+        token_advantages = egrsd.token_advantages(
             batch.advantage,
-            batch.teacher.logp,
-            student.logp,
-            batch.teacher.entropy,
-            student.mask,
+            batch.by_teacher.logp,
+            own.logp,
+            batch.by_teacher.entropy,
+            own.mask,
             gamma=s.gamma,
             window=s.window,
             eps=s.eps,
             floor=s.floor,
             max_entropy=batch.max_entropy,
         )
-        return egrsd.policy_loss(
-            student.logp, token_advantages, student.mask, batch.num_tokens
-        )  # (7)
+        return egrsd.policy_loss(own.logp, token_advantages, own.mask, batch.num_tokens)  # (7)
 
     def signals(self, t: "Trainer", batch: Batch) -> egrsd.Signals:
         """What the loss is made of, for the log."""
-        s, student, by_teacher = t.s, batch.student, batch.teacher
-        weights = {"gamma": s.gamma, "window": s.window, "eps": s.eps, "floor": s.floor}
+        s = t.s
+        how = {"gamma": s.gamma, "window": s.window, "eps": s.eps, "floor": s.floor}
         return egrsd.token_signals(
             batch.advantage,
-            by_teacher.logp,
-            student.logp.detach(),
-            by_teacher.entropy,
-            student.mask,
+            batch.by_teacher.logp,
+            batch.by_student.logp.detach(),
+            batch.by_teacher.entropy,
+            batch.by_student.mask,
             max_entropy=batch.max_entropy,
-            **weights,
+            **how,
         )
 
     def token_metrics(self, t: "Trainer", batch: Batch) -> dict[str, Tensor]:
@@ -163,14 +163,14 @@ class EGRSD:
         entropy       H of the teacher, nats                      delta    log p_T - log p_S
         gate          omega        magnitude  w                   clipped  share of tokens whose w is at a bound
         """
-        logp, A, eps = batch.student.logp.detach(), batch.advantage.unsqueeze(-1), t.s.eps
+        logp, A, eps = batch.by_student.logp.detach(), batch.advantage.unsqueeze(-1), t.s.eps
         drawn = [torch.tensor(row.logprobs, device=logp.device) for row in batch.rows]
         signals = self.signals(t, batch)
         at_a_bound = (signals.magnitude - 1).abs() >= eps - 1e-6
         return {
             "sampling_gap": (nn.utils.rnn.pad_sequence(drawn, batch_first=True) - logp).abs(),
-            "entropy": batch.teacher.entropy,
-            "delta": batch.teacher.logp - logp,
+            "entropy": batch.by_teacher.entropy,
+            "delta": batch.by_teacher.logp - logp,
             "magnitude": signals.magnitude,
             "clipped": at_a_bound & (A != 0) & (eps > 0),
             "gate": signals.gate,
@@ -215,7 +215,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=s.lr, betas=(0.9, 0.999), weight_decay=s.weight_decay
         )
-        self.baseline = egrsd.RunningAdvantage()
+        self.baseline = self.objective.baseline
         longest = s.eval_max_new_tokens or s.max_new_tokens
         held_out = (self.files.get("--eval-data"), self.held_out)
         check_window(self.model, *held_out, longest, lambda p: [self.student_prompt(p)])
@@ -239,7 +239,7 @@ class Trainer:
         Stop."""
         s, ranks, log, objective = self.s, self.ranks, self.log, self.objective
         log.begin_step()
-        # N rollouts, sampled by the student, graded by the verifier; EGRSD has no others
+        # N rollouts, sampled by the student, graded by the verifier; others: none in EGRSD
         rollouts, others = objective.rows(self, self.next_problems())
         rewards = torch.tensor([row.reward for row in rollouts])  # [N]
         advantages = self.baseline.advantage(rewards)  # (9), from the rewards of earlier steps only
@@ -248,9 +248,9 @@ class Trainer:
         rows = rollouts + others
 
         log.begin("teacher")
-        reading = objective.read_as_teacher(self, rows)  # log p_T and H [N, T], (4)
-        # (5): the maximum of H over all micro-batches and ranks. (7): the number of tokens, likewise
-        max_entropy = ranks.max(reading.entropy.max().item())
+        by_teacher = objective.read_as_teacher(self, rows)  # log p_T and H [N, T], (4)
+        # over all micro-batches and ranks: the largest H for (5), the number of tokens for (7)
+        max_entropy = ranks.max(by_teacher.entropy.max().item())
         num_tokens, all_tokens = ranks.sum(
             [sum(len(row.token_ids) for row in some) for some in (rollouts, rows)]
         )
@@ -262,7 +262,7 @@ class Trainer:
         for indices in batches:
             if ranks.distributed:  # only the last backward averages the gradients of the ranks
                 self.student.require_backward_grad_sync = indices is batches[-1]
-            batch = self.read_as_student(indices, rows, reading, max_entropy, num_tokens)
+            batch = self.read_as_student(indices, rows, by_teacher, max_entropy, num_tokens)
             loss = objective.loss(self, batch)
             # a rank's loss is its share of a sum, and averaging divides by world
             (loss * ranks.world).backward()
@@ -326,22 +326,22 @@ class Trainer:
         self,
         indices: list[int],
         rows: list[Rollout],
-        reading: Reading,
+        by_teacher: Reading,
         max_entropy: float,
         num_tokens: float,
     ) -> Batch:
         """log p_theta of some rows, beside what the teacher said of them."""
         some = [rows[i] for i in indices]
         with self.autocast():
-            student = self.student(
+            by_student = self.student(
                 [row.prompt for row in some],
                 [row.token_ids for row in some],
                 self.s.score_temperature,
                 self.objective.keeps_states,
             )
-        by_teacher = reading.rows(indices, student.mask.shape[1])
+        by_teacher = by_teacher.rows(indices, by_student.mask.shape[1])
         advantage = torch.tensor([row.advantage for row in some], device=self.ranks.device)
-        return Batch(some, student, by_teacher, advantage, max_entropy, num_tokens)
+        return Batch(some, by_student, by_teacher, advantage, max_entropy, num_tokens)
 
     def check_gradient(self, norm: float) -> None:
         """InputError if the gradient, the same on all ranks, is not finite."""

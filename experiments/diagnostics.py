@@ -240,7 +240,7 @@ def read_both(
         "delta": delta,
         "|d|": delta.abs(),
         "overlap": overlap,
-        "lookahead": signals.lookahead,
+        "lookahead": signals.least_entropy,
         "kind": signals.kind,
         "gate": egrsd.confidence_gate(H, mask, s.gamma, 0, s.floor),
         "cl_gate": signals.gate,

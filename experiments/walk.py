@@ -58,15 +58,15 @@ class Listener(train.EGRSD):
     def token_metrics(self, t: train.Trainer, batch: train.Batch) -> dict:
         signals, H, logp = (
             self.signals(t, batch),
-            batch.teacher.entropy,
-            batch.student.logp.detach(),
+            batch.by_teacher.entropy,
+            batch.by_student.logp.detach(),
         )
         columns = {
             "log p_S": logp,
-            "log p_T": batch.teacher.logp,
+            "log p_T": batch.by_teacher.logp,
             "w": signals.magnitude,
             "H": H,
-            "least H": egrsd.lookahead_min(H, batch.student.mask, t.s.window),
+            "least H": egrsd.lookahead_min(H, batch.by_student.mask, t.s.window),
             "omega": signals.gate,
             "A-hat": signals.advantage,
             "term": -signals.advantage * logp,

@@ -15,6 +15,7 @@ import egrsd
 import lora
 import rollout
 import teacher
+import train
 from family import asking
 from family.contexts import CONTEXTS, Row
 from family.divergences import (
@@ -31,8 +32,6 @@ from support import checkpoint
 from support.data import InputError, Problem
 from support.run import SAMPLES_PER_STEP, say
 from support.sampling import Rollout, check_window
-from train import EGRSD, Trainer
-from train import Batch as Micro
 
 # EGRSD with a flag of the family: train.EGRSD has its loss
 WITH_A_FLAG = Method(
@@ -83,7 +82,7 @@ class Neighbour:
     """For train.Trainer: what train.EGRSD is for EGRSD. `t` is the Trainer."""
 
     def __init__(self, s: FamilySettings):
-        self.s, self.core = s, EGRSD()
+        self.s, self.core = s, train.EGRSD()
         self.method = METHODS.get(s.method, WITH_A_FLAG)
         self.context, self.source = CONTEXTS[s.teacher_context], s.source
         self.two_views = self.method.views or s.gate == "two-view"
@@ -92,6 +91,9 @@ class Neighbour:
         self.needs = self.context.needs if self.method.teacher or self.source == "teacher" else ()
         self.needs_solution = self.source == "reference" or "solution" in self.needs
         self.has_rollouts = self.method.rollouts or self.source == "teacher"  # for samples.jsonl
+        self.baseline = egrsd.RunningAdvantage()
+        if s.advantage == "group":
+            self.baseline = GroupAdvantage(s.rollouts_per_prompt)
         self.is_ready, self.rollouts, self.written, self.figures = False, [], [], Counter()
         self.success_rate = 0.0
         self.numbers = {
@@ -101,7 +103,7 @@ class Neighbour:
         }
         self.tensors = {"teacher": []}  # the adapter of a teacher that is not frozen
 
-    def begin(self, t: Trainer) -> None:
+    def begin(self, t: train.Trainer) -> None:
         """Check that every text fits, and make what lasts for the run."""
         s = self.s
         self.check_data(t)
@@ -109,8 +111,6 @@ class Neighbour:
         t.rows_per_problem = s.rollouts_per_prompt * self.method.rollouts + bool(self.source)
         if s.teacher_schedule != "frozen":
             self.tensors["teacher"] = [p.detach().clone() for p in t.parameters]
-        if s.advantage == "group":
-            t.baseline = GroupAdvantage(s.rollouts_per_prompt)
         if self.source == "reference":
             long = [p for p in t.problems if len(p.solution.encode()) >= s.max_new_tokens]
             cut = sum(not self.reference(t, p).finished for p in long)
@@ -120,7 +120,7 @@ class Neighbour:
                     f"than --max-new-tokens {s.max_new_tokens} and are cut there"
                 )
 
-    def check_data(self, t: Trainer) -> None:
+    def check_data(self, t: train.Trainer) -> None:
         """InputError if a problem lacks a field, or a prompt, quotations included, is too long."""
         data, question, most = t.files["--data"], self.context.question, self.s.max_new_tokens
         quoting = (1 + self.context.quoted) * most
@@ -156,7 +156,7 @@ class Neighbour:
 
     # ---- which rows, and what the teacher is shown
 
-    def rows(self, t: Trainer, problems: list[Problem]) -> tuple[list[Row], list[Row]]:
+    def rows(self, t: train.Trainer, problems: list[Problem]) -> tuple[list[Row], list[Row]]:
         """Rollouts, about which is asked what the teacher's prompts need; and solutions to learn
         from: those of the data, or one of the teacher's for each problem."""
         self.figures, others = Counter(), []
@@ -174,7 +174,7 @@ class Neighbour:
         (self.num_reference,) = t.ranks.sum([sum(len(row.token_ids) for row in others)])
         return self.rollouts, others
 
-    def reference(self, t: Trainer, problem: Problem) -> Row:
+    def reference(self, t: train.Trainer, problem: Problem) -> Row:
         """The reference solution and a stop token as a completion; not finished if it is cut at
         --max-new-tokens."""
         eos, cap = t.tokenizer.eos_token_id, self.s.max_new_tokens
@@ -192,7 +192,7 @@ class Neighbour:
             is_reference=True,
         )
 
-    def teacher_prompts(self, t: Trainer, rows: list[Rollout]) -> list[list[int]]:
+    def teacher_prompts(self, t: train.Trainer, rows: list[Rollout]) -> list[list[int]]:
         """What --teacher-context says. A row whose teacher has nothing to be shown gets the
         student's prompt."""
         n = self.s.rollouts_per_prompt
@@ -207,7 +207,7 @@ class Neighbour:
             row.has_context = is_taught and (has_text or self.context.is_bare)
         return [row.teacher_prompt for row in rows]
 
-    def prompt_of(self, t: Trainer, row: Row, group: list[Row], number: int) -> list[int]:
+    def prompt_of(self, t: train.Trainer, row: Row, group: list[Row], number: int) -> list[int]:
         """The teacher's prompt for a rollout of a problem, of whose rollouts `group` has all;
         `number` counts this rank's. The student's prompt, if there is nothing to show."""
         s = self.s
@@ -225,12 +225,12 @@ class Neighbour:
 
     # ---- as whom the teacher reads
 
-    def as_teacher(self, t: Trainer):
+    def as_teacher(self, t: train.Trainer):
         """Inside, the model is the base model, or what --teacher-schedule made of the student."""
         own = self.tensors["teacher"]
         return replaced(t.model, own) if own else lora.disabled(t.model)
 
-    def read_as_teacher(self, t: Trainer, rows: list[Row]) -> teacher.Reading:
+    def read_as_teacher(self, t: train.Trainer, rows: list[Row]) -> teacher.Reading:
         """log p_T and H, with a mask that leaves out rows whose teacher has nothing to be shown.
         Also finds what else a method needs before the first backward."""
         if not self.method.teacher:
@@ -257,7 +257,7 @@ class Neighbour:
         return reading
 
     @torch.no_grad()
-    def compare_views(self, t: Trainer, rows: list[Row], reading: teacher.Reading) -> None:
+    def compare_views(self, t: train.Trainer, rows: list[Row], reading: teacher.Reading) -> None:
         """The teacher reads again without a text: KL(p_T || that), its mean and deviation over all
         tokens so far of rollouts whose teacher had something to be shown."""
         with self.as_teacher(t):
@@ -277,7 +277,7 @@ class Neighbour:
         self.numbers["view_sums"] = [a + b for a, b in zip(before, new, strict=True)]
         self.note("view_kl", counted)
 
-    def read_ahead(self, t: Trainer, rows: list[Row], reading: teacher.Reading) -> None:
+    def read_ahead(self, t: train.Trainer, rows: list[Row], reading: teacher.Reading) -> None:
         """The student reads, for PBSD's margins (of every problem's two solutions, the rollout and
         the teacher's), or for which tokens a method keeps."""
         student = t.read([row.prompt for row in rows], rows)
@@ -295,17 +295,17 @@ class Neighbour:
 
     # ---- the loss of a micro-batch
 
-    def loss(self, t: Trainer, micro: Micro) -> Tensor:
+    def loss(self, t: train.Trainer, micro: train.Batch) -> Tensor:
         """The method's loss: means over the step's tokens, of rollouts and of other rows apart."""
-        s, self.gate, student = self.s, None, micro.student
+        s, self.gate, student = self.s, None, micro.by_student
         seen = self.seen(micro)
         if s.gate:
             self.gate = self.other_gate(t, seen)
             weights = egrsd.token_advantages(
                 micro.advantage,
-                seen.teacher.logp,
+                seen.by_teacher.logp,
                 student.logp,
-                seen.teacher.entropy,
+                seen.by_teacher.entropy,
                 student.mask,
                 gamma=0,
                 eps=s.eps,
@@ -318,29 +318,30 @@ class Neighbour:
         batch = self.batch(t, seen)
         losses = self.method.loss(batch)
         self.gate = batch.weight
-        counts = (max(1, self.num_reference), max(1, batch.num_tokens))
-        share = torch.where(batch.is_reference, *(1 / count for count in counts)).unsqueeze(-1)
-        return (torch.where(batch.mask, losses, 0.0) * share).sum()
+        share = 1 / max(1, batch.num_tokens)
+        share_of_others = 1 / max(1, self.num_reference)
+        shares = torch.where(batch.is_reference, share_of_others, share).unsqueeze(-1)  # [B, 1]
+        return (torch.where(batch.mask, losses, 0.0) * shares).sum()
 
-    def seen(self, micro: Micro) -> Micro:
+    def seen(self, micro: train.Batch) -> train.Batch:
         """The same micro-batch with d = 0 where the teacher has nothing to be shown."""
-        own = micro.student.logp.detach()
-        logp = torch.where(micro.teacher.mask, micro.teacher.logp, own)
-        return replace(micro, teacher=replace(micro.teacher, logp=logp))
+        own = micro.by_student.logp.detach()
+        logp = torch.where(micro.by_teacher.mask, micro.by_teacher.logp, own)
+        return replace(micro, by_teacher=replace(micro.by_teacher, logp=logp))
 
-    def batch(self, t: Trainer, micro: Micro) -> Batch:
+    def batch(self, t: train.Trainer, micro: train.Batch) -> Batch:
         """What the methods read."""
         s, rows, device = self.s, micro.rows, t.ranks.device
         own = partial(self.divergence, t, micro)
         return Batch(
-            logp=micro.student.logp,
-            teacher_logp=micro.teacher.logp,
-            entropy=micro.teacher.entropy,
-            mask=micro.student.mask,
+            logp=micro.by_student.logp,
+            teacher_logp=micro.by_teacher.logp,
+            entropy=micro.by_teacher.entropy,
+            mask=micro.by_student.mask,
             advantage=micro.advantage,
             correct=torch.tensor([row.correct for row in rows], device=device),
             is_reference=torch.tensor([row.is_reference for row in rows], device=device),
-            divergence=lambda f: own(micro.teacher.hidden, f) * micro.teacher.mask,
+            divergence=lambda f: own(micro.by_teacher.hidden, f) * micro.by_teacher.mask,
             max_entropy=micro.max_entropy,
             num_tokens=self.num_kept if self.method.keeps else micro.num_tokens,
             num_completions=s.prompts_per_step * s.rollouts_per_prompt,
@@ -359,9 +360,11 @@ class Neighbour:
             anchor=lambda f: own([row.bare_hidden for row in rows], f),
         )
 
-    def divergence(self, t: Trainer, micro: Micro, hidden: list[Tensor], f: Callable) -> Tensor:
+    def divergence(
+        self, t: train.Trainer, micro: train.Batch, hidden: list[Tensor], f: Callable
+    ) -> Tensor:
         """f of the distributions behind these states and of the student's: [B, T]."""
-        student, head = micro.student, teacher.output_head(t.model)
+        student, head = micro.by_student, teacher.output_head(t.model)
         with t.autocast():
             return per_token_divergence(
                 head, student.hidden, hidden, student.mask, f, self.s.score_temperature
@@ -374,18 +377,18 @@ class Neighbour:
         deviation = max(0.0, squares / max(1, count) - mean**2) ** 0.5
         return (PAD([row.views for row in rows]) - mean) / (deviation + 1e-6)
 
-    def other_gate(self, t: Trainer, micro: Micro) -> Tensor:
+    def other_gate(self, t: train.Trainer, micro: train.Batch) -> Tensor:
         """What --gate says, [B, T]; two-view and dual are 1 where the teacher had nothing to be
         shown."""
         if self.s.gate == "position":
-            return position_weight(micro.student.mask)
+            return position_weight(micro.by_student.mask)
         if self.s.gate == "two-view":
             gate = two_view_gate(self.views(micro.rows))
         else:
-            gate = self.divergence(t, micro, micro.teacher.hidden, dual_weight).detach()
-        return torch.where(micro.teacher.mask, gate, 1.0)
+            gate = self.divergence(t, micro, micro.by_teacher.hidden, dual_weight).detach()
+        return torch.where(micro.by_teacher.mask, gate, 1.0)
 
-    def token_metrics(self, t: Trainer, micro: Micro) -> dict[str, Tensor]:
+    def token_metrics(self, t: train.Trainer, micro: train.Batch) -> dict[str, Tensor]:
         """Those of train.EGRSD that the method makes use of, 0 at rows that are no rollouts."""
         unused = {"entropy", "delta"} if not self.method.teacher else set()
         unused |= {"magnitude", "clipped"} if "eps" not in self.method.uses else set()
@@ -399,7 +402,7 @@ class Neighbour:
 
     # ---- after the update
 
-    def after_update(self, t: Trainer) -> dict[str, float]:
+    def after_update(self, t: train.Trainer) -> dict[str, float]:
         """What --teacher-schedule says (an average is one of the matrices A and of the B, not of
         their product), and what was noted in the step on all ranks."""
         for row in self.rollouts:

@@ -362,7 +362,10 @@ def token_row(sample: dict, run: Run) -> dict:
     most = {row["step"]: row.get("max_entropy") for row in run.metrics}.get(sample["step"])
     found = signals(values, A, s, most)
     if "entropy" in values:
-        values["lookahead"], values["kind"] = found.lookahead[0].tolist(), found.kind[0].tolist()
+        values["lookahead"], values["kind"] = (
+            found.least_entropy[0].tolist(),
+            found.kind[0].tolist(),
+        )
     # other methods, and other gates of `python -m family`, may give credit in another way
     if s["method"] in METHODS and not s.get("gate") and most is not None:
         values["advantage"] = [round(x, 4) for x in found.advantage[0].tolist()]

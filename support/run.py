@@ -257,8 +257,8 @@ class StepLog:
         rollouts."""
         self.loss += loss.item()
         for name, value in values.items():
-            self.token_sums[name] += (value * batch.student.mask).sum().double().item()
-        shown = {"logp": batch.student.logp.detach()} | values
+            self.token_sums[name] += (value * batch.by_student.mask).sum().double().item()
+        shown = {"logp": batch.by_student.logp.detach()} | values
         self.read |= {id(row): (batch, shown, i) for i, row in enumerate(batch.rows)}
 
     def by_token(self, step: int, row: Rollout) -> dict:
@@ -268,7 +268,7 @@ class StepLog:
             return {}
         batch, values, i = self.read[id(row)]
         left_out = {"sampling_gap", "clipped"}
-        if not batch.teacher.mask[i].any():  # the teacher had nothing to say of these tokens
+        if not batch.by_teacher.mask[i].any():  # the teacher had nothing to say of these tokens
             left_out |= {"entropy", "delta"}
         text = [self.trainer.tokenizer.decode([token]) for token in row.token_ids]
         rounded = {

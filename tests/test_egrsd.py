@@ -115,7 +115,7 @@ def test_signals_are_one_definition():
                 h, ahead = H[i, t].item(), H[i, t : min(t + 3, length)].min().item()
                 kind = "lock" if h < 0.5 else "pivot" if ahead < 0.2 else "fork"
                 assert egrsd.KINDS[signals.kind[i, t]] == kind
-                assert signals.lookahead[i, t].item() == ahead
+                assert signals.least_entropy[i, t].item() == ahead
 
 
 def test_gradient_equals_finite_differences():

@@ -99,7 +99,7 @@ def test_the_steps_that_have_values():
     row, mask = SimpleNamespace(token_ids=[7, 8]), torch.tensor([[True] * 3, [True, True, False]])
     values = {"logp": torch.tensor([[0.0, 0.0, 0.0], [-1.23456, -2.0, 0.0]])}
     values |= {"entropy": torch.ones(2, 3), "clipped": torch.ones(2, 3)}
-    batch = SimpleNamespace(teacher=SimpleNamespace(mask=mask))
+    batch = SimpleNamespace(by_teacher=SimpleNamespace(mask=mask))
     log.read[id(row)] = (batch, values, 1)
     found = {step: log.by_token(step, row) for step in range(1, 10)}
     assert [step for step, values in found.items() if values] == [1, 4, 5, 8, 9]

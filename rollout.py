@@ -197,10 +197,8 @@ class _Batch:
         """Move the last rows into the free slots between the others, so that the slots in use are
         the first ones."""
         count = len(self.running)
-        gaps, last = (
-            [s for s in range(count) if s not in self.running],
-            [s for s in self.running if s >= count],
-        )
+        gaps = [s for s in range(count) if s not in self.running]
+        last = [s for s in self.running if s >= count]
         if gaps:
             rows = [self.running.pop(slot) for slot in last]
             self.decoder.move(last, gaps, max(row.prompt_length + row.age for row in rows))
@@ -208,10 +206,8 @@ class _Batch:
 
     def decode_until_poll(self) -> None:
         """Draw some tokens for every row; fewer if a row reaches max_new_tokens before."""
-        rows, every = (
-            self.running.values(),
-            POLL_EVERY_ON_CUDA if self.decoder.on_cuda else POLL_EVERY,
-        )
+        rows = self.running.values()
+        every = POLL_EVERY_ON_CUDA if self.decoder.on_cuda else POLL_EVERY
         # the step writes the last token's column, too
         longest = max(row.prompt_length + row.age for row in rows)
         for more in range(min(every, self.decoder.max_new_tokens - max(row.age for row in rows))):
@@ -251,22 +247,16 @@ class Decoder:
     ):
         """columns: of the longest row, prompt and completion; how: the settings of
         `draw_tokens`."""
-        self.model, self.slots, self.columns, self.max_new_tokens = (
-            model,
-            slots,
-            columns,
-            max_new_tokens,
-        )
-        self.draw, self.stop_ids, self.on_cuda = (
-            partial(draw_tokens, **how),
-            set(stop_ids),
-            model.device.type == "cuda",
-        )
+        self.model = model
+        self.slots = slots
+        self.columns = columns
+        self.max_new_tokens = max_new_tokens
+        self.draw = partial(draw_tokens, **how)
+        self.stop_ids = set(stop_ids)
+        self.on_cuda = model.device.type == "cuda"
         self.cache: SlotCache | None = None  # comes with the first prompts, and is like theirs
-        vocabulary, zeros = (
-            model.config.get_text_config().vocab_size,
-            partial(torch.zeros, slots, device=model.device),
-        )
+        vocabulary = model.config.get_text_config().vocab_size
+        zeros = partial(torch.zeros, slots, device=model.device)
         # bool [V]
         self.stops = torch.tensor(
             [t in self.stop_ids for t in range(vocabulary)], device=model.device
@@ -322,11 +312,9 @@ class Decoder:
         """Draw the next token of the rows in these n slots from their logits [n, V]."""
         age, alive = self.age[slots], self.alive[slots]
         token, logprob = self.draw(logits, self.uniforms[slots, age])
-        self.token_ids[slots, age], self.logprobs[slots, age], self.token[slots] = (
-            token,
-            logprob,
-            token,
-        )
+        self.token_ids[slots, age] = token
+        self.logprobs[slots, age] = logprob
+        self.token[slots] = token
         self.age[slots], self.position[slots] = age + alive, self.position[slots] + alive
         self.alive[slots] = (
             alive & ~self.stops[token] & (age + 1 < self.max_new_tokens) & (logprob > -torch.inf)
@@ -391,10 +379,8 @@ class SlotCache(Cache):
         """Have at least this many columns. Grows by half, so that the copying of all growth
         together is linear."""
         if columns > self.columns:
-            before, self.columns = (
-                self.columns,
-                max(columns, min(self.columns * 3 // 2, self.most_columns)),
-            )
+            before = self.columns
+            self.columns = max(columns, min(self.columns * 3 // 2, self.most_columns))
             more = (0, 0, 0, self.columns - before)
             for layer in self.layers:
                 if layer.keys is not None:

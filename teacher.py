@@ -239,11 +239,9 @@ def read_in_batches(
             hidden=hidden,
         )
         width = reading.mask.shape[1]
-        logp[batch, :width], entropy[batch, :width], mask[batch, :width] = (
-            reading.logp,
-            reading.entropy,
-            reading.mask,
-        )
+        logp[batch, :width] = reading.logp
+        entropy[batch, :width] = reading.entropy
+        mask[batch, :width] = reading.mask
         for place, i in enumerate(batch if hidden else []):
             states[i] = reading.hidden[place]
     return Reading(logp, entropy, mask, states if hidden else None)

@@ -456,10 +456,8 @@ def table(rows: dict) -> str:
         "|---" * 11 + "|",
     ]
     for name, row in rows.items():
-        rate, rival = (
-            f"{row['rate']:g}" if name != BASE else "",
-            row.get(f"{PARENT} minus this", {}),
-        )
+        rate = f"{row['rate']:g}" if name != BASE else ""
+        rival = row.get(f"{PARENT} minus this", {})
         lines.append(
             "| "
             + " | ".join(

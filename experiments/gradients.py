@@ -215,10 +215,8 @@ def step_sketches(name: str, model, batches: list[list[Rollout]], s: Settings) -
 
         t.optimizer.step = note_gradient
         for rows in tqdm(batches, desc=name, unit=" batches"):
-            t.step, t.next_problems = (
-                0,
-                lambda rows=rows: [row.problem for row in rows[:: s.samples]],
-            )
+            t.step = 0
+            t.next_problems = lambda rows=rows: [row.problem for row in rows[:: s.samples]]
             t.sample = lambda *_, rows=rows: [replace(row) for row in rows]
             if settings.advantage == "running":
                 t.baseline.advantage = lambda _, rows=rows: torch.tensor(

@@ -56,11 +56,9 @@ class Listener(train.EGRSD):
         self.heard = []
 
     def token_metrics(self, t: train.Trainer, batch: train.Batch) -> dict:
-        signals, H, logp = (
-            self.signals(t, batch),
-            batch.by_teacher.entropy,
-            batch.by_student.logp.detach(),
-        )
+        signals = self.signals(t, batch)
+        H = batch.by_teacher.entropy
+        logp = batch.by_student.logp.detach()
         columns = {
             "log p_S": logp,
             "log p_T": batch.by_teacher.logp,

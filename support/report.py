@@ -162,10 +162,8 @@ class Run:
     def __init__(self, directory: Path):
         self.name, self.samples = str(directory), directory / "samples.jsonl"
         self.config = parsed((directory / "config.json").read_text(), directory / "config.json")
-        self.settings, self.metrics = (
-            self.config["settings"],
-            list(read_log(directory / "metrics.jsonl")),
-        )
+        self.settings = self.config["settings"]
+        self.metrics = list(read_log(directory / "metrics.jsonl"))
         self.steps = sorted({row["step"] for row in read_log(self.samples, BY_TOKEN)})
         results = directory / "evaluation.json"
         self.results = parsed(results.read_text(), results) if results.exists() else {}
@@ -331,10 +329,8 @@ def completions(run: Run) -> tuple[list[dict], str]:
     for step in sorted(chosen):
         found = [token_row(row, run) for row in shown if row["step"] == step]
         articles = "".join(article(len(rows) + i, row) for i, row in enumerate(found))
-        rows, columns = (
-            rows + found,
-            columns + f"<section><h2>step {escaped(step)}</h2>\n{articles}</section>\n",
-        )
+        rows = rows + found
+        columns = columns + f"<section><h2>step {escaped(step)}</h2>\n{articles}</section>\n"
     settings = [
         [part, key, value if isinstance(value, str) else json.dumps(value)]
         for part in ("settings", "derived", "versions")
@@ -362,10 +358,8 @@ def token_row(sample: dict, run: Run) -> dict:
     most = {row["step"]: row.get("max_entropy") for row in run.metrics}.get(sample["step"])
     found = signals(values, A, s, most)
     if "entropy" in values:
-        values["lookahead"], values["kind"] = (
-            found.least_entropy[0].tolist(),
-            found.kind[0].tolist(),
-        )
+        values["lookahead"] = found.least_entropy[0].tolist()
+        values["kind"] = found.kind[0].tolist()
     # other methods, and other gates of `python -m family`, may give credit in another way
     if s["method"] in METHODS and not s.get("gate") and most is not None:
         values["advantage"] = [round(x, 4) for x in found.advantage[0].tolist()]

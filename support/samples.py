@@ -33,13 +33,11 @@ class SampleLog:
     def __init__(self, out: Path, settings: dict, ranks: Ranks):
         """Nothing is written yet, but with `resume` among the settings the files of an earlier
         start are joined."""
-        self.out, self.settings, self.ranks, self.fingerprint, self.found = (
-            out,
-            settings,
-            ranks,
-            {},
-            [],
-        )
+        self.out = out
+        self.settings = settings
+        self.ranks = ranks
+        self.fingerprint = {}
+        self.found = []
         self.samples, self.results = out / "samples.jsonl", out / "results.json"
         self.files = f"samples  {self.samples}\nresults  {self.results}"
         self.own = out / f"samples.rank{ranks.rank}.jsonl" if ranks.distributed else self.samples
@@ -130,11 +128,9 @@ def read_completions(path: str, data: str, problems: list[Problem], pass_over: b
     rows_of, sources = defaultdict(list), set()
 
     def take(row: dict) -> None:
-        text, finished, tokens = (
-            row.get("completion", row.get("text")),
-            row.get("finished", True),
-            row.get("tokens"),
-        )
+        text = row.get("completion", row.get("text"))
+        finished = row.get("finished", True)
+        tokens = row.get("tokens")
         asked = str(row.get("problem")).strip()
         problem = problem_of.get(row.get("line", asked))
         if problem is None and pass_over:

@@ -294,10 +294,8 @@ def trainer(tiny_toy, out, name, **changes):
 def test_pbsd_s_gradient_is_that_of_the_preference_loss():
     """Against autograd through -log sigma(m), on whole completions of random log-probs; two
     pairs."""
-    generator, mask = (
-        torch.Generator().manual_seed(0),
-        torch.arange(6) < torch.tensor([[4], [6], [5], [2]]),
-    )
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(6) < torch.tensor([[4], [6], [5], [2]])
     logp, teacher = -3 * torch.rand(2, 4, 6, generator=generator, dtype=torch.float64) * mask
     logp.requires_grad_()
     ratios = ((logp - teacher) * mask).sum(1)  # two rollouts, then the teacher's two solutions
@@ -480,10 +478,8 @@ def test_gates_of_others(tiny_toy, tmp_path, gate):
 def test_the_two_view_gate_uses_running_statistics(tiny_toy, tmp_path):
     """Those of all tokens so far, this step's included, over the whole run."""
     t = trainer(tiny_toy, tmp_path / "run", "egrsd", gate="two-view")
-    t.log.bar, seen = (
-        SimpleNamespace(set_postfix_str=lambda *_, **__: None, update=lambda *_: None),
-        [],
-    )
+    t.log.bar = SimpleNamespace(set_postfix_str=lambda *_, **__: None, update=lambda *_: None)
+    seen = []
     t.out.mkdir()
     n, rows, read = t.objective, [], t.read_as_student
 

@@ -58,10 +58,8 @@ def test_the_peer_counts_as_ours_does(model, monkeypatch):
     """Greedily both make the same tokens: some rows stop, some run to the cap, and more wait than
     are decoded."""
     monkeypatch.setattr(bench, "DRAW", {"do_sample": False, "pad_token_id": 0})
-    prompts, settings = (
-        bench.random_prompts(7, 6, 61),
-        dict(max_new_tokens=20, stop_ids=[3, 5, 7, 11, 13], slots=3),
-    )
+    prompts = bench.random_prompts(7, 6, 61)
+    settings = dict(max_new_tokens=20, stop_ids=[3, 5, 7, 11, 13], slots=3)
     ours = bench.our_tokens(model, prompts, 0, temperature=0, **settings)
     assert 7 < ours < 7 * 20
     assert bench.peer_tokens(model, prompts, 0, **settings) == ours

@@ -96,10 +96,8 @@ def test_a_model_that_cannot_be_sampled_is_refused_in_one_line(tiny_toy, tmp_pat
     """Found at the start, not after hours."""
     shutil.copytree(tiny_toy / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["sliding_window"], config["layer_types"] = (
-        8,
-        ["chunked_attention"] * config["num_hidden_layers"],
-    )
+    config["sliding_window"] = 8
+    config["layer_types"] = ["chunked_attention"] * config["num_hidden_layers"]
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         InputError, match="chunked_attention by 'sdpa': choose another --model"

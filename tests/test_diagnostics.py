@@ -179,10 +179,8 @@ def places_by_generate(row, model, tokenizer):
     """(token, viability of its branches) of a row of tokens.jsonl, greedily: by plain forward
     passes and generate."""
     messages = teacher.teacher_messages(row["problem"], row["solution"])
-    privileged, prompt = (
-        teacher.encode(tokenizer, messages),
-        tokenizer.encode(row["prompt"], add_special_tokens=False),
-    )
+    privileged = teacher.encode(tokenizer, messages)
+    prompt = tokenizer.encode(row["prompt"], add_special_tokens=False)
     ids = tokenizer.encode("".join(row["tokens"]))
     with torch.no_grad():
         p = model(torch.tensor([privileged + ids])).logits[0, len(privileged) - 1 : -1].softmax(-1)

@@ -260,10 +260,8 @@ def test_another_adapter_of_the_same_name_is_refused(
     small, tiny_run, tmp_path, monkeypatch, capsys
 ):
     """Its scale stands in adapter_config.json, not with its weights."""
-    adapter, flags = (
-        tmp_path / "adapter",
-        ["--adapter", tmp_path / "adapter", "--out", tmp_path / "out"],
-    )
+    adapter = tmp_path / "adapter"
+    flags = ["--adapter", tmp_path / "adapter", "--out", tmp_path / "out"]
     shutil.copytree(tiny_run / "checkpoints/step-000004/adapter", adapter)
     call(monkeypatch, *small, *flags)
     config = json.loads((adapter / "adapter_config.json").read_text())

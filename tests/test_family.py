@@ -58,10 +58,8 @@ def make_batch(teacher_logits=None, student_logits=None, **changes):
         teacher_logits, student_logits = 3 * torch.randn(
             2, B, T, V, generator=generator, dtype=torch.float64
         )
-    log_t, log_s = (
-        teacher_logits.log_softmax(-1),
-        student_logits.clone().requires_grad_().log_softmax(-1),
-    )
+    log_t = teacher_logits.log_softmax(-1)
+    log_s = student_logits.clone().requires_grad_().log_softmax(-1)
     tokens = torch.randint(V // 10, (B, T, 1), generator=generator) * 10
     mask = torch.arange(T) < torch.tensor(LENGTHS).unsqueeze(1)
 
@@ -670,11 +668,9 @@ def expected_gradient(method, teacher_logits, student_logits, **keywords):
     log_t, log_s = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
     s, _, _ = make_batch()
     n = len(log_t)
-    s.logp, s.teacher_logp, s.mask = (
-        log_s.unsqueeze(-1),
-        log_t.unsqueeze(-1),
-        torch.ones(n, 1, dtype=torch.bool),
-    )
+    s.logp = log_s.unsqueeze(-1)
+    s.teacher_logp = log_t.unsqueeze(-1)
+    s.mask = torch.ones(n, 1, dtype=torch.bool)
     s.advantage = torch.zeros(n, dtype=torch.float64)
     s.divergence = lambda f: f(log_t.expand(n, n), log_s.expand(n, n)).unsqueeze(-1)
     loss = method(s, **keywords).squeeze(-1)
@@ -741,11 +737,9 @@ def test_position_weight():
 @pytest.mark.parametrize("chunk_logits", [2**25, 61 * 4 * 3])
 def test_per_token_divergence_equals_whole_logits(chunk_logits, monkeypatch):
     monkeypatch.setattr(teacher, "CHUNK_LOGITS", chunk_logits)
-    model, prompts, completions = (
-        tiny_qwen3(),
-        random_ids([5, 9, 3]),
-        random_ids([8, 2, 12], seed=1),
-    )
+    model = tiny_qwen3()
+    prompts = random_ids([5, 9, 3])
+    completions = random_ids([8, 2, 12], seed=1)
     with torch.no_grad():
         other = teacher.read(model, random_ids([7, 4, 6], seed=2), completions, hidden=True)
     model.requires_grad_(False)

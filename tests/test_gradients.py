@@ -35,10 +35,8 @@ def exact_gradient(model, rows, privileged, advantage, **values):
         n, own = len(row.token_ids), distributions(row.prompt, row.token_ids)
         with lora.disabled(model), torch.no_grad():
             seen = distributions(privileged[i], row.token_ids)
-        logp[i, :n], teacher_logp[i, :n] = (
-            own[range(n), row.token_ids],
-            seen[range(n), row.token_ids],
-        )
+        logp[i, :n] = own[range(n), row.token_ids]
+        teacher_logp[i, :n] = seen[range(n), row.token_ids]
         entropy[i, :n], mask[i, :n] = -(seen.exp() * seen).sum(-1), True
     weights = egrsd.token_advantages(
         advantage, teacher_logp, logp, entropy, mask, floor=0.2, **values
@@ -161,10 +159,8 @@ def test_figures_equal_slow_loops():
             }
             return own | rivals
 
-        whole, left = (
-            values(list(range(6))),
-            [values([k for k in range(6) if k != b]) for b in range(6)],
-        )
+        whole = values(list(range(6)))
+        left = [values([k for k in range(6) if k != b]) for b in range(6)]
         assert rows[name].keys() == whole.keys() and rows[name]["cosines"] == pytest.approx(
             whole.pop("cosines")
         )

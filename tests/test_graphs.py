@@ -235,14 +235,10 @@ def test_idle_rows_see_a_column_under_sliding_windows(implementation):
         bos_token_id=None,
         initializer_range=0.3,
     )
-    model, kept = (
-        AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval(),
-        Plain(),
-    )
-    prompts, settings = (
-        random_ids([3, 100, 5, 4, 60, 7]),
-        dict(slots=6, max_new_tokens=30, stop_ids=[1, 9, 20, 33]),
-    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    kept = Plain()
+    prompts = random_ids([3, 100, 5, 4, 60, 7])
+    settings = dict(slots=6, max_new_tokens=30, stop_ids=[1, 9, 20, 33])
     assert_same(run(model, kept, prompts, **settings), run(model, None, prompts, **settings))
     with torch.inference_mode():
         decoder = PlainDecoder(model, 2, 128, 60, [1])

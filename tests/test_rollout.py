@@ -185,10 +185,8 @@ def test_greedy_depends_neither_on_slots_nor_on_the_order_of_prompts(model):
 def test_a_used_slot_gives_the_logprobs_of_a_fresh_one(model):
     """Prompts of all lengths follow each other in three slots; each has the tokens and log-probs
     that it has alone."""
-    prompts, settings = (
-        random_ids([40, 3, 17, 1, 29, 8] * 4, seed=4),
-        dict(max_new_tokens=30, stop_ids=range(1, 5)),
-    )
+    prompts = random_ids([40, 3, 17, 1, 29, 8] * 4, seed=4)
+    settings = dict(max_new_tokens=30, stop_ids=range(1, 5))
     together = rollout.sample(
         model, prompts, slots=3, generator=rollout.generator_for_rows((9,), 0), **settings
     )
@@ -336,16 +334,12 @@ def test_a_look_waits_twice_and_closing_gaps_copies_one_list(model, monkeypatch)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_attention_that_gives_nan_for_dead_rows_changes_nothing(monkeypatch, implementation):
     """Some kernels return nan for a query that may see no key: so no query may be of that kind."""
-    model, settings = (
-        tiny_qwen3(attn_implementation=implementation),
-        dict(max_new_tokens=20, stop_ids=[1, 5], slots=3),
-    )
+    model = tiny_qwen3(attn_implementation=implementation)
+    settings = dict(max_new_tokens=20, stop_ids=[1, 5], slots=3)
     plain = rollout.sample(model, PROMPTS, generator=torch.Generator().manual_seed(0), **settings)
-    sdpa, softmax, masks = (
-        torch.nn.functional.scaled_dot_product_attention,
-        torch.nn.functional.softmax,
-        [],
-    )
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    softmax = torch.nn.functional.softmax
+    masks = []
 
     def dead(mask):
         masks.append(mask)
@@ -416,10 +410,8 @@ def test_decode_can_be_captured(model):
     the rows in use, and the storage does not move."""
     with torch.inference_mode():
         prefilled = rollout.prefill(model, PROMPTS[:4])
-        cache, wide = (
-            rollout.SlotCache(8, prefilled.cache, 64),
-            rollout.SlotCache(8, prefilled.cache, 64),
-        )
+        cache = rollout.SlotCache(8, prefilled.cache, 64)
+        wide = rollout.SlotCache(8, prefilled.cache, 64)
         for slots in (cache, wide):
             slots.load(torch.tensor([1, 0, 2]), prefilled, torch.tensor([0, 1, 3]))
             slots.reserve(64)
@@ -477,10 +469,8 @@ def test_models_that_decode_cannot_serve_are_refused(model):
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2'"):
         rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1])
-    model.config._attn_implementation, model.config.layer_types = (
-        "sdpa",
-        ["chunked_attention", "full_attention"],
-    )
+    model.config._attn_implementation = "sdpa"
+    model.config.layer_types = ["chunked_attention", "full_attention"]
     with pytest.raises(ValueError, match="chunked_attention"):
         rollout.sample(model, PROMPTS, max_new_tokens=4, stop_ids=[1])
     model.config.layer_types, model.config.attention_layers = None, ["global", "local"]  # GPT-Neo

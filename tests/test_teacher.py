@@ -58,11 +58,9 @@ def test_ragged_batch_equals_one_by_one(model, temperature):
 def test_half_precision_is_read_without_a_mask(dtype, autocast, masked):
     """So that flash attention may serve: a mask makes no difference, and none reaches a layer with
     full attention."""
-    model, seen, attend = (
-        tiny_qwen3().to(dtype),
-        [],
-        torch.nn.functional.scaled_dot_product_attention,
-    )
+    model = tiny_qwen3().to(dtype)
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
 
     def watched(*args, attn_mask=None, **keywords):
         seen.append(attn_mask)
@@ -151,11 +149,9 @@ def test_frozen_head_runs_once_per_chunk(monkeypatch, chunk_tokens, temperature,
     monkeypatch.setattr(teacher, "CHUNK_LOGITS", chunk_tokens * 61)
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 61, bias=False).requires_grad_(False).to(dtype)
-    hidden, targets, upstream = (
-        torch.randn(27, 16).to(dtype),
-        torch.randint(61, (27,)),
-        torch.randn(27),
-    )
+    hidden = torch.randn(27, 16).to(dtype)
+    targets = torch.randint(61, (27,))
+    upstream = torch.randn(27)
     runs = []
     head.register_forward_hook(lambda *_: runs.append(1))
     ours, plain_hidden = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
@@ -226,10 +222,8 @@ def test_micro_batches_of_equal_and_of_too_long_rows():
 def test_read_in_batches_equals_read(model, most_tokens, hidden):
     """Nine ragged rows; the batches are narrower and change their order. With most_tokens = 1 every
     row is alone."""
-    prompts, completions = (
-        random_ids([5, 11, 1, 7, 3, 19, 2, 8, 4]),
-        random_ids([9, 1, 14, 3, 6, 2, 25, 5, 1], seed=1),
-    )
+    prompts = random_ids([5, 11, 1, 7, 3, 19, 2, 8, 4])
+    completions = random_ids([9, 1, 14, 3, 6, 2, 25, 5, 1], seed=1)
     with torch.no_grad():
         whole = teacher.read(
             model, prompts, completions, temperature=0.8, entropy=True, hidden=hidden

@@ -394,17 +394,13 @@ def test_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tiny_toy, tmp_path):
     flags = train_arguments(tiny_toy, tmp_path / "run", steps=1000, **{"checkpoint-every": 1000})
-    process, log = (
-        start(tmp_path, train.main, "train.py", *flags),
-        tmp_path / "run" / "metrics.jsonl",
-    )
+    process = start(tmp_path, train.main, "train.py", *flags)
+    log = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2)
     os.kill(process, signal.SIGINT)
-    code, steps, error = (
-        exit_code(process),
-        len(metrics(tmp_path / "run")),
-        (tmp_path / "stderr").read_text(),
-    )
+    code = exit_code(process)
+    steps = len(metrics(tmp_path / "run"))
+    error = (tmp_path / "stderr").read_text()
     assert (
         code == 128 + signal.SIGINT
         and "Traceback" not in error

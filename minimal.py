@@ -14,8 +14,9 @@ its entropy is high.
 
 train.py trains the same way: tests/test_minimal.py compares prompts, rewards and every gradient. It
 adds many GPUs and bfloat16, faster sampling, logits in chunks, a verifier that knows 1/2 = 0.5,
-epochs without gaps, checkpoints and evaluation, and it leaves routers and experts alone. This file
-holds the logits of a micro-batch whole, in float32: tokens x
+epochs without gaps, checkpoints and evaluation, it leaves routers and experts alone, and it refuses
+what cannot work: here nothing is checked, neither flags nor lengths nor what --out overwrites. This
+file holds the logits of a micro-batch whole, in float32: tokens x
 vocabulary numbers, several times. A model of 4 billion parameters needs train.py.
 """
 
@@ -32,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 FLAGS = (
     ("model", "toy", "a chat model: directory or hub id; toy: the one in this repository"),
-    ("data", "", "JSON lines with problem, solution and answer; not needed for the toy"),
+    ("data", "", "JSON lines with problem, solution and answer; of the toy its own"),
     ("out", "runs/minimal", "directory for the trained model"),
     ("seed", 0, "seed of the adapter, the problems and the sampling"),
     ("steps", 64, "optimizer steps"),
@@ -243,7 +244,8 @@ def arguments():
     if args.model == "toy":
         import toy
 
-        args.model, args.data = toy.resolve("toy", "model"), toy.resolve("toy", "train.jsonl")
+        args.model = toy.resolve("toy", "model")
+        args.data = args.data or toy.resolve("toy", "train.jsonl")
     return args
 
 
@@ -260,7 +262,10 @@ def main():
     baseline = RunningAdvantage()
     # The model's own settings, such as a repetition penalty, would be another policy than p_S.
     usual_settings = model.generation_config
-    stop_ids = torch.tensor(usual_settings.eos_token_id).flatten().tolist()  # one or several
+    # one or several, and they may disagree
+    stop_ids = torch.tensor(usual_settings.eos_token_id).flatten().tolist() + [
+        tokenizer.eos_token_id
+    ]
     model.generation_config = GenerationConfig(
         do_sample=True,
         max_new_tokens=args.max_new_tokens,

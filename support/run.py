@@ -355,8 +355,17 @@ def check_inputs(trainer) -> None:
     looks, all raise."""
     files, problems = trainer.files, []
     if trainer.ranks.rank == 0:
-        written = json.loads((trainer.out / "config.json").read_text())["fingerprint"]
-        problems = [
+        config = json.loads((trainer.out / "config.json").read_text())
+        written = config["fingerprint"]
+        if (
+            began := config["derived"]["bf16"]
+        ) != trainer.bf16:  # without a flag the device decides
+            problems = [
+                f"{trainer.out}: the run began {'with' if began else 'without'} bfloat16, here it would "
+                f"go on {'with' if trainer.bf16 else 'without'}: resume it on the kind of device "
+                "that it began on"
+            ]
+        problems += [
             f"{files[flag]}: not what {flag} named when the run began: put that back, or start a "
             "new run with another --out"
             for flag, found in fingerprint(files).items()

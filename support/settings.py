@@ -365,7 +365,7 @@ def read_config(run: Path, kind: type[Settings]) -> tuple[Settings, int]:
         config = json.loads(path.read_text())
         if (written := config.get("format", 1)) != FORMAT:
             raise InputError(
-                f"{path}: format {written}, this version reads {FORMAT}: go on with the version "
+                f"{path}: format {written!r}, this version reads {FORMAT}: go on with the version "
                 f"that began the run, or start anew: {kind.ENTRY} --out another directory"
             )
         if (entry := config["entry"]) != kind.ENTRY:

@@ -5,7 +5,7 @@ import inspect
 import json
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from types import SimpleNamespace
 
@@ -1236,6 +1236,71 @@ def test_ablations_of_the_core_s_methods(tiny_toy, tmp_path, name):
     )
 
 
+@pytest.mark.parametrize("gate", ["two-view", "dual"])
+def test_other_gates_are_one_without_context_and_keep_eps(tiny_toy, tmp_path, monkeypatch, gate):
+    """The gate of rows whose teacher had nothing to be shown, and the magnitude beside a gate."""
+    changes = {"gate": gate, "eps": 0.7, "teacher-context": "peer", "teacher-schedule": "copy"}
+    changes |= {"rollouts-per-prompt": 4, "prompts-per-step": 2, "micro-batch": 16}
+    s, _, objective = lab.parse_arguments(
+        list(map(str, arguments(tiny_toy, tmp_path / "run", "egrsd", **changes)))
+    )
+    t = train.Trainer(s, Ranks(), objective)
+    torch.manual_seed(0)
+    for parameter in t.parameters:
+        torch.nn.init.normal_(parameter, std=0.3)
+    t.out.mkdir()
+    t.log.bar, calls, real = tqdm(disable=True), [], egrsd.token_advantages
+    batches, gates, metrics = [], [], objective.token_metrics
+
+    def watched(*arguments, **how):
+        calls.append((how["eps"], how["gamma"], real(*arguments, **how)))
+        return calls[-1][-1]
+
+    def noted(t, batch):
+        batches.append(batch)
+        gates.append(objective.gate)
+        return metrics(t, batch)
+
+    def first_is_correct(tokenizer, rows, grade=train.grade_rollouts):
+        for i, row in enumerate(grade(tokenizer, rows)):
+            row.correct = i % 4 == 0
+        return rows
+
+    monkeypatch.setattr(train, "grade_rollouts", first_is_correct)
+    monkeypatch.setattr(egrsd, "token_advantages", watched)
+    objective.token_metrics = noted
+    t.train_step()
+    assert calls and all(call[:2] == (0.7, 0) for call in calls)
+    without = 0
+    for batch, gate in zip(batches, gates, strict=True):
+        for i, row in enumerate(batch.rows):
+            own = gate[i, : len(row.token_ids)]
+            without += not row.has_context
+            assert (own == 1).all() != row.has_context
+    assert without == 2  # the only correct rollout of each problem has no correct peer
+
+
+def test_metrics_do_not_count_rows_that_are_no_rollouts(tiny_toy, tmp_path):
+    s, _, objective = lab.parse_arguments(
+        list(map(str, arguments(tiny_toy, tmp_path / "run", "brts", **{"micro-batch": 2})))
+    )
+    t = train.Trainer(s, Ranks(), objective)
+    t.out.mkdir()
+    t.log.bar, sums, tokens, metrics = tqdm(disable=True), [], [], objective.token_metrics
+
+    def noted(t, batch):
+        found = metrics(t, batch)
+        for i, row in enumerate(batch.rows):
+            sums.append((found["entropy"] * batch.by_student.mask)[i].sum().item())
+            tokens.append(0 if row.is_reference else len(row.token_ids))
+            assert not row.is_reference or sums[-1] == 0
+        return found
+
+    objective.token_metrics = noted
+    step = t.train_step()
+    assert step["entropy"] == pytest.approx(sum(sums) / sum(tokens), rel=1e-5) and 0 in tokens
+
+
 def test_position_gate(tiny_toy, tmp_path):
     family_here(*arguments(tiny_toy, tmp_path / "run", "egrsd", steps=1, gate="position"))
     assert 0.25 < metrics(tmp_path / "run")[0]["gate"] < 1
@@ -1304,6 +1369,34 @@ def test_a_run_is_resumed_by_the_command_that_started_it(tmp_path, entry, starts
     line = f"started with {starts}: go on with {starts} --out {tmp_path} --resume"
     with pytest.raises(InputError, match=line):
         other.parse_arguments(command)
+
+
+def test_what_may_change_on_resume(tmp_path, monkeypatch):
+    """Length of the run, checkpoints, graphs and the place of the directory, nothing else; of a
+    directory that was moved the new place counts; as many processes as before, not fewer or more."""
+    s, *_ = train.parse_arguments(["--preset", "toy", "--out", str(tmp_path)])
+    write_config(tmp_path, s, settings=asdict(s) | {"out": "elsewhere"})
+    command = ["--out", str(tmp_path), "--resume"]
+    more = ["--steps", "99", "--checkpoint-every", "7", "--cuda-graphs"]
+    resumed, _ = train.parse_arguments([*command, *more])
+    changed = {"steps": 99, "checkpoint_every": 7, "cuda_graphs": True}
+    assert asdict(resumed) == asdict(s) | changed and resumed.out == str(tmp_path)
+    for f in fields(s):
+        if f.name in {*changed, "out", "method", "model", "data", "eval_data"}:
+            continue
+        flag, value = f"--{f.name.replace('_', '-')}", getattr(s, f.name)
+        flags = [flag, "0.77"] if isinstance(value, float) else [flag, "5"]
+        if f.type is bool:
+            flags = [f"--no-{flag[2:]}" if value else flag]
+        if f.type is list:
+            flags = [flag, "q_proj"]
+        with pytest.raises(InputError, match=f"changed settings .*{flag} was"):
+            train.parse_arguments([*command, *flags])
+    for world in (1, 4):
+        write_config(tmp_path, s, world_size=2)
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        with pytest.raises(InputError, match=f"started with 2 processes, this is {world}"):
+            train.parse_arguments(command)
 
 
 @pytest.mark.parametrize("version", [None, 1, 3, "2"])

@@ -127,6 +127,88 @@ def test_the_same_completions_give_the_same_gradients(trainer, monkeypatch, weig
         torch.testing.assert_close(own.grad, theirs, atol=1e-6, rtol=0)
 
 
+def cut_one(rows):
+    """The first correct rollout, without its stop token: a box, but not finished."""
+    row = next(row for row in rows if row.correct)
+    row.token_ids, row.logprobs = row.token_ids[:-1], row.logprobs[:-1]
+    row.finished, row.correct, row.reward = False, False, 0.0
+    return rows
+
+
+class Watch:
+    """Notes what clips gradients and what updates weights."""
+
+    def __init__(self, monkeypatch):
+        self.limits, self.gradients, self.optimizers = [], [], []
+        self.real = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", self.clip)
+        monkeypatch.setattr(torch.optim, "AdamW", self.adamw)
+
+    def clip(self, parameters, limit):
+        self.limits.append(limit)
+        self.gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return self.real[0](parameters, limit)
+
+    def adamw(self, *arguments, **how):
+        self.optimizers.append(self.real[1](*arguments, **how))
+        return self.optimizers[-1]
+
+
+class Warm(minimal.RunningAdvantage):
+    """After ten steps."""
+
+    def __init__(self):
+        super().__init__()
+        for rewards in EARLIER:
+            self.update(rewards)
+
+
+def test_two_steps_of_main_are_those_of_the_core(trainer, tmp_path, monkeypatch):
+    """With the same problems, completions and adapter, and no flag at its default: prompts, verdicts,
+    rewards, advantages, gradients, the update and its limits."""
+    flags = {"lr": 3e-3, "gamma": 1.5, "window": 2, "eps": 0.4, "floor": 0.3}
+    flags |= {"micro-batch": 5, "max-new-tokens": 60, "temperature": 0.9, "top-p": 0.9, "top-k": 40}
+    watch, steps = Watch(monkeypatch), []
+    t = trainer(**flags, **{"lora-rank": 8, "lora-alpha": 8.0})
+    start, make = [parameter.detach().clone() for parameter in t.parameters], t.make_rollouts
+    t.make_rollouts = lambda problems: steps.append(cut_one(make(problems))) or steps[-1]
+    t.train_step()
+    t.train_step()
+
+    drawn = iter([[vars(row.problem) for row in rows] for rows in steps])
+    sampled = iter([[row.token_ids for row in rows] for rows in steps])
+    settings, add_lora = [], minimal.add_lora
+
+    def add_the_same(*arguments):
+        parameters = add_lora(*arguments)
+        for own, theirs in zip(parameters, start, strict=True):
+            own.data.copy_(theirs)
+        return parameters
+
+    def sample(model, prompts):
+        settings.append(model.generation_config)
+        return next(sampled)
+
+    monkeypatch.setattr(minimal, "add_lora", add_the_same)
+    monkeypatch.setattr(minimal, "sample", sample)
+    monkeypatch.setattr(minimal, "RunningAdvantage", Warm)
+    monkeypatch.setattr(minimal.random, "sample", lambda problems, n: next(drawn))
+    flags |= {"rank": 8, "alpha": 8.0, "prompts": 12, "steps": 2, "out": tmp_path / "out"}
+    argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["minimal.py", *argv])
+    minimal.main()
+
+    how = settings[0]
+    assert (how.temperature, how.top_p, how.top_k, how.max_new_tokens) == (0.9, 0.9, 40, 60)
+    assert how.do_sample and watch.limits == [0.1] * 4
+    (theirs,), (ours,) = (optimizer.param_groups for optimizer in watch.optimizers)
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        assert ours[name] == theirs[name]
+    assert ours["lr"] == 3e-3
+    for theirs, ours in zip(watch.gradients[:2], watch.gradients[2:], strict=True):
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+
+
 def test_the_advantage_is_the_core_s_in_and_after_the_warm_up():
     ours, theirs = minimal.RunningAdvantage(), egrsd.RunningAdvantage()
     for step in range(14):
@@ -147,10 +229,10 @@ def test_the_loss_is_the_core_s_and_padding_has_no_gradient():
     mask = torch.arange(6) < torch.tensor([[6], [2], [1]])
     logp, teacher_logp, H = -torch.rand(3, 3, 6)
     A = torch.tensor([1.5, -0.5, 0.0])
-    for gamma, window, eps in ((0.0, 0, 0.2), (0.3, 3, 0.2), (3.0, 9, 0.8)):
+    for gamma, window, eps, most in ((0.0, 0, 0.2, 4.0), (0.3, 3, 0.2, 1.5), (3.0, 9, 0.8, 0.5)):
         ours, theirs = (logp.clone().requires_grad_() for _ in range(2))
         loss = minimal.egrsd_loss(
-            ours, teacher_logp, -3 * H, mask, A, 4.0, 11, gamma, window, eps, 0.1
+            ours, teacher_logp, -3 * H, mask, A, most, 11, gamma, window, eps, 0.1
         )
         weights = egrsd.token_advantages(
             A,
@@ -161,7 +243,7 @@ def test_the_loss_is_the_core_s_and_padding_has_no_gradient():
             gamma=gamma,
             window=window,
             eps=eps,
-            max_entropy=4,
+            max_entropy=most,
         )
         expected = egrsd.policy_loss(theirs, weights, mask, 11)
         torch.testing.assert_close(loss, expected)
@@ -187,15 +269,30 @@ def test_the_verifier_compares_the_last_box(text, answer, correct):
     assert minimal.is_correct(text, answer) == correct
 
 
+def test_the_toy_learns_from_the_data_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["minimal.py", "--data", str(tmp_path / "own.jsonl")])
+    args = minimal.arguments()
+    assert args.data == str(tmp_path / "own.jsonl") and args.model != "toy"
+    monkeypatch.setattr(sys, "argv", ["minimal.py"])
+    assert minimal.arguments().data.endswith("train.jsonl")
+
+
 def test_a_sample_is_cut_behind_its_stop_token_and_does_not_see_its_padding():
     """Greedy: as one prompt alone."""
     model, prompts = tiny_qwen3(), [[5, 9, 11, 30], [7], [44, 3]]
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=12, eos_token_id=[1, 7], pad_token_id=0
-    )
-    together = minimal.sample(model, prompts)
-    assert together == [minimal.sample(model, [prompt])[0] for prompt in prompts]
-    assert all(not {1, 7} & set(ids[:-1]) for ids in together)
+
+    def sample(stop_ids, prompts):
+        model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=12, eos_token_id=stop_ids, pad_token_id=0
+        )
+        return minimal.sample(model, prompts)
+
+    whole = sample([60], prompts)
+    stop = whole[0][5]
+    expected = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in whole]
+    together = sample([60, stop], prompts)
+    assert together == expected and len(together[0]) <= 6 and together[0][-1] == stop
+    assert together == [sample([60, stop], [prompt])[0] for prompt in prompts]
 
 
 def test_two_steps_of_main(tiny_toy, tmp_path, monkeypatch):
@@ -204,6 +301,7 @@ def test_two_steps_of_main(tiny_toy, tmp_path, monkeypatch):
     place = tmp_path / "model"
     model = AutoModelForCausalLM.from_pretrained(tiny_toy / "model")
     model.generation_config.repetition_penalty = 2.5
+    model.generation_config.eos_token_id = [3, 4]
     model.save_pretrained(place)
     AutoTokenizer.from_pretrained(tiny_toy / "model").save_pretrained(place)
     flags = {"model": place, "data": tiny_toy / "train.jsonl", "out": tmp_path / "out", "steps": 2}
@@ -215,6 +313,8 @@ def test_two_steps_of_main(tiny_toy, tmp_path, monkeypatch):
 
     def sampled(model, prompts):
         assert model.generation_config.repetition_penalty in (None, 1.0)
+        stop_ids = set(model.generation_config.eos_token_id)
+        assert stop_ids == {3, 4, AutoTokenizer.from_pretrained(place).eos_token_id}
         return sample(model, prompts)
 
     def merged(model):

@@ -336,6 +336,15 @@ def test_changed_inputs_are_refused_on_resume(flags, tiny_toy, few, tmp_path, wh
     assert files_of(tmp_path / "run") == before
 
 
+def test_a_run_does_not_go_on_in_another_precision(copied, tmp_path):
+    """Without a flag the device decides, and a resume may find itself on another one."""
+    config = json.loads((copied / "config.json").read_text())
+    config["derived"]["bf16"] = True  # as on a GPU
+    (copied / "config.json").write_text(json.dumps(config))
+    code, lines, _ = run_train(tmp_path, "--out", copied, "--resume", "--steps", 3)
+    assert code == 1 and len(lines) == 1 and "began with bfloat16, here it would go on" in lines[0]
+
+
 @pytest.mark.parametrize(
     "name, place",
     [

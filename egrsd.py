@@ -67,7 +67,7 @@ class RunningAdvantage:
         _require_vector("rewards", rewards)
         if self.steps < self.warmup_steps or self.std == 0:
             return rewards - self.warmup_baseline
-        return (rewards - self.mean) / self.std
+        return (rewards - self.mean) / self.std  # (9)
 
     def update(self, rewards: Tensor) -> None:
         """Count one finished step with these rewards [B]; ValueError if one is not finite or they
@@ -120,7 +120,7 @@ def magnitude(
     _require_vector("advantage", advantage, len(teacher_logp))
     direction = advantage.detach().sign().unsqueeze(-1)  # [B, 1]
     delta = (teacher_logp - student_logp).detach()  # [B, T]
-    ratio = torch.exp(direction * delta).clamp(1 - eps, 1 + eps)
+    ratio = torch.exp(direction * delta).clamp(1 - eps, 1 + eps)  # (2)
     # 0 * inf would be nan where the teacher rules a token out
     return torch.where(direction == 0, 1.0, ratio)
 
@@ -175,11 +175,12 @@ def confidence_gate(
         raise ValueError(f"gamma must be in [0, inf), got {gamma}")
     if not 0 < floor <= 1:
         raise ValueError(f"floor must be in (0, 1], got {floor}")
-    low = lookahead_min(entropy, mask, window)
+    least = lookahead_min(entropy, mask, window)  # (8); with window 0 it is H
     if max_entropy is None:
         max_entropy = entropy.masked_fill(~mask, 0.0).max()
     scale = torch.as_tensor(max_entropy, dtype=entropy.dtype, device=entropy.device).clamp(min=1.0)
-    return (1 - gamma * low / scale).clamp(floor, 1).masked_fill(~mask, 0.0)
+    gate = (1 - gamma * least / scale).clamp(floor, 1)  # (5): Hhat = least / scale; (6)
+    return gate.masked_fill(~mask, 0.0)
 
 
 class Signals(NamedTuple):
@@ -245,7 +246,8 @@ def token_advantages(
     floor: float = 0.1,
     max_entropy: Tensor | float | None = None,
 ) -> Tensor:
-    """Ahat = A * w * omega: detached, 0 outside the mask; eq. (7) and (8), arXiv 2605.13255.
+    """Ahat = A * w * omega, the weight in eq. (7), of (2), (5), (6) and (8): detached, 0 outside the
+    mask; arXiv 2605.13255.
 
     Arguments and errors are those of `token_signals`. -> [B, T] with A's sign: the teacher never
     turns reward into punishment.
@@ -291,7 +293,7 @@ def policy_loss(
         raise ValueError(f"num_tokens must be > 0, got {num_tokens}")
     # before the product: a nan on padding times 0 would stay a nan
     logp = torch.where(mask, student_logp, 0.0)
-    losses = -torch.where(mask, token_advantages.detach(), 0.0) * logp
+    losses = -torch.where(mask, token_advantages.detach(), 0.0) * logp  # (7), with the mean below
     return losses if reduction == "none" else losses.sum() / num_tokens
 
 

@@ -215,8 +215,8 @@ def evaluate(
     return ranks.gather_lists([rows[i] for i in range(len(places))])
 
 
-# (model, tokenizer), the adapter merged in
 def load(name: str, adapter: str | None, device: torch.device):
+    """(model, tokenizer), the adapter merged in."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_model(toy.resolve(name, "model"), dtype, device, scored=False)
     if adapter:

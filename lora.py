@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-# Qwen, Llama, Mistral, Gemma
 TARGETS = (
+    # Qwen, Llama, Mistral, Gemma
     "q_proj",
     "k_proj",
     "v_proj",
@@ -41,13 +41,15 @@ TARGETS = (
     "gate_proj",
     "up_proj",
     "down_proj",
+    # several in one: Phi-3, GLM
     "qkv_proj",
-    "gate_up_proj",  # several in one: Phi-3, GLM
+    "gate_up_proj",
+    # GPT-NeoX, GPT-2, Starcoder2
     "query_key_value",
     "c_attn",
     "c_fc",
     "c_proj",
-)  # GPT-NeoX, GPT-2, Starcoder2
+)
 # PEFT's name for every linear layer but the head; here routers and experts are no part of it
 ALL_LINEAR = "all-linear"
 # In names of modules: routers, experts, and a layer of Mamba of which the model takes the weight
@@ -203,7 +205,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        # Conv1D
+        # as Conv1D has it
         "fan_in_fan_out": any(not isinstance(layer.base, nn.Linear) for layer in layers.values()),
         "target_modules": sorted(set(map(short_name, layers))),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
@@ -290,7 +292,7 @@ def merge(model: nn.Module) -> None:
     for name, layer in list(_adapted(model)):
         with torch.no_grad():
             weight = layer.base.weight if isinstance(layer.base, nn.Linear) else layer.base.weight.T
-            # rounded once
+            # in float32, and rounded once
             weight.copy_(weight.float() + layer.alpha / layer.rank * layer.lora_B @ layer.lora_A)
             if not weight.isfinite().all():
                 raise ValueError(f"the merged weights of {name} are not finite")

@@ -14,10 +14,10 @@ its entropy is high.
 
 train.py trains the same way: tests/test_minimal.py compares prompts, rewards and every gradient. It
 adds many GPUs and bfloat16, faster sampling, logits in chunks, a verifier that knows 1/2 = 0.5,
-epochs without gaps, checkpoints and evaluation, it leaves routers and experts alone, and it refuses
-what cannot work: here nothing is checked, neither flags nor lengths nor what --out overwrites. This
-file holds the logits of a micro-batch whole, in float32: tokens x
-vocabulary numbers, several times. A model of 4 billion parameters needs train.py.
+epochs without gaps, checkpoints and evaluation; it leaves routers and experts alone, and refuses what
+cannot work. Here nothing is checked: no flag, no length, and not what --out overwrites. This file
+holds the logits of a micro-batch whole, in float32: tokens x vocabulary numbers, several times. A
+model of 4 billion parameters needs train.py.
 """
 
 import argparse

@@ -39,7 +39,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 
 POLL_EVERY = 2  # decode steps between two polls; a row that has ended waits for the next one
-# there a poll costs more: the device has nothing to do until the host has asked and answered
+# on CUDA a poll costs more: the device has nothing to do until the host has asked and answered
 POLL_EVERY_ON_CUDA = 8
 # most prompt tokens, with padding, that go through the model together; bounds its activations
 PREFILL_TOKENS = 2**14
@@ -219,7 +219,7 @@ class _Batch:
         for slot, row in self.running.items():
             row.age = age[slot]
         done = [slot for slot in self.running if not alive[slot]]
-        # and here
+        # here the host waits a second time
         drawn = self.decoder.drawn(done, max(age[slot] for slot in done)) if done else {}
         completions = {}
         for slot in done:
@@ -262,7 +262,7 @@ class Decoder:
             [t in self.stop_ids for t in range(vocabulary)], device=model.device
         )
         self.every_slot = torch.arange(slots, device=model.device)
-        # of the last token; drawn
+        # the last token, its position, and how many were drawn
         self.token, self.position, self.age = (zeros(dtype=torch.long) for _ in range(3))
         # neither ended nor at max_new_tokens, and its log-probs are finite
         self.alive = zeros(dtype=torch.bool)
@@ -569,13 +569,9 @@ def has_states(model) -> bool:
 def layer_kinds(model) -> set[str]:
     config = model.config.get_text_config()
     sliding = getattr(config, "sliding_window", None)
-    return set(
-        getattr(config, "layer_types", None)
-        or getattr(config, "attention_layers", None)
-        or
-        # these remember nothing
-        ["sliding_attention" if sliding else "full_attention"]
-    ) - {"mlp", "moe"}
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    kinds = kinds or ["sliding_attention" if sliding else "full_attention"]
+    return set(kinds) - {"mlp", "moe"}  # these remember nothing
 
 
 def draw_tokens(

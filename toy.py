@@ -52,7 +52,7 @@ KINDS = (
     (False, 16, {"wrong": 0.25, "repeat": 0.3, "muse": 0.6}),
     (True, 20, {"wrong": 0.01, "repeat": 0.1, "muse": 0.3}),
 )
-# a token each
+# each is one token
 MUSINGS = (
     "hmm ",
     "perhaps ",

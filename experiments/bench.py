@@ -67,7 +67,7 @@ QWEN3_4B = dict(
 )
 VOCABULARY = 151_936  # Qwen3's
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
-# as rollout.sample does by itself
+# generate must be told what rollout.sample does by itself
 DRAW = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
 
 

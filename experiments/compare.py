@@ -69,7 +69,7 @@ MEASURES = (
     "repetition",
     *AREAS,
 )
-# all but `recommended` were asked before the runs were made; the differences that answer them
+# and the differences that answer them; all but `recommended` were asked before the runs were made
 QUESTIONS = {
     "magnitude": (
         ("direction-aware", "grpo"),

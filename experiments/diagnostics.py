@@ -335,10 +335,10 @@ def branch_viability(
             for (r, first), end in zip(starts, ends, strict=True)
         ],
     )
-    # of every branch
+    # share of correct ends, of every branch
     shares = np.reshape([r.correct for r in whole], (len(forced), s.continuations)).mean(1)
     following = iter(shares)
-    # of a position's branches
+    # those of each position's branches
     viability = [sorted(next(following) for _ in proposed) for _, _, proposed in chosen]
     unreliable = np.array([v[-1] < s.unreliable for v in viability], dtype=bool)
     scores = {

@@ -163,7 +163,7 @@ def batch_sketches(model, tokenizer, rows: list[Rollout], s: Settings) -> torch.
                 max_entropy=seen.entropy.max(),
             )
             loss = egrsd.policy_loss(own.logp, weights, own.mask, seen.mask.sum())
-            # that is the last one
+            # the graph is needed until the last one, `shorter`
             gradient = torch.autograd.grad(loss, parameters, retain_graph=name != "shorter")
             found[name] = found.get(name, 0) + sketch(
                 torch.cat([g.flatten() for g in gradient]), s.sketch, s.seed

@@ -83,7 +83,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     >>> round(spearman(np.array([1, 2, 3, 4]), np.array([10, 30, 20, 40])), 3)
     0.8
     """
-    # twice the rank
+    # ranks, times two
     x, y = ((v[:, None] > v).sum(1) + (v[:, None] >= v).sum(1) for v in (x.round(9), y.round(9)))
     return float(np.corrcoef(x, y)[0, 1]) if len({*x}) > 1 < len({*y}) else 0.0
 

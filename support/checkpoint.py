@@ -196,9 +196,8 @@ def load_latest(
         return
     try:
         numbers = dict(json.loads((path / "state.json").read_text()))
-        written = numbers.pop("sha256", None)
-        # older checkpoints have none
-        for name, value in _checksums(path, numbers).items() if written else ():
+        written = numbers.pop("sha256")
+        for name, value in _checksums(path, numbers).items():
             if value != written.get(name):
                 raise ValueError(f"{name} is not as it was written")
         lora.load_adapter(model, path / "adapter")

@@ -80,7 +80,7 @@ def load_problems(
 def read_utf8(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():
-            # which cannot be read twice, nor recognised
+            # a pipe cannot be read twice, nor be recognised later
             raise OSError("it is a directory, a pipe or a device")
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name

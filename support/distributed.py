@@ -36,7 +36,7 @@ class Ranks:
         needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in needed if not os.environ.get(name)]
         self.distributed = "RANK" not in missing
-        # trains on a part of each step
+        # such a process would train on a part of each step
         if self.rank >= self.world or missing and (self.distributed or self.world > 1):
             raise LocalError(
                 f"the environment has RANK={os.environ.get('RANK', '')} and "

@@ -27,13 +27,12 @@ COLUMNS = ("entropy", "lookahead", "gate", "delta", "advantage", "kind")  # of t
 COLOURS = {"entropy": "teacher entropy", "gate": "gate", "advantage": "token advantage"}
 MOST_TOKENS, MOST_POINTS = 300, 400  # shown of a completion, drawn of a curve
 BY_TOKEN = '"by_token": {'  # marks the rows of samples.jsonl that have values by token
-CURVES = {
+CURVES = {  # of metrics.jsonl, and what it is
     "reward": "",
     "accuracy": "share",
     "length": "tokens",
     "entropy": "of the teacher, nats",
     "gate": "omega",
-    # of metrics.jsonl; what it is
     "clipped": "share with w at a bound",
     "loss": "",
     "grad_norm": "",

@@ -357,9 +357,8 @@ def check_inputs(trainer) -> None:
     if trainer.ranks.rank == 0:
         config = json.loads((trainer.out / "config.json").read_text())
         written = config["fingerprint"]
-        if (
-            began := config["derived"]["bf16"]
-        ) != trainer.bf16:  # without a flag the device decides
+        began = config["derived"]["bf16"]  # without a flag the device decides
+        if began != trainer.bf16:
             problems = [
                 f"{trainer.out}: the run began {'with' if began else 'without'} bfloat16, here it would "
                 f"go on {'with' if trainer.bf16 else 'without'}: resume it on the kind of device "

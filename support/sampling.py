@@ -76,7 +76,7 @@ def sample(
     prompts = [student_prompt(tokenizer, problem, sampling.thinking) for problem in problems]
     rows = [i for i in range(k * len(problems)) if i not in leave_out]
     seeds = rollout.row_seeds(rollout.generator_for_rows(seed, first_row), k * len(problems))
-    # of a part, every row brings its prompt, which is prefilled more often
+    # if only a part is sampled, every row brings its prompt, which is prefilled more often
     whole = len(rows) == len(seeds)
 
     def rollout_of(i: int, c: rollout.Completion) -> Rollout:

@@ -48,7 +48,7 @@ class Reading:
     mask: Tensor
     hidden: list[Tensor] | None = None
 
-    def rows(self, indices: list[int], width: int) -> "Reading":
+    def select(self, indices: list[int], width: int) -> "Reading":
         """Some of the completions, the longest of which has `width` tokens."""
         hidden = [self.hidden[i] for i in indices] if self.hidden else None
         values = (x[indices, :width] for x in (self.logp, self.entropy, self.mask))

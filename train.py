@@ -79,7 +79,7 @@ class Student(nn.Module):
 class Batch:
     """A micro-batch of the step: B completions of up to T tokens, read twice."""
 
-    rows: list[Rollout]
+    examples: list[Rollout]  # that are read
     by_student: Reading  # logp carries the gradient
     by_teacher: Reading
     advantage: Tensor  # [B]
@@ -111,7 +111,9 @@ class EGRSD:
             lambda p: [t.student_prompt(p), t.teacher_prompt(p, p.solution)],
         )
 
-    def rows(self, t: "Trainer", problems: list[Problem]) -> tuple[list[Rollout], list[Rollout]]:
+    def examples(
+        self, t: "Trainer", problems: list[Problem]
+    ) -> tuple[list[Rollout], list[Rollout]]:
         """The step's rollouts, and other rows to learn from, of which EGRSD has none."""
         return t.make_rollouts(problems), []
 
@@ -164,7 +166,7 @@ class EGRSD:
         gate          omega        magnitude  w                   clipped  share of tokens whose w is at a bound
         """
         logp, A, eps = batch.by_student.logp.detach(), batch.advantage.unsqueeze(-1), t.s.eps
-        drawn = [torch.tensor(row.logprobs, device=logp.device) for row in batch.rows]
+        drawn = [torch.tensor(row.logprobs, device=logp.device) for row in batch.examples]
         signals = self.signals(t, batch)
         at_a_bound = (signals.magnitude - 1).abs() >= eps - 1e-6
         return {
@@ -240,7 +242,7 @@ class Trainer:
         s, ranks, log, objective = self.s, self.ranks, self.log, self.objective
         log.begin_step()
         # N rollouts, sampled by the student, graded by the verifier; others: none in EGRSD
-        rollouts, others = objective.rows(self, self.next_problems())
+        rollouts, others = objective.examples(self, self.next_problems())
         rewards = torch.tensor([row.reward for row in rollouts])  # [N]
         advantages = self.baseline.advantage(rewards)  # (9), from the rewards of earlier steps only
         for row, advantage in zip(rollouts, advantages.tolist(), strict=True):
@@ -339,7 +341,7 @@ class Trainer:
                 self.s.score_temperature,
                 self.objective.keeps_states,
             )
-        by_teacher = by_teacher.rows(indices, by_student.mask.shape[1])
+        by_teacher = by_teacher.select(indices, by_student.mask.shape[1])
         advantage = torch.tensor([row.advantage for row in some], device=self.ranks.device)
         return Batch(some, by_student, by_teacher, advantage, max_entropy, num_tokens)
 

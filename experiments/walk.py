@@ -69,7 +69,7 @@ class Listener(train.EGRSD):
             "A-hat": signals.advantage,
             "term": -signals.advantage * logp,
         }
-        for i, row in enumerate(batch.rows):
+        for i, row in enumerate(batch.examples):
             length = len(row.token_ids)
             self.heard.append((row, {name: x[i, :length].tolist() for name, x in columns.items()}))
         return super().token_metrics(t, batch)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rollout
 import teacher
-from family.contexts import CONTEXTS, Row
+from family.contexts import CONTEXTS, Example
 from support.data import Problem
 from support.sampling import progress
 
@@ -62,7 +62,7 @@ def decode(t, ids: list[int]) -> str:
     return t.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def ask_about(t, rows: list[Row]) -> None:
+def ask_about(t, rows: list[Example]) -> None:
     """The question of --teacher-context, about those rollouts for which the method has a use. None
     is asked whose quotations, encoded anew, have become too long for the model's window."""
     question, marks = t.objective.context.question, t.objective.method.marks
@@ -83,11 +83,11 @@ def ask_about(t, rows: list[Row]) -> None:
 
 def hinted(t, problem: Problem) -> list[int]:
     """The prompt of a teacher that is shown the answer."""
-    row = Row([], [], False, problem, [])
+    row = Example([], [], False, problem, [])
     return t.teacher_prompt(problem, CONTEXTS["answer"].text(row, [], [], problem))
 
 
-def solutions(t, problems: list[Problem], rollouts: list[Row]) -> list[Row]:
+def solutions(t, problems: list[Problem], rollouts: list[Example]) -> list[Example]:
     """One solution of each problem by the teacher: of the --teacher-rollouts a correct one, if
     there is one, and of these, for methods that say so, the one most like the first rollout of the
     problem; of equals the first."""
@@ -95,11 +95,13 @@ def solutions(t, problems: list[Problem], rollouts: list[Row]) -> list[Row]:
     firsts, prompts = [], []  # the first rollout of every problem, and its teacher's prompt
     for i, problem in enumerate(problems):
         peers = rollouts[i * group : (i + 1) * group]
-        firsts.append(peers[0] if peers else Row([], [], False, problem, t.student_prompt(problem)))
+        firsts.append(
+            peers[0] if peers else Example([], [], False, problem, t.student_prompt(problem))
+        )
         prompts.append(objective.prompt_of(t, firsts[i], peers, i))
 
-    def graded(i: int, completion: rollout.Completion) -> Row:
-        row = Row(**vars(completion), problem=problems[i], prompt=firsts[i].prompt)
+    def graded(i: int, completion: rollout.Completion) -> Example:
+        row = Example(**vars(completion), problem=problems[i], prompt=firsts[i].prompt)
         row.is_reference, row.teacher_prompt = True, prompts[i]
         row.text = decode(t, row.token_ids)
         return row.grade()
@@ -132,7 +134,7 @@ def solutions(t, problems: list[Problem], rollouts: list[Row]) -> list[Row]:
     return chosen
 
 
-def likeness(row: Row, top: Tensor) -> float:
+def likeness(row: Example, top: Tensor) -> float:
     """Share of a solution's tokens that are among `top` [T, k] at the same position: none is, behind
     the end of the rollout. 2605.09725."""
     hits = [token in some for token, some in zip(row.token_ids, top.tolist(), strict=False)]
@@ -140,7 +142,7 @@ def likeness(row: Row, top: Tensor) -> float:
 
 
 @torch.no_grad()
-def top_tokens(t, rows: list[Row]) -> list[Tensor]:
+def top_tokens(t, rows: list[Example]) -> list[Tensor]:
     """The student's TOP likeliest tokens at every position of these rollouts, [T, TOP] each."""
     head = teacher.output_head(t.model)
     size = max(1, teacher.CHUNK_LOGITS // head.linear.out_features)

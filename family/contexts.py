@@ -30,7 +30,7 @@ LABELS = ("setup", "calculation", "algebra", "case distinction", "idea", "conclu
 
 
 @dataclass
-class Row(Rollout):
+class Example(Rollout):
     """A completion of T tokens, and what the family's methods know of it."""
 
     is_reference: bool = False  # no rollout: the data's solution, or the teacher's
@@ -56,11 +56,11 @@ class Question:
     tokenizer) keeps the answer."""
 
     name: str  # of the answer, also in the progress line
-    text: Callable[[Row, object], str | None]
-    take: Callable[[Row, str, object], None]
+    text: Callable[[Example, object], str | None]
+    take: Callable[[Example, str, object], None]
 
 
-def verdict(row: Row) -> str:
+def verdict(row: Example) -> str:
     """What the verifier says of a failed rollout, without the gold answer."""
     if not row.finished:
         return "The attempt was cut off before its end."
@@ -77,7 +77,7 @@ def _said(answer: str) -> str:
     return "" if "<think>" in said else said
 
 
-def _ask_for_reflection(row: Row, tokenizer) -> str | None:
+def _ask_for_reflection(row: Example, tokenizer) -> str | None:
     return (
         None
         if row.correct
@@ -89,7 +89,7 @@ def _ask_for_reflection(row: Row, tokenizer) -> str | None:
     )
 
 
-def segments(row: Row, tokenizer) -> list[range]:
+def segments(row: Example, tokenizer) -> list[range]:
     """The lines and sentences of a rollout as ranges of its tokens: a sentence ends in . ! or ?
     before a space. One of less than LEAST_SEGMENT tokens goes with the next."""
     # a token's text is what it adds to the one before it: alone, some lose the space before them
@@ -113,7 +113,7 @@ def segments(row: Row, tokenizer) -> list[range]:
     return found
 
 
-def _ask_for_marks(row: Row, tokenizer) -> str:
+def _ask_for_marks(row: Example, tokenizer) -> str:
     shown = "\n".join(
         f"[{number}] "
         f"{tokenizer.decode(row.token_ids[part.start : part.stop], skip_special_tokens=True)}"
@@ -132,7 +132,7 @@ def _ask_for_marks(row: Row, tokenizer) -> str:
     )
 
 
-def _take_marks(row: Row, answer: str, tokenizer) -> None:
+def _take_marks(row: Example, answer: str, tokenizer) -> None:
     """Segments in the order named, without those that would make it more than MOST_MARKED of the
     tokens. An answer of another form, or with nothing to mark, leaves no label, and the teacher has
     no say."""
@@ -162,7 +162,7 @@ class Context:
     correct and of the failed other rollouts of its problem, and another problem; None if there is
     nothing."""
 
-    text: Callable[[Row, list[str], list[str], Problem], str | None]
+    text: Callable[[Example, list[str], list[str], Problem], str | None]
     needs: tuple[str, ...] = ()  # fields of the problems
     quoted: int = 0  # completions that the text, or what is asked for it, may quote
     compares: bool = False  # the text quotes other rollouts of the problem
@@ -171,7 +171,7 @@ class Context:
 
 
 def _peers(
-    row: Row | None, peers: list[str], failed: list[str], example: Problem | None
+    row: Example | None, peers: list[str], failed: list[str], example: Problem | None
 ) -> str | None:
     """
     >>> _peers(None, ["b"], ["c", "d"], None)
@@ -183,14 +183,14 @@ def _peers(
     return "\n\n".join(shown) if peers else None
 
 
-def _feedback(row: Row, peers: list[str], *_) -> str:
+def _feedback(row: Example, peers: list[str], *_) -> str:
     return (
         f"{(peers or [row.problem.solution])[0]}\n\nYour answer is "
         f"{'correct' if row.correct else 'incorrect'}."
     )
 
 
-def _reflection(row: Row, *_) -> str:
+def _reflection(row: Example, *_) -> str:
     if row.correct:
         return f"Correct attempt:\n{row.text}"
     return (

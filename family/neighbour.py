@@ -17,7 +17,7 @@ import rollout
 import teacher
 import train
 from family import asking
-from family.contexts import CONTEXTS, Row
+from family.contexts import CONTEXTS, Example
 from family.divergences import (
     dual_weight,
     finite,
@@ -128,7 +128,7 @@ class Neighbour:
         fits = partial(check_window, t.model, data, t.problems)
 
         def shown(p: Problem) -> list[list[int]]:
-            return self.teacher_prompts(t, [Row([], [], False, p, t.student_prompt(p))])
+            return self.teacher_prompts(t, [Example([], [], False, p, t.student_prompt(p))])
 
         fits(quoting, lambda p: [t.student_prompt(p), *shown(p)])
         for problem, name in ((problem, name) for problem in t.problems for name in self.needs):
@@ -140,7 +140,7 @@ class Neighbour:
         if self.s.teacher_context == "other" and len(t.problems) < 2:
             raise InputError(f"{data}: one problem, --teacher-context other needs two: add one")
         if question:
-            about = partial(Row, [], [], False, prompt=[])
+            about = partial(Example, [], [], False, prompt=[])
             fits(
                 quoting,
                 lambda p: [asking.encode(t, question.text(about(problem=p), t.tokenizer))],
@@ -156,13 +156,15 @@ class Neighbour:
 
     # ---- which rows, and what the teacher is shown
 
-    def rows(self, t: train.Trainer, problems: list[Problem]) -> tuple[list[Row], list[Row]]:
+    def examples(
+        self, t: train.Trainer, problems: list[Problem]
+    ) -> tuple[list[Example], list[Example]]:
         """Rollouts, about which is asked what the teacher's prompts need; and solutions to learn
         from: those of the data, or one of the teacher's for each problem."""
         self.figures, others = Counter(), []
         rollouts = t.make_rollouts(problems) if self.method.rollouts else []
         self.rollouts = [
-            Row(**vars(row), marked=torch.zeros(len(row.token_ids), dtype=torch.bool))
+            Example(**vars(row), marked=torch.zeros(len(row.token_ids), dtype=torch.bool))
             for row in rollouts
         ]
         if self.context.question and self.rollouts:
@@ -174,13 +176,13 @@ class Neighbour:
         (self.num_reference,) = t.ranks.sum([sum(len(row.token_ids) for row in others)])
         return self.rollouts, others
 
-    def reference(self, t: train.Trainer, problem: Problem) -> Row:
+    def reference(self, t: train.Trainer, problem: Problem) -> Example:
         """The reference solution and a stop token as a completion; not finished if it is cut at
         --max-new-tokens."""
         eos, cap = t.tokenizer.eos_token_id, self.s.max_new_tokens
         stop = rollout.stop_ids(t.model, t.tokenizer)[0] if eos is None else eos
         ids = t.tokenizer.encode(problem.solution, add_special_tokens=False) + [stop]
-        return Row(
+        return Example(
             ids[:cap],
             [0.0] * len(ids[:cap]),
             len(ids) <= cap,
@@ -196,7 +198,7 @@ class Neighbour:
         """What --teacher-context says. A row whose teacher has nothing to be shown gets the
         student's prompt."""
         n = self.s.rollouts_per_prompt
-        rows = [row if isinstance(row, Row) else Row(**vars(row)) for row in rows]
+        rows = [row if isinstance(row, Example) else Example(**vars(row)) for row in rows]
         for i, row in enumerate(rows):
             learns = self.method.teacher and not row.is_reference
             is_taught = self.source == "teacher" or learns
@@ -207,7 +209,9 @@ class Neighbour:
             row.has_context = is_taught and (has_text or self.context.is_bare)
         return [row.teacher_prompt for row in rows]
 
-    def prompt_of(self, t: train.Trainer, row: Row, group: list[Row], number: int) -> list[int]:
+    def prompt_of(
+        self, t: train.Trainer, row: Example, group: list[Example], number: int
+    ) -> list[int]:
         """The teacher's prompt for a rollout of a problem, of whose rollouts `group` has all;
         `number` counts this rank's. The student's prompt, if there is nothing to show."""
         s = self.s
@@ -230,7 +234,7 @@ class Neighbour:
         own = self.tensors["teacher"]
         return replaced(t.model, own) if own else lora.disabled(t.model)
 
-    def read_as_teacher(self, t: train.Trainer, rows: list[Row]) -> teacher.Reading:
+    def read_as_teacher(self, t: train.Trainer, rows: list[Example]) -> teacher.Reading:
         """log p_T and H, with a mask that leaves out rows whose teacher has nothing to be shown.
         Also finds what else a method needs before the first backward."""
         if not self.method.teacher:
@@ -257,7 +261,9 @@ class Neighbour:
         return reading
 
     @torch.no_grad()
-    def compare_views(self, t: train.Trainer, rows: list[Row], reading: teacher.Reading) -> None:
+    def compare_views(
+        self, t: train.Trainer, rows: list[Example], reading: teacher.Reading
+    ) -> None:
         """The teacher reads again without a text: KL(p_T || that), its mean and deviation over all
         tokens so far of rollouts whose teacher had something to be shown."""
         with self.as_teacher(t):
@@ -277,7 +283,7 @@ class Neighbour:
         self.numbers["view_sums"] = [a + b for a, b in zip(before, new, strict=True)]
         self.note("view_kl", counted)
 
-    def read_ahead(self, t: train.Trainer, rows: list[Row], reading: teacher.Reading) -> None:
+    def read_ahead(self, t: train.Trainer, rows: list[Example], reading: teacher.Reading) -> None:
         """The student reads, for PBSD's margins (of every problem's two solutions, the rollout and
         the teacher's), or for which tokens a method keeps."""
         student = t.read([row.prompt for row in rows], rows)
@@ -331,7 +337,7 @@ class Neighbour:
 
     def batch(self, t: train.Trainer, micro: train.Batch) -> Batch:
         """What the methods read."""
-        s, rows, device = self.s, micro.rows, t.ranks.device
+        s, rows, device = self.s, micro.examples, t.ranks.device
         own = partial(self.divergence, t, micro)
         return Batch(
             logp=micro.by_student.logp,
@@ -370,7 +376,7 @@ class Neighbour:
                 head, student.hidden, hidden, student.mask, f, self.s.score_temperature
             )
 
-    def views(self, rows: list[Row]) -> Tensor:
+    def views(self, rows: list[Example]) -> Tensor:
         """Batch.views."""
         count, total, squares = self.numbers["view_sums"]
         mean = total / max(1, count)
@@ -383,7 +389,7 @@ class Neighbour:
         if self.s.gate == "position":
             return position_weight(micro.by_student.mask)
         if self.s.gate == "two-view":
-            gate = two_view_gate(self.views(micro.rows))
+            gate = two_view_gate(self.views(micro.examples))
         else:
             gate = self.divergence(t, micro, micro.by_teacher.hidden, dual_weight).detach()
         return torch.where(micro.by_teacher.mask, gate, 1.0)
@@ -396,7 +402,7 @@ class Neighbour:
         metrics = self.core.token_metrics(t, self.seen(micro))
         metrics = {name: value for name, value in metrics.items() if name not in unused}
         metrics |= {"gate": self.gate} if self.gate is not None else {}
-        flags = [[not row.is_reference] for row in micro.rows]
+        flags = [[not row.is_reference] for row in micro.examples]
         is_rollout = torch.tensor(flags, device=t.ranks.device)
         return {name: value * is_rollout for name, value in metrics.items()}
 

@@ -259,7 +259,7 @@ class StepLog:
         for name, value in values.items():
             self.token_sums[name] += (value * batch.by_student.mask).sum().double().item()
         shown = {"logp": batch.by_student.logp.detach()} | values
-        self.read |= {id(row): (batch, shown, i) for i, row in enumerate(batch.rows)}
+        self.read |= {id(row): (batch, shown, i) for i, row in enumerate(batch.examples)}
 
     def by_token(self, step: int, row: Rollout) -> dict:
         """Text and values of a rollout's tokens, in the steps that a report may show."""

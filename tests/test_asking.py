@@ -23,7 +23,7 @@ import train
 from experiments import gradients
 from family import METHODS, asking, contexts, methods, neighbour
 from family import __main__ as lab
-from family.contexts import CONTEXTS, LABELS, Row
+from family.contexts import CONTEXTS, LABELS, Example
 from support.data import InputError, Problem, load_problems
 from support.sampling import Rollout
 
@@ -33,7 +33,7 @@ PROBLEMS = [Problem(f"P{line}", f"S{line}", "7", line, f"in words {line}") for l
 def shown(context, texts, correct, i, step=0, **changes):
     """What the teacher of rollout i is shown, as Neighbour.teacher_prompts makes it."""
     rows = [
-        Row([2], [0.0], True, PROBLEMS[1], [3], text, "8", ok, **changes)
+        Example([2], [0.0], True, PROBLEMS[1], [3], text, "8", ok, **changes)
         for text, ok in zip(texts, correct, strict=True)
     ]
     t = SimpleNamespace(
@@ -122,7 +122,9 @@ def tokenizer():
 
 
 def row_of(tokenizer, text, correct=True, **changes):
-    return Row(tokenizer.encode(text), [], True, PROBLEMS[0], [3], text, "8", correct, **changes)
+    return Example(
+        tokenizer.encode(text), [], True, PROBLEMS[0], [3], text, "8", correct, **changes
+    )
 
 
 def test_segments_are_lines_and_sentences(tokenizer):
@@ -147,7 +149,7 @@ def test_sentences_end_where_a_tokenizer_hides_spaces():
     hiding = SimpleNamespace(
         decode=lambda ids, **_: " ".join(words[i] for i in ids).replace(" .", ".")
     )
-    parts = contexts.segments(Row(list(words), [], True, PROBLEMS[0], []), hiding)
+    parts = contexts.segments(Example(list(words), [], True, PROBLEMS[0], []), hiding)
     assert [(part.start, part.stop) for part in parts] == [(0, 5), (5, 11), (11, 15)]
 
 
@@ -220,7 +222,9 @@ def test_likeness_is_a_share_of_the_solution():
         ([9, 9, 9, 5, 5], 0.0),
         ([2, 9, 9, 1], 1 / 4),
     ):
-        assert asking.likeness(Row(ids, [], True, PROBLEMS[0], []), top) == pytest.approx(expected)
+        assert asking.likeness(Example(ids, [], True, PROBLEMS[0], []), top) == pytest.approx(
+            expected
+        )
 
 
 @pytest.mark.parametrize(
@@ -276,7 +280,7 @@ def test_top_tokens_are_those_of_whole_logits(tiny_toy, tmp_path):
     for parameter in t.parameters:
         torch.nn.init.normal_(parameter, std=0.1)
     ids = [[5, 6, 7], [8, 9]]
-    rows = [Row(some, [], True, PROBLEMS[0], [3, 4, i]) for i, some in enumerate(ids)]
+    rows = [Example(some, [], True, PROBLEMS[0], [3, 4, i]) for i, some in enumerate(ids)]
     t.model.eval()
     for row, top in zip(rows, asking.top_tokens(t, rows), strict=True):
         logits = t.model(torch.tensor([row.prompt + row.token_ids])).logits[0, 2:-1]
@@ -603,7 +607,7 @@ def test_what_the_teacher_is_asked_must_fit_the_window(tiny_toy, tmp_path, name,
 def test_the_window_must_hold_three_quotations_beside_the_marks(tiny_toy, tmp_path, monkeypatch):
     """The segments, which are quoted, may have three times the tokens of the rollout."""
     t = trainer(tiny_toy, tmp_path, "trace", **{"max-new-tokens": 20})
-    rows = [Row([], [], False, problem, []) for problem in t.problems]
+    rows = [Example([], [], False, problem, []) for problem in t.problems]
     questions = [contexts.MARKS.text(row, t.tokenizer) for row in rows]
     longest = max(len(asking.encode(t, question)) for question in questions)
     monkeypatch.setattr(rollout, "window", lambda model: longest + 4 * 20)
@@ -618,7 +622,7 @@ def test_texts_have_no_special_tokens_and_seeds_of_their_own(tiny_toy, tmp_path,
     t = trainer(tiny_toy, tmp_path, "resd")
     ids = [*t.tokenizer.encode("no carry"), t.tokenizer.eos_token_id]
     monkeypatch.setattr(asking, "ask", lambda t, prompts, what: [rollout.Completion(ids, [], True)])
-    row = Row([1], [], True, t.problems[0], [], "", "8")
+    row = Example([1], [], True, t.problems[0], [], "", "8")
     asking.ask_about(t, [row])
     assert row.asked["reflection"] == "no carry"
 
@@ -635,8 +639,8 @@ def test_what_does_not_fit_is_not_asked(tiny_toy, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(asking, "encode", lambda t, text: [0] * (39 + len(text.split("x"))))
     rows = [
-        Row([1], [], True, PROBLEMS[0], [], "", "8"),
-        Row([1], [], True, PROBLEMS[0], [], "x" * 9, "8"),
+        Example([1], [], True, PROBLEMS[0], [], "", "8"),
+        Example([1], [], True, PROBLEMS[0], [], "x" * 9, "8"),
     ]
     asked = []
     monkeypatch.setattr(

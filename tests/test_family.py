@@ -1273,7 +1273,7 @@ def test_other_gates_are_one_without_context_and_keep_eps(tiny_toy, tmp_path, mo
     assert calls and all(call[:2] == (0.7, 0) for call in calls)
     without = 0
     for batch, gate in zip(batches, gates, strict=True):
-        for i, row in enumerate(batch.rows):
+        for i, row in enumerate(batch.examples):
             own = gate[i, : len(row.token_ids)]
             without += not row.has_context
             assert (own == 1).all() != row.has_context
@@ -1290,7 +1290,7 @@ def test_metrics_do_not_count_rows_that_are_no_rollouts(tiny_toy, tmp_path):
 
     def noted(t, batch):
         found = metrics(t, batch)
-        for i, row in enumerate(batch.rows):
+        for i, row in enumerate(batch.examples):
             sums.append((found["entropy"] * batch.by_student.mask)[i].sum().item())
             tokens.append(0 if row.is_reference else len(row.token_ids))
             assert not row.is_reference or sums[-1] == 0

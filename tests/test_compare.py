@@ -295,12 +295,12 @@ def test_a_run_is_made_once_and_says_how(tiny_toy, tmp_path, monkeypatch):
 
 
 def test_a_recorded_comparison_is_that_of_the_documentation():
-    """The tables of docs/evidence.md are those that the recorded results give."""
+    """The tables of results/*.md are those that the recorded results give."""
     path = ROOT / "results" / "compare.json"
     if not path.exists():
         pytest.skip("no recorded comparison")
     recorded = json.loads(path.read_text())
-    documentation = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    documentation = (path.parent / "compare.md").read_text(encoding="utf-8")
     for line in [
         *compare.table(recorded["rows"]).splitlines(),
         *compare.questions_table(recorded["questions"]).splitlines(),
@@ -310,6 +310,7 @@ def test_a_recorded_comparison_is_that_of_the_documentation():
         time: json.loads((path.parent / f"gradients_{time}.json").read_text())
         for time in plot.TIMES
     }
+    documentation = (path.parent / "gradients.md").read_text(encoding="utf-8")
     # whose intervals are others
     for line in plot.foretold(recorded, gradients, resamples=2)[1].splitlines():
         cells = [re.escape(cell.split("[")[0]) for cell in line.split(" | ")]
@@ -326,7 +327,7 @@ def test_the_recorded_rows_that_need_more_are_those_of_the_documentation():
         for name in ("compare", "gradients")
     )
     trained = json.loads((ROOT / "results" / "compare.json").read_text())["rows"] | rows
-    documentation = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    documentation = (ROOT / "results" / "compare_asked.md").read_text(encoding="utf-8")
     for line in compare.table(rows).splitlines():
         assert line in documentation
     for name, row in gradients.items():

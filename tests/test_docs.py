@@ -14,6 +14,7 @@ from family import __main__ as lab
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECORDS = sorted((ROOT / "results").glob("*.md"))
 TORCHRUN = {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 OF_A_RUN = {
     "config.json",
@@ -50,7 +51,7 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + RECORDS, ids=lambda page: page.name)
 def test_links(page):
     text = text_of(page)
     links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)
@@ -84,7 +85,7 @@ def test_links_of_equations_point_at_the_lines_that_carry_their_numbers():
         assert code.strip() and equation in comment, f"{file}#L{number} is no line of {equation}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + RECORDS, ids=lambda page: page.name)
 def test_files(page):
     for name in set(
         re.findall(r"`([\w./-]+\.(?:py|md|json|jsonl|png|html|toml|txt))`", text_of(page))

@@ -266,13 +266,13 @@ REFUSED = {  # model_type: (what people call it, settings, a part of the error, 
         "MiniMax-M1",
         EXPERTS,
         "uses cache of its own",
-        "takes no cache but a class of its own",
+        "takes only a cache class of its own",
     ),
     "mamba": (
         "Mamba",
         dict(state_size=8),
         "",
-        "names its cache otherwise, and has no keys and values at all",
+        "has no keys and values",
     ),
     "mamba2": (
         "Mamba-2, Codestral Mamba",
@@ -284,26 +284,26 @@ REFUSED = {  # model_type: (what people call it, settings, a part of the error, 
         "RecurrentGemma",
         dict(num_hidden_layers=3, attention_window_size=8, lru_width=32),
         "",
-        "keeps its state in the model instead of a cache",
+        "keeps its state in the model",
     ),
     "rwkv": ("RWKV-4", dict(attention_hidden_size=32), "", "names its cache otherwise"),
     "llama4_text": (
         "Llama 4",
         EXPERTS | dict(intermediate_size_mlp=48, attention_chunk_size=8),
         "chunked_attention",
-        "chunked attention, which `decode` does not mask",
+        "chunked attention",
     ),
     "gpt_neo": (
         "GPT-Neo",
         dict(attention_types=[[["global", "local"], 1]], num_layers=2, num_heads=4, window_size=8),
         "local",
-        "local attention under a name of its own",
+        "local attention under another name",
     ),
     "bloom": (
         "BLOOM",
         dict(n_layer=2, n_head=4),
         "",
-        "makes positions (ALiBi) of the mask, which must have two axes",
+        "makes positions (ALiBi) of the mask",
     ),
     "modernbert-decoder": (
         "Ettin decoders",
@@ -315,7 +315,7 @@ REFUSED = {  # model_type: (what people call it, settings, a part of the error, 
             local_attention=8,
         ),
         "not those of its head",
-        "has a layer between the last hidden states and the head",
+        "a layer before the head",
     ),
     "blenderbot": (
         "Blenderbot",
@@ -335,15 +335,12 @@ REFUSED = {  # model_type: (what people call it, settings, a part of the error, 
         "DeepSeek-V3.2",
         EXPERTS | LATENT | dict(index_n_heads=2, index_head_dim=8, index_topk=4),
         "indexed_attention",
-        "sparse attention with an index of its own in the cache",
+        "sparse attention",
     ),
 }
-EXPERTS_IN_PEFT = "PEFT 0.21.2 takes the MLPs in our files for experts: merge instead"
-OUT_PROJ_IN_PEFT = "PEFT 0.21.2 refuses adapters of `out_proj`, which `all-linear` makes"
-CLAMPED = (
-    "log-probs with a cache are 0.01 to 0.2 nats from those without, in transformers' own steps, "
-    "too"
-)
+EXPERTS_IN_PEFT = "merge for PEFT"
+OUT_PROJ_IN_PEFT = "PEFT refuses adapters of `out_proj`"
+CLAMPED = "the cache changes log-probs by 0.01 to 0.2 nats"
 REMARKS = dict.fromkeys(
     [
         "qwen3_next",
@@ -357,13 +354,12 @@ REMARKS = dict.fromkeys(
     EXPERTS_IN_PEFT,
 ) | {
     "falcon_h1": OUT_PROJ_IN_PEFT,
-    "qwen3_5_text": "a checkpoint with images loads without them, and is exported without",
-    "gemma3_text": "`gemma3`, with images, loads whole; they are neither trained nor shown",
-    "gemma4_text": "`gemma4`, with images and sound, likewise",
+    "qwen3_5_text": "loaded and exported without images",
+    "gemma3_text": "`gemma3` loads with its image part, unused",
+    "gemma4_text": "`gemma4` likewise",
     "nemotron_h": f"{CLAMPED}; {OUT_PROJ_IN_PEFT}",
     "zamba2": CLAMPED,
-    "gpt2": "Conv1D layers; dropout stays off, as in all models",
-    "hyperclovax": "multiplies by the `logits_scaling` that Granite divides by",
+    "gpt2": "Conv1D layers",
 }
 TOLERANCE = {"nemotron_h": 0.03, "zamba2": 0.03}  # nats
 QUICK = ["qwen3_5_text", "falcon_h1", "lfm3", "gemma2", "granite", "gpt2", "phi3", "gpt_oss"]
@@ -442,7 +438,7 @@ def check(kind, folder):
     completions = [c.token_ids for c in draw(model)]
     with torch.no_grad():
         base = read(model, completions)
-    default = adapter_column(make(kind, settings))
+    default = adapter_note(make(kind, settings))
     lora.add_lora(model, 4, 8, lora.ALL_LINEAR)
     for layer in model.modules():
         if isinstance(layer, lora.LoRALinear):
@@ -494,10 +490,18 @@ def check(kind, folder):
                 EXPERTS_IN_PEFT in REMARKS.get(kind, "")
             )
 
+    notes = "; ".join(filter(None, [*notes_on_reading(model), default, REMARKS.get(kind, "")]))
+    return f"| `{kind}` | {name} ({notes}) |" if notes else f"| `{kind}` | {name} |"
+
+
+def notes_on_reading(model):
     head = teacher.output_head(model)
-    reading = "capped" if head.cap else "scaled" if head.scale != 1 else "plain"
-    sampling = "keys, values" + (", states" if rollout.has_states(model) else "")
-    return f"| `{kind}` | {name} | {sampling} | {reading} | {default} | {REMARKS.get(kind, '')} |"
+    if rollout.has_states(model):
+        yield "states"
+    if head.cap:
+        yield "capped logits"
+    elif head.scale != 1:
+        yield "scaled logits"
 
 
 def optional(package):
@@ -507,16 +511,21 @@ def optional(package):
         return None
 
 
-def adapter_column(model):
+def adapter_note(model):
+    """What the default adapter covers; empty: all linear layers."""
     try:
         line = add_adapter(model, 4, 8)
     except InputError as error:
         names = re.search("leave out all of the .*: say --lora-targets (.*), or", str(error))[1]
-        return f"stops: `--lora-targets {names}`"
+        return f"`--lora-targets {names}`"
     rest, experts, _ = line.split(")", 1)[1].partition("; routers and experts")
     if all(map(ATTENTION.search, lora.linear_layers(model))) and experts:
-        return "attention; the MLPs are experts"
-    return (rest.replace("; left out: ", "all but ") or "all") + ("; no experts" if experts else "")
+        return "attention only"
+    left_out = rest.removeprefix("; left out: ").split(", ") if rest else []
+    notes = [f"all but {len(left_out)}"] if left_out else []
+    if experts:
+        notes.append("no experts")
+    return ", ".join(notes)
 
 
 def refuse(kind):
@@ -552,32 +561,30 @@ def document():
 HEADER = """\
 # Models that work
 
-For each model type a tiny random model was built with transformers {version} and tested: greedy sampling equals a loop
-without a cache, drawn log-probs equal those read, values and gradients of reading equal those of the whole logits, the
-adapter off is the base model, a trained adapter goes through files, PEFT 0.21.2 and merging unchanged. No real
-checkpoint of any of them has been trained here. One needs a chat template, too. The table is made by
-`python -m tests.test_models > docs/models.md`; `pytest -m slow` tests every row, and the usual tests some of them.
+Of each type a tiny random model was built with transformers {version} and tested: sampling with a cache, log-probs,
+gradients, and an adapter that goes through files, PEFT 0.21.2 and merging. **No real checkpoint was trained here.** A
+model also needs a chat template. Other models may work: every model is tried when it is loaded, and refused if it
+cannot be sampled or read rightly.
 
-Every model is tried out on a few tokens when it is loaded, by `check_model` of [rollout.py](../rollout.py) and
-`check_head` of [teacher.py](../teacher.py). It is refused in one line if a cache changes the distribution of the next
-token, or if its logits are not those of its head. So the table is what is known; others may work.
+Without a note: a cache of keys and values, plain logits, a default adapter on all linear layers but the head.
 
-*Sampling*: what a slot of the cache holds. Keys and values take memory for each token, states of linear attention and
-convolution do not. *Reading*: whether logits are scaled or capped after the head, which belongs to the distribution.
-*The default adapter covers*: linear layers. The head, routers, experts and Mamba's `dt_proj` always stay frozen, and
-`--lora-targets all-linear` covers all others. A run whose adapter would leave out all of the attention, or all of the
-MLPs that are no experts, stops, and says what to write instead: that stands in the column.
+- *states*: the cache also holds states. These layers are slow without kernels (flash-linear-attention, causal-conv1d,
+  mamba-ssm), which never ran here.
+- *all but N*: the default adapter leaves out N kinds of linear layers; `adapter` in `config.json` names them.
+  *Attention only*, *no experts*: experts are never adapted.
+- `--lora-targets`: needed; the default adapter would miss all attention or all ordinary MLPs, and the run stops.
+- *merge for PEFT*: PEFT takes the MLPs in our adapter for experts. Use the merged model.
 
-Linear attention and state-space layers run transformers' own torch code, which is slow, unless packages with kernels
-are installed (flash-linear-attention, causal-conv1d, mamba-ssm); no such kernel has run here.
+Made by `python -m tests.test_models > docs/models.md`; `pytest -m slow` tests all rows.
+See [lora.py](../lora.py).
 
-| type in config.json | known as | sampling | reading | the default adapter covers | remarks |
-|---|---|---|---|---|---|
+| type in config.json | known as (notes) |
+|---|---|
 """
 
 BETWEEN = """\
 
-Refused, and why (transformers leaves no way without a copy of the model's code, or nobody has needed it yet):
+Refused, and why:
 
 | type | known as | why |
 |---|---|---|

@@ -1,9 +1,10 @@
-"""report.html: what came of a run, or of several, on one page that needs nothing from elsewhere.
+"""report.html: the results of one run, or of several, on one page.
 
-Made of config.json, metrics.jsonl, evaluation.json and those rows of samples.jsonl that have
-`by_token`, as far as they are there: whenever a run ends or stops, and by `python -m
-experiments.report`, which also makes a page of the completions of experiments.diagnostics. Every
-text is escaped, so that no problem or completion can end the page, or run in it.
+The page needs no other file. It is made from config.json, metrics.jsonl, evaluation.json and the
+records of samples.jsonl that have `by_token`. A run writes it whenever it ends or stops, and
+`python -m experiments.report` writes it again. That command also makes a page of the completions
+of experiments.diagnostics. All texts are escaped, so no problem and no completion can break the
+page or run code in it.
 """
 
 import html
@@ -11,8 +12,6 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 
@@ -20,14 +19,13 @@ import torch
 
 import egrsd
 from support import checkpoint
-from support.errors import DAMAGED, InputError, reason
+from support.errors import InputError, reason
 from support.settings import METHODS
 
 COLUMNS = ("entropy", "lookahead", "gate", "delta", "advantage", "kind")  # of tokens.jsonl
 COLOURS = {"entropy": "teacher entropy", "gate": "gate", "advantage": "token advantage"}
-MOST_TOKENS, MOST_POINTS = 300, 400  # shown of a completion, drawn of a curve
-BY_TOKEN = '"by_token": {'  # marks the rows of samples.jsonl that have values by token
-CURVES = {  # of metrics.jsonl, and what it is
+MOST_TOKENS = 300  # shown of a completion
+CURVES = {  # names in metrics.jsonl, with a unit or a meaning
     "reward": "",
     "accuracy": "share",
     "length": "tokens",
@@ -37,7 +35,7 @@ CURVES = {  # of metrics.jsonl, and what it is
     "loss": "",
     "grad_norm": "",
 }
-FIGURES = {
+FIGURES = {  # names in evaluation.json, with the head and the format of their column
     "accuracy": ("accuracy", ".3f"),
     "length": ("mean length", ".1f"),
     "truncated": ("truncated", ".3f"),
@@ -45,167 +43,154 @@ FIGURES = {
     "no_answer": ("no answer", ".3f"),
 }
 
-# Control characters but tab and line feed, invisible ones, those that turn the direction of text,
-# halves of characters
+# Control characters except tab and line feed, invisible characters, characters that turn the
+# direction of text, and halves of surrogate pairs.
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
-TEMPLATE = Path(__file__).with_suffix(".html")  # with {{name}} where `document` puts something in
+TEMPLATE = Path(__file__).with_suffix(".html")  # `document` fills in its {{name}}s
+
+
+# ---- parts of a page
 
 
 def visible(text: str) -> str:
-    """Characters that would garble the page, or break it, become their code, such as [U+202E]."""
+    """The text, with a code such as [U+202E] for each character that would garble the page."""
     return HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
-def escaped(text) -> str:
-    return html.escape(visible(str(text)))
+def escaped(value) -> str:
+    """The value as text for HTML."""
+    return html.escape(visible(str(value)))
 
 
-def is_number(x) -> bool:
-    return isinstance(x, (int, float)) and math.isfinite(x)
+def document(title, body, completions):
+    """The whole page. `completions`: tokens and values of its articles, in their order."""
+    parts = {"title": escaped(title), "body": body, "data": script_data(completions)}
+    template = TEMPLATE.read_text(encoding="utf-8")
+    # One pass over the template only, so {{name}} in a completion stays as it is.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
-def document(title: str, body: str, rows: list[dict], wide: bool = False) -> str:
-    """The page; rows: tokens and values of the articles in it."""
-    data = json.dumps(
-        [
-            {"tokens": [*map(visible, row["tokens"])]}
-            | {
-                name: [x if is_number(x) else None for x in row[name]]
-                for name in (*COLUMNS, "magnitude", "logp")
-                if name in row
-            }
-            for row in rows
-        ],
-        separators=(",", ":"),
-    )
-    # inside a script element only "</" and "<!--" could end the data
-    data = data.replace("<", "\\u003c")
-    parts = {"title": escaped(title), "wide": ' class="wide"' * wide, "body": body, "data": data}
-    # In one pass over the template, so that braces in a completion are not taken for a name.
-    return re.sub(
-        r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8")
-    )
+def script_data(completions):
+    """JSON for the script of the page; null for infinity and nan, which JSON does not have."""
+    data = []
+    for completion in completions:
+        shown = {"tokens": [visible(token) for token in completion["tokens"]]}
+        for name in (*COLUMNS, "magnitude", "logp"):
+            if name in completion:
+                shown[name] = [x if math.isfinite(x) else None for x in completion[name]]
+        data.append(shown)
+    return json.dumps(data).replace("<", "\\u003c")  # "</" or "<!--" would end the script
 
 
-def navigation(rows: list[dict], colour: str = "entropy") -> str:
-    """The choice of colours, of those that any row has values for."""
-    there = [name for name in COLOURS if any(name in row for row in rows)]
-    radios = "".join(
-        f'<label><input type="radio" name="colour" value="{name}"{" checked" * (name == colour)}> '
-        f"{COLOURS[name]}</label>"
-        for name in there
-    )
-    return (
-        f"""<nav>{radios}<br><span class="faint" id="legend"></span>
+def navigation(completions, colour="entropy"):
+    """The choice between the colours that some completion has values for."""
+    radios = ""
+    for name, words in COLOURS.items():
+        if any(name in completion for completion in completions):
+            checked = " checked" if name == colour else ""
+            radios += (
+                f'<label><input type="radio" name="colour" value="{name}"{checked}> {words}</label>'
+            )
+    if not radios:
+        return ""
+    return f"""<nav>{radios}<br><span class="faint" id="legend"></span>
 <br><span class="faint"><span class="key">lock</span> the teacher is sure, <span class="key pivot">pivot</span> unsure
 now, but sure soon, <span class="key fork">fork</span> unsure for longer</span></nav>"""
-        if there
-        else ""
-    )
 
 
-def signals(values: dict, A: float, s: dict, max_entropy: float | None = None) -> egrsd.Signals:
-    """What follows from the values of a completion's tokens and the settings of the run: [1, T]
-    each. `lookahead` and `kind` look as far as the gate does, and without a window SOON tokens."""
-    logp = torch.tensor([values["logp"]])
-    # of a teacher with nothing to be shown there is neither
-    delta, H = (
-        torch.tensor([values.get(name, [0.0] * logp.numel())]) for name in ("delta", "entropy")
-    )
-    weights = {name: s[name] for name in ("gamma", "window", "eps", "floor")}
-    everywhere = torch.ones_like(logp, dtype=torch.bool)
-    soon = s["window"] or egrsd.SOON
-    return egrsd.token_signals(
-        torch.tensor([A]),
-        logp + delta,
-        logp,
-        H,
-        everywhere,
-        max_entropy=max_entropy,
-        soon=soon,
-        **weights,
-    )
-
-
-def article(i: int, row: dict, more: str = "") -> str:
-    """One completion, its line breaks made visible."""
-    shown = [escaped(token).replace("\n", "\u21b5\n") for token in row["tokens"]]
-    names = [egrsd.KINDS[kind] for kind in row["kind"]] if "kind" in row else [""] * len(shown)
-    tokens = "".join(
-        f'<span class="t {kind}" data-i="{i}" data-t="{t}" tabindex="0">{text}</span>'
-        for t, (text, kind) in enumerate(zip(shown, names, strict=True))
-    )
-    verdict, count = "correct" if row["correct"] else "wrong", row.get("count", len(shown))
-    return f"""<article><h2>{escaped(row["problem"])}</h2>
-<div class="faint">{verdict}, gold answer {escaped(row["answer"])}, reward {row["reward"]:.3f}, A = {row["A"]:+.3f},
-{count} tokens{f", the first {len(shown)} shown" * (count > len(shown))}</div><div class="completion">{tokens}</div>
+def article(i, completion, more=""):
+    """Completion i of the page. Its line breaks are made visible; `more` is HTML for its end."""
+    spans = ""
+    for t, token in enumerate(completion["tokens"]):
+        kind = egrsd.KINDS[completion["kind"][t]] if "kind" in completion else ""
+        text = escaped(token).replace("\n", "\u21b5\n")
+        spans += f'<span class="t {kind}" data-i="{i}" data-t="{t}" tabindex="0">{text}</span>'
+    verdict = "correct" if completion["correct"] else "wrong"
+    shown = len(completion["tokens"])
+    count = completion.get("count", shown)
+    rest = f", the first {shown} shown" if count > shown else ""
+    return f"""<article><h2>{escaped(completion["problem"])}</h2>
+<div class="faint">{verdict}, gold answer {escaped(completion["answer"])}, reward {completion["reward"]:.3f},
+A = {completion["A"]:+.3f}, {count} tokens{rest}</div><div class="completion">{spans}</div>
 {more}</article>
 """
 
 
-def table(rows: list[list], kind: str = "") -> str:
-    """The first row is the head."""
-    lines = "".join(
-        "<tr>" + "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in row) + "</tr>\n"
-        for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
-    )
-    return f'<div class="table" tabindex="0"><table class="{kind}">{lines}</table></div>\n'
+def html_table(lines):
+    """A table of these cells, line by line; the first line is the head."""
+    text = ""
+    tag = "th"
+    for line in lines:
+        cells = "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in line)
+        text += f"<tr>{cells}</tr>\n"
+        tag = "td"
+    return f'<div class="table" tabindex="0"><table>{text}</table></div>\n'
+
+
+# ---- the files of a run
 
 
 class Run:
-    """What the files of a run directory say; of samples.jsonl the steps whose rows have values by
-    token."""
+    """The files of a run's directory, except samples.jsonl, which can be large."""
 
     def __init__(self, directory: Path):
-        self.name, self.samples = str(directory), directory / "samples.jsonl"
-        self.config = parsed((directory / "config.json").read_text(), directory / "config.json")
-        self.settings = self.config["settings"]
-        self.metrics = list(read_log(directory / "metrics.jsonl"))
-        self.steps = sorted({row["step"] for row in read_log(self.samples, BY_TOKEN)})
+        config = directory / "config.json"
         results = directory / "evaluation.json"
+        self.directory = directory
+        self.config = parsed(config.read_text(), config)
+        self.settings = self.config["settings"]
+        self.metrics = read_log(directory / "metrics.jsonl")
         self.results = parsed(results.read_text(), results) if results.exists() else {}
 
 
 def parsed(text: str, place: str | Path):
-    """InputError with the place if it is no JSON."""
+    """The value of a JSON text; InputError with its place if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{place}: no valid JSON ({reason(error)}): correct it, or remove it"
-        ) from None
+        raise InputError(f"{place}: no valid JSON ({error}): correct it, or remove it") from None
 
 
-def read_log(path: Path, mark: str = "") -> Iterator[dict]:
-    """The lines with `mark`; what follows the last line feed is still being written, or was cut
-    off."""
-    with path.open() if path.exists() else nullcontext(()) as lines:
-        for number, line in enumerate(lines, 1):
-            if mark in line and line.endswith("\n"):
-                yield parsed(line, f"{path}: line {number}")
+def read_log(path: Path) -> list[dict]:
+    """The records of a JSONL file; none if there is no file. Text after the last line feed is left
+    out: the run may still be writing it."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [parsed(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
+
+
+def signals(values: dict, A: float, s: dict, max_entropy: float | None = None) -> egrsd.Signals:
+    """The signals [1, T] of a completion, from the stored values of its tokens and from the
+    settings of the run. `least_entropy` and `kind` look as far ahead as the gate, or SOON tokens if
+    the gate has no window."""
+    logp = torch.tensor([values["logp"]])
+    return egrsd.token_signals(
+        torch.tensor([A]),
+        logp + torch.tensor(values.get("delta", 0.0)),
+        logp,
+        torch.tensor([values["entropy"]]),
+        torch.ones_like(logp, dtype=torch.bool),
+        gamma=s["gamma"],
+        window=s["window"],
+        eps=s["eps"],
+        floor=s["floor"],
+        max_entropy=max_entropy,
+        soon=s["window"] or egrsd.SOON,
+    )
+
+
+# ---- the page of runs
 
 
 def write(directories: list[Path], out: Path) -> None:
-    """The page of a run, or of several over each other. InputError if one of them cannot be
-    read."""
-    runs = []
-    for directory in directories:
-        try:
-            runs.append(Run(directory))
-            page = report(runs)
-        except (OSError, *DAMAGED) as error:
-            raise InputError(
-                f"{directory}: no report can be made of this run ({reason(error)}): name the "
-                "directory of a run, and correct the file that is damaged"
-            ) from None
-    checkpoint.write_text(out, page)
+    """Write the page of a run, or of several runs over each other."""
+    checkpoint.write_text(out, report([Run(directory) for directory in directories]))
 
 
 def attempt(directory: Path) -> None:
-    """report.html of a run that did a step. If it cannot be made, that is a warning, but none
-    beside an error."""
+    """Write report.html of a run that did a step. If this fails, print a warning; if the run itself
+    failed, print nothing, so that its own error stands alone."""
     failing = sys.exc_info()[0] not in (None, SystemExit)
     try:
         if (directory / "metrics.jsonl").stat().st_size:
@@ -215,180 +200,184 @@ def attempt(directory: Path) -> None:
             print(f"warning: no report.html ({reason(error)})", file=sys.stderr)
 
 
-def report(runs: list[Run]) -> str:
-    """The page; of several runs it has the settings in which they differ, and no completions."""
-    keys = dict.fromkeys(
-        key
-        for run in runs
-        for key in run.settings
-        if key in ("method", "model", "data")
-        or (
-            key not in ("out", "steps")
-            and len({json.dumps(other.settings.get(key)) for other in runs}) > 1
-        )
-    )
-    title = f"Training run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} training runs"
-    rows, last = completions(runs[0]) if len(runs) == 1 else ([], "")
-    said = ["".join(f", {key} {run.settings.get(key)}" for key in keys) for run in runs]
-    items = "".join(
-        f'<li class="{colour(k)}"><b>{escaped(run.name)}</b> {len(run.metrics)} of '
-        f"{escaped(run.settings['steps'])} steps{escaped(said[k])}</li>\n"
-        for k, run in enumerate(runs)
-    )
-    return document(
-        title,
-        f"""<ul class="legend">{items}</ul><h2>Held-out problems</h2>
+def report(runs):
+    """The page. Completions and all settings are shown for a single run only."""
+    if len(runs) == 1:
+        title = f"Training run {runs[0].directory}"
+        completions, columns = chosen_completions(runs[0])
+        last = columns + all_settings(runs[0])
+    else:
+        title = f"{len(runs)} training runs"
+        completions = []
+        last = ""
+    curves = "".join(curve(name, runs) for name in CURVES)
+    body = f"""<ul class="legend">{legend(runs)}</ul><h2>Held-out problems</h2>
 {figures(runs)}<h2>Training</h2>
 <p class="faint">Thin: single steps. Thick: the mean over the steps around. Point at a place, or go to it with the arrow
-keys, for its values.</p><div class="curves">{"".join(curve(*named, runs) for named in CURVES.items())}</div>
-{last}""",
-        rows,
-        wide=True,
-    )
+keys, for its values.</p><div class="curves">{curves}</div>
+{last}"""
+    return document(title, body, completions)
 
 
-def figures(runs: list[Run]) -> str:
-    """Before and after training, a row each."""
-    rows = [
-        [
-            name if len(runs) == 1 else f"{run.name}, {name}",
-            *(
-                format(found[key], form) if key in found else "-"
-                for key, (_, form) in FIGURES.items()
-            ),
-        ]
-        for run in runs
-        for name, found in run.results.items()
-    ]
-    if rows:
-        return table([["", *(head for head, _ in FIGURES.values())], *rows], "figures")
-    return f"<p>{'None yet' if any(run.settings['eval_data'] for run in runs) else 'There are none'}.</p>\n"
+def legend(runs):
+    """A line for each run, with its method, model and data and with settings that differ."""
+    names = ["method", "model", "data"]
+    first = runs[0].settings
+    for run in runs[1:]:
+        for name in {**first, **run.settings}:
+            differs = run.settings.get(name) != first.get(name)
+            if differs and name not in (*names, "out", "steps"):
+                names.append(name)
+    items = ""
+    for k, run in enumerate(runs):
+        told = "".join(f", {name} {run.settings.get(name)}" for name in names)
+        steps = f"{len(run.metrics)} of {run.settings['steps']} steps"
+        items += f'<li class="{colour(k)}"><b>{escaped(run.directory)}</b> {escaped(steps + told)}</li>\n'
+    return items
 
 
-def curve(name: str, unit: str, runs: list[Run]) -> str:
-    """A metric of all runs by step, from its highest value at 0 to its lowest at 100; empty if no
-    run has it."""
-    series = [
-        [(int(row["step"]), row[name]) for row in run.metrics if is_number(row.get(name))]
-        for run in runs
-    ]
+def figures(runs):
+    """The evaluations before and after training, one line each."""
+    lines = [["", *(head for head, _ in FIGURES.values())]]
+    for run in runs:
+        for name, found in run.results.items():
+            cells = [name if len(runs) == 1 else f"{run.directory}, {name}"]
+            for key, (_, form) in FIGURES.items():
+                cells.append(format(found[key], form) if key in found else "-")
+            lines.append(cells)
+    if len(lines) == 1:
+        return "<p>None yet. A run with --eval-data is evaluated before and after training.</p>\n"
+    return f'<div class="figures">{html_table(lines)}</div>\n'
+
+
+def curve(name, runs):
+    """A metric of all runs by step, drawn from its highest value (y = 0) to its lowest (y = 100);
+    empty if no run has it."""
+    series = []
+    for run in runs:
+        records = [record for record in run.metrics if math.isfinite(record.get(name, math.nan))]
+        series.append([(int(record["step"]), record[name]) for record in records])
     if not any(series):
         return ""
-    (first, last), (low, high) = (
-        (min(axis), max(axis)) for axis in zip(*sum(series, []), strict=True)
-    )
-    lines, steps = "", max(map(len, series))
-    span = min(25, max(1, steps // 20))
+    steps, values = zip(*sum(series, []), strict=True)
+    first, last = min(steps), max(steps)
+    low, high = min(values), max(values)
+    lines = ""
     for k, points in enumerate(series):
-        means = [
-            (x, fmean(y for _, y in points[max(0, i - span) : i + span + 1]))
-            for i, (x, _) in enumerate(points)
-        ]
-        raw, smooth = (
-            " ".join(f"{x},{100 * (high - y) / (high - low or 1):.10g}" for x, y in thinned(some))
-            for some in (points, means)
-        )
-        lines += f'<g class="{colour(k)}"><polyline class="raw" points="{raw}"/><polyline points="{smooth}"/></g>'
-    return f"""<figure><figcaption>{name} <span class="faint">{unit}</span></figcaption>
+        raw = coordinates(points, low, high)
+        smooth = coordinates(smoothed(points), low, high)
+        lines += f"""<g class="{colour(k)}"><polyline class="raw" points="{raw}"/>
+<polyline points="{smooth}"/></g>"""
+    return f"""<figure><figcaption>{name} <span class="faint">{CURVES[name]}</span></figcaption>
 <div class="y"><span>{high:.4g}</span><span>{low:.4g}</span></div><svg viewBox="{first} 0 {last - first or 1} 100"
 preserveAspectRatio="none" role="img" tabindex="0" data-high="{high}" data-low="{low}">
-<title>{name} by step, {first} to {last}: {low:.4g} to {high:.4g}</title>{lines}<path class="cursor"/></svg>
+<title>{name} by step, {first} to {last}</title>{lines}<path class="cursor"/></svg>
 <div class="x"><span>{first}</span><span>step</span><span>{last}</span></div></figure>
 """
 
 
-def thinned(points: list[tuple]) -> list[tuple]:
-    """Of each stretch of a long curve the lowest and the highest point, so that no peak is lost; a
-    single point, twice, is a dot."""
-    size = max(1, -(-2 * len(points) // MOST_POINTS))
-    parts = [points[i : i + size] for i in range(0, len(points), size)]
-    kept = [
-        point
-        for part in parts
-        for point in sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
-    ]
-    return kept * 2 if len(kept) == 1 else kept
+def smoothed(points):
+    """Each value becomes the mean of itself and of a 20th of all values on each side, of at least 1
+    and at most 25."""
+    span = min(25, max(1, len(points) // 20))
+    means = []
+    for i, (step, _) in enumerate(points):
+        around = points[max(0, i - span) : i + span + 1]
+        means.append((step, fmean(value for _, value in around)))
+    return means
 
 
-def colour(k: int) -> str:
-    """The class of the k-th run: six colours, then the same with dashes."""
-    return f"s{k % 6}" + " dashed" * (k // 6 % 2)
+def coordinates(points, low, high):
+    """The points for a polyline, y from 0 at `high` to 100 at `low`."""
+    height = high - low or 1
+    pairs = [f"{step},{100 * (high - value) / height:.10g}" for step, value in points]
+    if len(pairs) == 1:
+        pairs *= 2  # drawn as a dot
+    return " ".join(pairs)
 
 
-def completions(run: Run) -> tuple[list[dict], str]:
-    """(rows with their tokens, HTML) of the first, middle and last step that has values; behind
-    them the settings."""
-    steps, rows, columns = run.steps, [], ""
-    chosen = (
-        {steps[0], min(steps, key=lambda step: abs(2 * step - steps[0] - steps[-1])), steps[-1]}
-        if steps
-        else ()
-    )
-    shown = [row for row in read_log(run.samples, BY_TOKEN) if row["step"] in chosen]
-    for step in sorted(chosen):
-        found = [token_row(row, run) for row in shown if row["step"] == step]
-        articles = "".join(article(len(rows) + i, row) for i, row in enumerate(found))
-        rows = rows + found
-        columns = columns + f"<section><h2>step {escaped(step)}</h2>\n{articles}</section>\n"
-    settings = [
-        [part, key, value if isinstance(value, str) else json.dumps(value)]
-        for part in ("settings", "derived", "versions")
-        for key, value in run.config.get(part, {}).items()
-    ]
-    page = (
-        f"""<section><h2>Completions</h2>
+def colour(k):
+    """The CSS class of run k: six colours, then the same six with dashes."""
+    dashes = " dashed" if k // 6 % 2 else ""
+    return f"s{k % 6}{dashes}"
+
+
+def chosen_completions(run):
+    """(completions, their HTML) of the first, the middle and the last step that has values by
+    token."""
+    by_step = {}
+    for sample in read_log(run.directory / "samples.jsonl"):
+        if "by_token" in sample:
+            by_step.setdefault(sample["step"], []).append(sample)
+    if not by_step:
+        return [], ""
+    steps = sorted(by_step)
+    completions = []
+    columns = ""
+    for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
+        columns += f"<section><h2>step {escaped(step)}</h2>\n"
+        for sample in by_step[step]:
+            completion = sampled_completion(sample, run)
+            columns += article(len(completions), completion)
+            completions.append(completion)
+        columns += "</section>\n"
+    text = f"""<section><h2>Completions</h2>
 <p class="faint">Point at a token, or go to it with the tab key, for its values.
 <a href="#settings">On to the settings</a></p>
-{navigation(rows)}<div class="columns">{columns}</div></section>"""
-        if rows
-        else ""
-    )
-    return (
-        rows,
-        f"""{page}<details id="settings"><summary>settings, derived numbers and versions</summary>
-{table([["", "", ""], *settings])}</details>""",
-    )
+{navigation(completions)}<div class="columns">{columns}</div></section>"""
+    return completions, text
 
 
-def token_row(sample: dict, run: Run) -> dict:
-    """A row of samples.jsonl as `article` and `document` take it, with what follows from its
-    values."""
-    values, s, A = dict(sample["by_token"]), run.settings, sample["advantage"]
-    most = {row["step"]: row.get("max_entropy") for row in run.metrics}.get(sample["step"])
-    found = signals(values, A, s, most)
+def sampled_completion(sample, run):
+    """A record of samples.jsonl as `article` and `document` take it, with the values that follow
+    from the stored ones."""
+    s = run.settings
+    values = dict(sample["by_token"])
+    max_entropy = {record["step"]: record.get("max_entropy") for record in run.metrics}
+    most = max_entropy.get(sample["step"])
     if "entropy" in values:
+        found = signals(values, sample["advantage"], s, most)
         values["lookahead"] = found.least_entropy[0].tolist()
         values["kind"] = found.kind[0].tolist()
-    # other methods, and other gates of `python -m family`, may give credit in another way
-    if s["method"] in METHODS and not s.get("gate") and most is not None:
-        values["advantage"] = [round(x, 4) for x in found.advantage[0].tolist()]
-    values = {name: found[:MOST_TOKENS] for name, found in values.items()}
-    about = {name: sample[name] for name in ("problem", "correct", "reward")}
-    return (
-        about
-        | values
-        | {"tokens": values["text"], "count": sample["tokens"], "answer": sample["gold"], "A": A}
-    )
+        # Other methods, and other gates of `python -m family`, may weight tokens in another way.
+        if s["method"] in METHODS and not s.get("gate") and most is not None:
+            values["advantage"] = [round(x, 4) for x in found.advantage[0].tolist()]
+    shown = {name: value[:MOST_TOKENS] for name, value in values.items()}
+    return {
+        "problem": sample["problem"],
+        "answer": sample["gold"],
+        "correct": sample["correct"],
+        "reward": sample["reward"],
+        "A": sample["advantage"],
+        "count": sample["tokens"],
+        "tokens": shown["text"],
+        **shown,
+    }
 
 
-def token_view(rows: list[dict], title: str, colour: str = "entropy") -> str:
-    """The page of lines of tokens.jsonl, which experiments.diagnostics writes: colours show teacher
-    entropy, gate or token advantage, one at a time."""
-    articles = "".join(
-        article(
-            i,
-            row,
-            f"""<details><summary>student's prompt and reference solution</summary>
-<pre>{escaped(row["prompt"])}</pre>
-<pre>{escaped(row["solution"])}</pre></details>""",
-        )
-        for i, row in enumerate(rows)
-    )
-    return document(
-        title,
-        f"""<p class="faint">{len(rows)} sampled solutions, each read by the teacher, who also sees
+def all_settings(run):
+    lines = [["", "", ""]]
+    for part in ("settings", "derived", "versions"):
+        for key, value in run.config.get(part, {}).items():
+            lines.append([part, key, value])
+    return f"""<details id="settings"><summary>settings, derived numbers and versions</summary>
+{html_table(lines)}</details>"""
+
+
+# ---- the page of tokens.jsonl
+
+
+def token_view(completions: list[dict], title: str, colour: str = "entropy") -> str:
+    """The page of records of tokens.jsonl, which experiments.diagnostics writes. One of COLOURS is
+    shown at a time, `colour` first."""
+    articles = ""
+    for i, completion in enumerate(completions):
+        more = f"""<details><summary>student's prompt and reference solution</summary>
+<pre>{escaped(completion["prompt"])}</pre>
+<pre>{escaped(completion["solution"])}</pre></details>"""
+        articles += article(i, completion, more)
+    body = f"""<p class="faint">{len(completions)} sampled solutions, each read by the teacher, who also sees
 the reference. A token's advantage is A x magnitude x gate. Point at a token for its values.</p>
-{navigation(rows, colour)}
-{articles}""",
-        rows,
-    )
+{navigation(completions, colour)}
+{articles}"""
+    return document(title, body, completions)

@@ -25,14 +25,10 @@ PROGRAM = "python -m experiments.report"
 def tokens_page(path: Path, count: int, title: str, colour: str) -> str:
     """The page of the first `count` completions of a tokens.jsonl; InputError if it is none."""
     lines = path.read_text().splitlines()
-    if not lines or count < 1:
-        raise InputError(f"{path}: no lines, or --count is below 1")
     place = f"{path}: not a tokens.jsonl: line"
     completions = [parsed(line, f"{place} {n}") for n, line in enumerate(lines[:count], 1)]
-    if "tokens" not in completions[0]:
-        raise InputError(
-            f"{path}: not a tokens.jsonl: make one with python -m experiments.diagnostics --out"
-        )
+    if count < 1 or not lines or "tokens" not in completions[0]:
+        raise InputError(f"{path}: not a tokens.jsonl, no lines, or --count is below 1")
     return token_view(completions, title, colour)
 
 
@@ -47,16 +43,20 @@ def main() -> None:
     with one_line_errors(PROGRAM, "stopped, nothing was written"):
         a = parser.parse_args()
         first = a.source[0]
-        if first.suffix == ".jsonl":
-            out = a.out or first.parent / "token_view.html"
+        of_tokens = first.suffix == ".jsonl"
+        if of_tokens:
+            default = first.parent / "token_view.html"
         elif len(a.source) == 1:
-            out = a.out or first / "report.html"
+            default = first / "report.html"
         else:
-            out = a.out or Path("report.html")
+            default = Path("report.html")
+        out = a.out or default
         if out.suffix != ".html":
             raise InputError(f"{out}: a page is needed here, such as report.html")
-        if first.suffix == ".jsonl":
-            write_text(out, tokens_page(first, a.count, a.title, a.colour))
+        if of_tokens:
+            page = tokens_page(first, a.count, a.title, a.colour)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(out, page)
         else:
             write(a.source, out)
         print(out, flush=True)

@@ -3,18 +3,18 @@
     python -m experiments.walk                        the toy on a laptop CPU: seconds
     python -m experiments.walk --window 0             the same completions under EGRSD; also --gamma, --eps
     python -m experiments.walk --model Qwen/Qwen3-0.6B --data train.jsonl --lr 1e-4
-    python -m experiments.walk --out results/walk.json                                      these two make
-    python -m experiments.walk --from results/walk.json --markdown > docs/walk.md           the page in docs/
+    python -m experiments.walk --out results/walk.json                          these two make
+    python -m experiments.walk --from results/walk.json > docs/walk.md          the page in docs/
 
-`record` makes train.py's own step, listens, and checks the loss by hand; `tell` puts the record
-into walk.txt. Without --model the settings are the toy's, with it the paper's, which are the
-defaults given below.
+`record` makes a step with the code of train.py, notes its numbers, and checks the loss by hand.
+`tell` puts the numbers into walk.txt. Without --model the settings are those of the toy. With it
+they are those of the paper, which are the defaults shown below.
 """
 
 import json
 import math
-import re
 import textwrap
+from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,14 +25,14 @@ from tqdm import tqdm
 import egrsd
 import train
 from support.distributed import Ranks
-from support.errors import DAMAGED, InputError, reason
+from support.errors import InputError
 from support.flags import Parser, add_flags, nonempty_path
-from support.report import signals, visible
-from support.run import name_lack_of_memory, one_line_errors, say
+from support.report import parsed, visible
+from support.run import one_line_errors
 from support.settings import PRESETS, Settings
 
 PROGRAM = "python -m experiments.walk"
-# of train.py
+# the flags of train.py that this command has too
 FLAGS = (
     "model",
     "data",
@@ -46,286 +46,229 @@ FLAGS = (
 )
 COLUMNS = ("log p_S", "log p_T", "w", "H", "least H", "omega", "A-hat", "term")
 TRIES = 50  # steps, in search of one with a correct and a wrong completion
+MOST_TOKENS = 60  # in the table of tokens
+MOST_LINES = 64  # in a text of the data, or in a table
+MOST_CHANGES = 3  # in the table of changes: so many highest ones, and as many lowest ones
+
+
+# ---- make a step and note its numbers
+
+
+def rounded(values):
+    """The numbers of a tensor to four decimals, with 0.0 for -0.0."""
+    return [round(x, 4) + 0.0 for x in values.tolist()]
 
 
 class Listener(train.EGRSD):
-    """EGRSD, unchanged, but that it notes what the loss of each completion is made of."""
+    """EGRSD that also notes what the loss of each completion is made of."""
 
     def __init__(self):
         super().__init__()
-        self.heard = []
+        self.heard = []  # (rollout, values of its tokens by name)
+        self.loss_by_hand = 0.0
 
-    def token_metrics(self, t: train.Trainer, batch: train.Batch) -> dict:
+    def token_metrics(self, t, batch):
         signals = self.signals(t, batch)
-        H = batch.by_teacher.entropy
+        mask = batch.by_student.mask
         logp = batch.by_student.logp.detach()
+        H = batch.by_teacher.entropy
+        terms = -signals.advantage * logp
+        self.loss_by_hand += terms[mask].sum().item() / batch.num_tokens
         columns = {
             "log p_S": logp,
             "log p_T": batch.by_teacher.logp,
             "w": signals.magnitude,
             "H": H,
-            "least H": egrsd.lookahead_min(H, batch.by_student.mask, t.s.window),
+            "least H": egrsd.lookahead_min(H, mask, t.s.window),
             "omega": signals.gate,
             "A-hat": signals.advantage,
-            "term": -signals.advantage * logp,
+            "term": terms,
         }
-        for i, row in enumerate(batch.examples):
-            length = len(row.token_ids)
-            self.heard.append((row, {name: x[i, :length].tolist() for name, x in columns.items()}))
+        for i, rollout in enumerate(batch.examples):
+            length = len(rollout.token_ids)
+            found = {name: rounded(values[i, :length]) for name, values in columns.items()}
+            found["kind"] = [egrsd.KINDS[kind] for kind in signals.kind[i, :length]]
+            self.heard.append((rollout, found))
         return super().token_metrics(t, batch)
 
 
 def record(given: dict, earlier: int) -> dict:
-    """One step of train.py with these settings, on two problems, as plain numbers and texts."""
+    """One step of train.py with these settings, on two problems, as plain numbers and texts.
+    AssertionError if the loss by hand is not the loss that the step returned."""
     preset = PRESETS["toy" if given.get("model", "toy") == "toy" else "paper-4b"]
-    with (
-        TemporaryDirectory() as out,
-        name_lack_of_memory(lambda: "lower --max-new-tokens, or take a smaller --model"),
-    ):
-        s = Settings(**preset | given | {"prompts_per_step": 2, "eval_data": "", "out": out})
+    with TemporaryDirectory() as out:
+        fixed = {"prompts_per_step": 2, "eval_data": "", "out": out}
+        s = Settings(**preset | given | fixed)
         s.check()
-        t = train.Trainer(s, Ranks.alone(), listener := Listener())
+        listener = Listener()
+        t = train.Trainer(s, Ranks.alone(), listener)
         with tqdm(desc="walk: earlier steps", unit=" steps") as t.log.bar:
-            while t.step < earlier + TRIES:
-                # train_step will draw the same ones again
-                rollouts = t.make_rollouts(t.next_problems())
-                if t.step >= earlier and len({row.correct for row in rollouts}) == 2:
-                    break
-                t.baseline.update(torch.tensor([row.reward for row in rollouts]))
-                t.step += 1
-                t.log.bar.update()
-        before = t.baseline.state_dict() | {
-            "at_least": earlier,
-            "std": t.baseline.std,
-            "warm_up": t.step < t.baseline.warmup_steps or t.baseline.std == 0,
-        }
+            sample_earlier_steps(t, earlier)
+        before = t.baseline.state_dict()
+        before["std"] = t.baseline.std
+        before["warm_up"] = t.step < t.baseline.warmup_steps or t.baseline.std == 0
         metrics = t.train_step()
-        rows, decode = [row for row, _ in listener.heard], t.tokenizer.decode
-        with torch.no_grad(), t.autocast():
-            after = t.student(
-                [r.prompt for r in rows], [r.token_ids for r in rows], s.score_temperature, False
-            ).logp
-        if not after.isfinite().all():
-            raise InputError("after the update log-probs are not finite: lower --lr")
-    terms = [term for _, columns in listener.heard for term in columns["term"]]
-    assert math.isclose(
-        by_hand := math.fsum(terms) / len(terms), metrics["loss"], rel_tol=1e-5, abs_tol=1e-5
-    ), (
-        f"the terms of the tokens make a loss of {by_hand}, but train_step returned "
-        f"{metrics['loss']}"
+    by_hand = listener.loss_by_hand
+    loss = metrics["loss"]
+    assert math.isclose(by_hand, loss, rel_tol=1e-5, abs_tol=1e-5), (
+        f"the loss by hand is {by_hand}, but train_step returned {loss}"
     )
-    completions = [
-        row.as_json()
-        | {
-            "solution": row.problem.solution,
-            "prompt": decode(row.prompt),
-            "teacher_prompt": decode(shown),
-            "reward": row.reward,
-            "A": row.advantage,
-            "text": [decode([token]) for token in row.token_ids],
-        }
-        | {
-            name: [round(x, 4) + 0.0 for x in values]  # -0.0 + 0.0 is 0.0
-            for name, values in (columns | {"after": logp[: len(row.token_ids)].tolist()}).items()
-        }
-        for (row, columns), shown, logp in zip(
-            listener.heard, listener.teacher_prompts(t, rows), after, strict=True
-        )
-    ]
     return {
-        "settings": asdict(s) | {"out": ""},
+        "settings": {**asdict(s), "out": ""},
         "before": before,
-        "completions": completions,
+        "completions": completions(t, listener),
         "metrics": {name: metrics[name] for name in ("loss", "max_entropy", "grad_norm", "lr")},
     }
 
 
-def fit(text: str, most: int = 10**9) -> str:
-    """In lines that fit, without what would garble a terminal, and cut in the middle if they are
-    too many."""
-    lines = [
-        part.rstrip()
-        for line in visible(text).expandtabs().rstrip().split("\n")
-        for part in textwrap.wrap(line, 116, drop_whitespace=False, replace_whitespace=False)
-        or [""]
-    ]
-    return "\n".join(
-        lines
-        if len(lines) <= most
-        else [*lines[: most // 2], "[... cut ...]", *lines[-(most // 2) :]]
-    )
+def sample_earlier_steps(t, earlier):
+    """Sample and grade `earlier` steps without an update, for eq. (9). Then at most TRIES more,
+    until a step has a correct and a wrong completion: train_step samples the same ones again."""
+    while t.step < earlier + TRIES:
+        rollouts = t.make_rollouts(t.next_problems())
+        verdicts = {rollout.correct for rollout in rollouts}
+        if t.step >= earlier and len(verdicts) == 2:
+            return
+        t.baseline.update(torch.tensor([rollout.reward for rollout in rollouts]))
+        t.step += 1
+        t.log.bar.update()
 
 
-def derived(c: dict, s: dict, b: dict) -> dict:
-    """A recorded completion, and what a reader works out from the numbers that are printed of
-    it."""
-    # the kinds look SOON tokens ahead, whatever the window of the gate is
-    found = signals({"logp": c["log p_S"], "entropy": c["H"]}, c["A"], s | {"window": 0})
-    judged = "correct" if c["correct"] else "wrong" if c["finished"] else "not finished, so wrong"
-    r = (
-        f"1 + {s['beta_length']} * (1 - {c['tokens']} / {s['max_new_tokens']}) = "
-        if c["correct"]
-        else ""
-    )
-    a = (
-        f"{c['reward']:.6f} - 0.5"
-        if b["warm_up"]
-        else f"({c['reward']:.6f} - {b['mean']:.6f}) / {b['std']:.6f}"
-    )
-    terms, later = (
-        [round(-x * y, 4) + 0.0 for x, y in zip(c["A-hat"], c[name], strict=True)]
-        for name in ("log p_S", "after")
-    )
-    change = [round(x - y, 4) for x, y in zip(c["after"], c["log p_S"], strict=True)]
-    return (
-        c
-        | {
-            key: fit(c[key], 24)
-            for key in ("prompt", "teacher_prompt", "problem", "solution", "completion")
+def completions(t, listener):
+    """What is recorded of the completions after the step."""
+    decode = t.tokenizer.decode
+    rollouts = [rollout for rollout, _ in listener.heard]
+    prompts = [rollout.prompt for rollout in rollouts]
+    token_ids = [rollout.token_ids for rollout in rollouts]
+    teacher_prompts = listener.teacher_prompts(t, rollouts)
+    with torch.no_grad(), t.autocast():
+        after = t.student(prompts, token_ids, t.s.score_temperature, False).logp
+    recorded = []
+    for i, (rollout, columns) in enumerate(listener.heard):
+        own = {
+            "solution": rollout.problem.solution,
+            "prompt": decode(prompts[i]),
+            "teacher_prompt": decode(teacher_prompts[i]),
+            "reward": rollout.reward,
+            "A": rollout.advantage,
+            "text": [decode([token]) for token in token_ids[i]],
+            "after": rounded(after[i, : len(token_ids[i])]),
         }
-        | {
-            "kind": [egrsd.KINDS[k] for k in found.kind[0]],
-            "verdict": (
-                f"{c['answer'] or 'none'}, gold answer {c['gold']}: {judged}; r = "
-                f"{r}{c['reward']:.6f}"
-            ),
-            "advantage": f"{a} = {c['A']:+.4f}",
-            "term": terms,
-            "change": change,
-            "sum": sum(terms),
-            "later": sum(later),
-            "rose": sum(x > 0 for x in change),
-            "fell": sum(x < 0 for x in change),
-        }
-    )
+        recorded.append({**rollout.as_json(), **own, **columns})
+    return recorded
 
 
-def table(c: dict, columns: tuple, places: list[int]) -> str:
-    lines = ["   t  text              " + "".join(f"{name:>9}" for name in columns) + "  kind"]
-    for t in places:
-        text = visible(c["text"][t]).replace("\n", "\\n").replace("\t", "\\t")[:16]
-        lines.append(
-            ("{:4}  {:18}" + "{:9.4f}" * len(columns) + "  {}").format(
-                t + 1, f'"{text}"', *(c[name][t] for name in columns), c["kind"][t]
-            )
-        )
+# ---- tell it
+
+
+def fit(text: str) -> str:
+    """The text in at most MOST_LINES lines of at most 116 characters: if it has more, the middle is
+    cut out. Characters that would garble a terminal are shown as codes."""
+    lines = []
+    for line in visible(text).expandtabs().rstrip().split("\n"):
+        parts = textwrap.wrap(line, 116, drop_whitespace=False, replace_whitespace=False)
+        lines += [part.rstrip() for part in parts] or [""]
+    if len(lines) > MOST_LINES:
+        half = MOST_LINES // 2
+        lines[half:-half] = ["[... cut ...]"]
     return "\n".join(lines)
 
 
-def tell(record: dict, rows: int = 60, made: str = "") -> str:
-    """walk.txt with the numbers of a record; `made`: by which command, of a page, which has links
-    to the files."""
-    s, b = record["settings"], record["before"]
-    c, o = sorted(
-        (derived(c, s, b) for c in record["completions"]),
-        key=lambda c: (-len({*c["kind"]}), -c["correct"]),
-    )
-    n, N, top = c["tokens"], c["tokens"] + o["tokens"], c["H"].index(max(c["H"]))
-    order = sorted(range(n), key=c["change"].__getitem__)
-    values = {
-        "s": s,
-        "b": b,
-        "c": c,
-        "o": o,
-        "m": record["metrics"],
-        "made": made,
-        "tries": TRIES,
-        "N": N,
-        "t": top + 1,
-        "high": egrsd.HIGH,
-        "low": egrsd.LOW,
-        "soon": egrsd.SOON,
-        "k": {name: c[name][top] for name in COLUMNS},
-        "sign": (c["A"] > 0) - (c["A"] < 0),
-        "range": f"[{1 - s['eps']:.4g}, {1 + s['eps']:.4g}]",
-        "now": (c["later"] + o["later"]) / N,
-        "kinds": ", ".join(f"{kind}: {c['kind'].count(kind)}" for kind in egrsd.KINDS),
-        "by_hand": (c["sum"] + o["sum"]) / N,
-        "table": table(c, COLUMNS, [*range(n)[:rows]]),
-        "rest": (
-            f"{n - rows} more rows are left out, whose terms add up to {sum(c['term'][rows:]):.4f}"
-        )
-        * (n > rows),
-        "largest": table(
-            c, ("A-hat", "log p_S", "after", "change"), [*dict.fromkeys(order[:-6:-1] + order[:5])]
-        ),
+def derived(c):
+    """A recorded completion, with what a reader works out from its numbers."""
+    later = [-x * y for x, y in zip(c["A-hat"], c["after"], strict=True)]
+    change = [round(y - x, 4) for x, y in zip(c["log p_S"], c["after"], strict=True)]
+    return {
+        **c,
+        "change": change,
+        "sum": sum(c["term"]),
+        "later": sum(later),
+        "rose": sum(x > 0 for x in change),
+        "fell": sum(x < 0 for x in change),
+        "kinds": Counter(c["kind"]),
     }
+
+
+def tokens_table(c, columns, places):
+    """The values of a completion's tokens at these places, a line each."""
+    head = "".join(f"{name:>9}" for name in columns)
+    lines = [f"   t  text              {head}  kind"]
+    for t in places:
+        text = visible(c["text"][t]).replace("\n", "\\n").replace("\t", "\\t")
+        numbers = "".join(f"{c[name][t]:9.4f}" for name in columns)
+        lines.append(f"{t + 1:4}  {text[:16]:18}{numbers}  {c['kind'][t]}")
+    return "\n".join(lines)
+
+
+def interest(c):
+    """Completion 1 is the one with more kinds of tokens, or else the correct one."""
+    return len(c["kinds"]), c["correct"]
+
+
+def tell(record: dict, command: str = PROGRAM) -> str:
+    """walk.txt with the numbers of a record; `command` made the text."""
+    before = record["before"]
+    center, scale = before["mean"], before["std"]
+    if before["warm_up"]:  # A = r - 0.5
+        center, scale = 0.5, 1
+    pair = [derived(c) for c in record["completions"]]
+    c, other = sorted(pair, key=interest, reverse=True)
+    tokens = c["tokens"] + other["tokens"]
+    top = c["H"].index(max(c["H"]))
+    places = sorted(range(c["tokens"]), key=c["change"].__getitem__, reverse=True)
+    extremes = dict.fromkeys(places[:MOST_CHANGES] + places[-MOST_CHANGES:])
+    values = {
+        "command": command,
+        "most": MOST_TOKENS,
+        "egrsd": egrsd,
+        "s": record["settings"],
+        "b": before,
+        "center": center,
+        "scale": scale,
+        "c": c,
+        "o": other,
+        "m": record["metrics"],
+        "t": top + 1,
+        "k": {name: c[name][top] for name in COLUMNS},
+        "by_hand": (c["sum"] + other["sum"]) / tokens,
+        "now": (c["later"] + other["later"]) / tokens,
+        "table": tokens_table(c, COLUMNS, range(c["tokens"])[:MOST_TOKENS]),
+        "largest": tokens_table(c, ("A-hat", "log p_S", "after", "change"), extremes),
+    }
+    template = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
     told = []
-    for paragraph in (
-        Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").strip().split("\n\n")
-    ):
+    for paragraph in template.strip().split("\n\n"):
         text = textwrap.dedent(paragraph).format(**values)
-        # without any text of the data
-        linked = re.sub(r"`([\w/]+\.py)`", r"[\1](../\1)", text) if made else text
-        told.append(
-            textwrap.indent(fit(text), "    ")
-            if paragraph.startswith(" ")
-            else textwrap.fill(linked.strip(), 120, break_on_hyphens=False)
-        )
-    return "\n\n".join(filter(None, told))
+        if paragraph.startswith(" "):
+            told.append(textwrap.indent(fit(text), "    "))
+        else:
+            told.append(textwrap.fill(text, 120, break_on_hyphens=False))
+    return "\n\n".join(told)
 
 
 def main() -> None:
     parser = Parser(__doc__, prog=PROGRAM)
     add_flags(parser, [f for f in fields(Settings) if f.name in FLAGS])
     add = parser.add_argument
-    add(
-        "--earlier",
-        type=int,
-        default=32,
-        help="steps to sample and grade first, for eq. (9) (default: %(default)s)",
-    )
-    add(
-        "--rows",
-        type=int,
-        default=60,
-        help="most rows of the table of tokens (default: %(default)s)",
-    )
-    add(
-        "--out",
-        type=nonempty_path,
-        default=None,
-        help="write the numbers of the step to this JSON file too",
-    )
-    add(
-        "--from",
-        dest="source",
-        type=nonempty_path,
-        default=None,
-        help="make no step, tell the one in a file of --out",
-    )
-    add(
-        "--markdown",
-        action="store_true",
-        default=False,
-        help="with --from: print the page for docs/, with its links",
-    )
+    add("--earlier", type=int, default=32, help="steps to sample first (default: %(default)s)")
+    add("--out", type=nonempty_path, default=None, help="write the numbers to this JSON file too")
+    told = "tell the step in a file of --out, and make none"
+    add("--from", dest="source", type=nonempty_path, default=None, help=told)
     with one_line_errors(PROGRAM, "stopped, nothing was written"):
         a = parser.parse_args()
-        step = {name: value for name, value in vars(a).items() if name in FLAGS}
-        if a.source and (step or a.out) or a.markdown and not a.source:
-            raise InputError(
-                "--from tells a step made before: leave out --out and settings; --markdown "
-                "needs --from"
-            )
-        try:
-            found = (
-                json.loads(a.source.read_bytes()) if a.source else record(step, max(0, a.earlier))
-            )
-            text = tell(
-                found,
-                max(0, a.rows),
-                f"Made by `{PROGRAM} --from {a.source} --markdown`." * a.markdown,
-            )
-        except DAMAGED as error:
-            raise (
-                InputError(f"{a.source}: no record of a step ({reason(error)})")
-                if a.source
-                else error
-            ) from None
-        say(text)
-        if a.out:
-            a.out.write_text(json.dumps(found) + "\n")
+        given = {name: value for name, value in vars(a).items() if name in FLAGS}
+        if not a.source:
+            found = record(given, a.earlier)
+            print(tell(found), flush=True)
+            if a.out:
+                a.out.write_text(json.dumps(found) + "\n")
+        elif given or a.out:
+            raise InputError("--from tells a step made before: leave out --out and settings")
+        else:
+            found = parsed(a.source.read_text(), a.source)
+            if "completions" not in found:
+                raise InputError(f"{a.source}: no record of a step")
+            print(tell(found, f"{PROGRAM} --from {a.source}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from tqdm import tqdm
 
 import egrsd
@@ -56,7 +55,7 @@ def told(monkeypatch, capsys, *argv):
 
 def test_the_page_is_what_its_command_prints(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    printed = told(monkeypatch, capsys, "--from", "results/walk.json", "--markdown")
+    printed = told(monkeypatch, capsys, "--from", "results/walk.json")
     assert printed == (ROOT / "docs" / "walk.md").read_text(encoding="utf-8"), (
         "make docs/walk.md again: see walk.py"
     )
@@ -119,29 +118,28 @@ def test_a_loss_that_is_another_is_noticed(make, monkeypatch):
 def test_a_flag_at_0_changes_its_column(found, make, flag, same, constant):
     changed, (name, value) = make(**{flag: 0})["completions"], constant
     for c, other in zip(found["completions"], changed, strict=True):
-        assert all(other[key] == c[key] for key in ("text", "A", *READ, *same))
+        assert all(other[key] == c[key] for key in ("text", "A", "kind", *READ, *same))
         assert other[name] == (other["H"] if value is None else [value] * c["tokens"])
     for key in (name, "A-hat"):
         assert [c[key] for c in changed] != [c[key] for c in found["completions"]]
 
 
-def test_the_kinds_are_those_of_diagnostics(found):
-    c = copy.deepcopy(found["completions"][0])
-    c["H"] = ([0.6, 0.1, 0.6, 0.3, 0.6, 0.7] * c["tokens"])[: c["tokens"]]
-    kinds = walk.derived(c, found["settings"], found["before"])["kind"]
-    H = torch.tensor([c["H"]])
-    soon = egrsd.lookahead_min(H, torch.ones_like(H, dtype=torch.bool), egrsd.SOON)
-    expected = torch.where(H < egrsd.HIGH, 0, torch.where(soon < egrsd.LOW, 1, 2))
-    assert kinds == [egrsd.KINDS[k] for k in expected[0].tolist()] and set(kinds) == set(
-        egrsd.KINDS
-    )
+def test_the_kinds_look_soon_tokens_ahead_whatever_the_window(make):
+    kinds = set()
+    for c in make(window=0)["completions"]:
+        for t, H in enumerate(c["H"]):
+            soon = min(c["H"][t : t + egrsd.SOON + 1])
+            expected = "lock" if H < egrsd.HIGH else "pivot" if soon < egrsd.LOW else "fork"
+            assert c["kind"][t] == expected
+            kinds.add(expected)
+    assert len(kinds) > 1
 
 
-@pytest.mark.parametrize("made", ["", "Made by `a command`."])
-def test_the_text_fits_and_its_paragraphs_are_paragraphs(found, made):
-    text = walk.tell(found, rows=2, made=made)
-    assert max(map(len, text.splitlines())) <= 120 and "more rows are left out" in text
-    assert ("](../" in text) == bool(made)
+def test_the_text_fits_and_its_paragraphs_are_paragraphs(found, monkeypatch):
+    monkeypatch.setattr(walk, "MOST_TOKENS", 2)
+    text = walk.tell(found)
+    table = text.split("At most 2 tokens are shown:\n\n")[1].split("\n\n")[0]
+    assert max(map(len, text.splitlines())) <= 120 and len(table.splitlines()) == 1 + 2
     for line in text.splitlines():  # no wrapped line begins a list, a quotation or a heading
         assert not re.match(r" {1,3}\S|[-+*>=]|\d+[.)]|#(?!#? )", line), line
 
@@ -162,9 +160,7 @@ def test_texts_of_the_data_cannot_leave_their_blocks(found):
 
     def prose(record):
         return [
-            line
-            for line in walk.tell(record, made="x").split("\n")
-            if line and not line.startswith("    ")
+            line for line in walk.tell(record).split("\n") if line and not line.startswith("    ")
         ]
 
     assert prose(hostile) == prose(found)
@@ -179,11 +175,11 @@ def test_texts_of_the_data_cannot_leave_their_blocks(found):
 def test_the_command_on_a_file(found, monkeypatch, capsys, tmp_path):
     stored = tmp_path / "walk.json"
     stored.write_text(json.dumps(found))
-    assert told(monkeypatch, capsys, "--from", stored) == walk.tell(found) + "\n"
+    command = f"python -m experiments.walk --from {stored}"
+    assert told(monkeypatch, capsys, "--from", stored) == walk.tell(found, command) + "\n"
     stored.write_text('{"settings": {}}')
     for flags, message in (
         (["--from", stored], "no record of a step"),
-        (["--markdown"], "needs --from"),
         (["--from", tmp_path / "none"], "cannot be read"),
         (["--from", stored, "--gamma", "0"], "leave out"),
         (["--eps", "2"], "--eps must be in"),

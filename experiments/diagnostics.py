@@ -12,23 +12,19 @@ family's papers.
     branches      force every token that the teacher proposes on correct solutions, let the student go on, count correct
                   ends; AUROC of position, H, lookahead H and |d| for places where all branches fail      2605.21606
 
-Into --out go diagnostics.json and tokens.jsonl, a line per solution with all values of its tokens,
-of which experiments.report makes a page. The student is the model with --adapter, the teacher
-the model without it.
+--out gets diagnostics.json and tokens.jsonl, with a record of all values by token for each
+solution. experiments.report makes a page of tokens.jsonl. The student is the model with --adapter,
+the teacher is the model without it.
 """
 
 import re
 import sys
-import time
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import egrsd
@@ -41,10 +37,9 @@ from family.divergences import per_token_divergence
 from support.checkpoint import append_jsonl, write_json
 from support.data import Problem, load_adapter, load_model, load_problems
 from support.distributed import Ranks
-from support.errors import InputError
 from support.flags import SEEDS, flag, parse
 from support.report import COLUMNS
-from support.run import hold, one_line_errors, say
+from support.run import hold, one_line_errors
 from support.sampling import Rollout, check_window, grade_rollouts, progress, sample
 from support.settings import Sampling
 
@@ -65,6 +60,13 @@ PREDICTORS = ("position", "entropy", "lookahead", "|d|")  # of unreliable positi
 AVERAGED = ("entropy", "|d|", "gate", "cl_gate")  # per kind and per decile
 BATCH_TOKENS = 2**14  # per forward pass when reading
 
+# Branches, as in 2605.21606
+LEAST_PROBABILITY = 0.05  # of a token that the teacher proposes
+MOST_BRANCHES = 4  # tokens forced at a position
+CONTINUATIONS = 6  # of the student from each branch
+UNRELIABLE = 0.40  # unreliable position: the viability of every branch is below this
+BENIGN = 0.75  # benign position: two branches reach this viability
+
 
 @dataclass
 class ReadingSettings(Sampling):
@@ -72,11 +74,11 @@ class ReadingSettings(Sampling):
 
     model: str = flag("toy", "checkpoint directory, hub id or toy")
     adapter: str = flag(
-        None, "LoRA adapter directory of the student (default: none, so that it is the base model)"
+        None, "LoRA adapter directory of the student (default: none, the base model)"
     )
     data: str = flag("toy", "JSONL file with problem, solution and answer, or toy")
     skip_ungradable: bool = flag(
-        False, "leave out rows whose gold answer the verifier cannot grade"
+        False, "leave out problems whose gold answer the verifier cannot grade"
     )
     max_new_tokens: int = flag(
         1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)"
@@ -89,10 +91,10 @@ class ReadingSettings(Sampling):
 
 
 @dataclass
-class Settings(ReadingSettings):
+class DiagnosticsSettings(ReadingSettings):
     """The command line: how to sample, and what to look at."""
 
-    out: str = flag(None, "directory for the results (default: runs/diagnostics-<time>)")
+    out: str = flag("runs/diagnostics", "directory for the results")
     problems: int = flag(64, "how many of the file's problems, from its start", "[1, inf)")
     gamma: float = flag(0.3, "strength of the gate", "[0, inf)")
     window: int = flag(
@@ -108,13 +110,9 @@ class Settings(ReadingSettings):
     branches: int = flag(
         100, "positions for branch viability, drawn at random, 0: none", "[0, inf)"
     )
-    branch_probability: float = flag(
-        0.05, "least probability of a token that the teacher proposes", "(0, 1)"
-    )
-    most_branches: int = flag(4, "most tokens forced at a position", "[2, inf)")
-    continuations: int = flag(6, "times the student goes on from each branch", "[1, inf)")
-    unreliable: float = flag(0.40, "unreliable: every branch is below this viability", "[0, 1]")
-    benign: float = flag(0.75, "benign: two branches reach this viability", "[0, 1]")
+
+
+# ---- measures of texts, tokens and scores
 
 
 def markers(texts: list[str], tokens: int) -> dict[str, float]:
@@ -124,105 +122,111 @@ def markers(texts: list[str], tokens: int) -> dict[str, float]:
     >>> markers(["Wait, wait: unlikely.", "Yes."], tokens=8)
     {'markers_per_response': 1.5, 'markers_per_1000_tokens': 250.0}
     """
-    substrings = sum(text.lower().count(marker) for text in texts for marker in MARKERS)
-    words = sum(word in MARKERS for text in texts for word in re.findall(r"\w+", text.lower()))
+    substrings = 0
+    words = 0
+    for text in texts:
+        lower = text.lower()
+        substrings += sum(lower.count(marker) for marker in MARKERS)
+        words += sum(word in MARKERS for word in re.findall(r"\w+", lower))
     return {
         "markers_per_response": substrings / len(texts),
         "markers_per_1000_tokens": 1000 * words / tokens,
     }
 
 
-def repetition_rate(texts: list[str], tail: int = 2000, ratio: float = 10.0) -> float:
-    """Share of texts whose last `tail` characters zlib makes more than `ratio` times smaller.
+def repetition_rate(texts: list[str]) -> float:
+    """Share of texts whose last 2,000 characters zlib makes more than 10 times smaller;
     2604.08527.
 
     >>> repetition_rate(["again " * 300, "7+5=12. 12+9=21."])
     0.5
     """
-    tails = [text[-tail:].encode() for text in texts]
-    return sum(len(end) > ratio * len(zlib.compress(end)) for end in tails) / len(texts)
+    repeated = 0
+    for text in texts:
+        tail = text[-2000:].encode()
+        repeated += len(tail) > 10 * len(zlib.compress(tail))
+    return repeated / len(texts)
 
 
-def top_overlap(log_p_teacher: Tensor, log_p_student: Tensor, k: int = 16) -> Tensor:
+def top_overlap(log_p_teacher, log_p_student, k=16):
     """log p_T, log p_S [n, V] -> share of the k likeliest tokens they have in common [n].
     2604.13016."""
     k = min(k, log_p_teacher.shape[-1])
-    top_teacher, top_student = log_p_teacher.topk(k).indices, log_p_student.topk(k).indices
-    return (top_teacher.unsqueeze(-1) == top_student.unsqueeze(-2)).sum((-1, -2)) / k
+    top_teacher = log_p_teacher.topk(k).indices
+    top_student = log_p_student.topk(k).indices
+    same = top_teacher.unsqueeze(-1) == top_student.unsqueeze(-2)  # [n, k, k]
+    return same.sum((-1, -2)) / k
 
 
-def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Chance that a positive scores higher than a negative, ties count half; nan if one of the two
-    is missing.
+def auroc(scores, labels):
+    """Chance that a positive scores higher than a negative, where ties count half; nan if one of
+    the two is missing.
 
     >>> auroc(np.array([1.0, 2.0, 2.0, 3.0]), np.array([False, False, True, True]))
     0.875
     """
-    positive, negative = scores[labels], scores[~labels]
+    positive = scores[labels]
+    negative = scores[~labels]
     wins = np.sign(positive[:, None] - negative) / 2 + 0.5
     return float(wins.mean()) if wins.size else float("nan")
 
 
-def auroc_interval(
-    scores: np.ndarray, labels: np.ndarray, resamples: int = 2000, seed: int = 0
-) -> list[float] | None:
-    """[AUROC, low, high] with a 95 % bootstrap over positions, resamples with both labels; None
-    without both."""
+def auroc_interval(scores, labels, resamples=2000):
+    """[AUROC, low, high] with the 95 % interval of a bootstrap over positions. Resamples with one
+    label only do not count. None if all labels are the same."""
     if not labels.any() or labels.all():
         return None
-    rng, n = np.random.default_rng(seed), len(labels)
-    draws = [
-        auroc(scores[chosen], labels[chosen]) for chosen in rng.integers(n, size=(resamples, n))
-    ]
-    return [auroc(scores, labels), *np.nanquantile(draws, [0.025, 0.975]).tolist()]
+    n = len(labels)
+    draws = []
+    for chosen in np.random.default_rng(0).integers(n, size=(resamples, n)):
+        draws.append(auroc(scores[chosen], labels[chosen]))
+    low, high = np.nanquantile(draws, [0.025, 0.975]).tolist()
+    return [auroc(scores, labels), low, high]
+
+
+# ---- sample and read
 
 
 def teacher_prompt(tokenizer, problem: Problem, thinking: bool) -> list[int]:
-    return teacher.encode(
-        tokenizer, teacher.teacher_messages(problem.problem, problem.solution), thinking
-    )
+    messages = teacher.teacher_messages(problem.problem, problem.solution)
+    return teacher.encode(tokenizer, messages, thinking)
 
 
-def sample_student(model, tokenizer, s: Settings, problems: Sequence[Problem]) -> list[Rollout]:
-    """The student's solutions, with rewards and advantages."""
+def sample_student(model, tokenizer, s: ReadingSettings, problems: list[Problem]) -> list[Rollout]:
+    """The student's solutions, with rewards and advantages. These very rewards stand for those of
+    earlier steps in eq. (9)."""
     with tqdm(total=len(problems) * s.samples, desc="sampling", unit=" completions") as bar:
         sampled = sample(model, tokenizer, problems, s, seed=(s.seed, 0), show=progress(bar))
     rollouts = grade_rollouts(tokenizer, sampled)
-    rewards = torch.tensor(
-        [reward.shaped_reward(r.correct, len(r.token_ids), s.max_new_tokens) for r in rollouts]
-    )
+    for r in rollouts:
+        r.reward = reward.shaped_reward(r.correct, len(r.token_ids), s.max_new_tokens)
+    rewards = torch.tensor([r.reward for r in rollouts])
     baseline = egrsd.RunningAdvantage(warmup_steps=0)
-    baseline.update(rewards)  # these very rewards stand for those of earlier steps in eq. (9)
-    for r, value, advantage in zip(
-        rollouts, rewards.tolist(), baseline.advantage(rewards).tolist(), strict=True
-    ):
-        r.reward, r.advantage = value, advantage
+    baseline.update(rewards)
+    advantages = baseline.advantage(rewards).tolist()
+    for r, advantage in zip(rollouts, advantages, strict=True):
+        r.advantage = advantage
     return rollouts
 
 
-def read_both(
-    model, tokenizer, s: Settings, rollouts: list[Rollout]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+def read_both(model, tokenizer, s, rollouts):
     """Student and teacher read the rollouts: (values [B, T] by name, on the CPU; the teacher's
     states [T_i, D])."""
-    read = partial(
-        teacher.read_in_batches,
-        model,
-        completions=[r.token_ids for r in rollouts],
-        most_tokens=BATCH_TOKENS,
-        hidden=True,
-    )
-    by_student = read([r.prompt for r in rollouts])
+    token_ids = [r.token_ids for r in rollouts]
+    own_prompts = [r.prompt for r in rollouts]
+    shown = [teacher_prompt(tokenizer, r.problem, s.thinking) for r in rollouts]
+    by_student = teacher.read_in_batches(model, own_prompts, token_ids, BATCH_TOKENS, hidden=True)
     with lora.disabled(model):
-        by_teacher = read([teacher_prompt(tokenizer, r.problem, s.thinking) for r in rollouts])
-    mask, hidden = by_student.mask, (by_student.hidden, by_teacher.hidden)
-    overlap = per_token_divergence(teacher.output_head(model), *hidden, mask, top_overlap)
-    log_p_teacher, log_p_student = by_teacher.logp, by_student.logp
-    delta, H = log_p_teacher - log_p_student, by_teacher.entropy
+        by_teacher = teacher.read_in_batches(model, shown, token_ids, BATCH_TOKENS, hidden=True)
+    mask = by_student.mask
+    H = by_teacher.entropy
+    delta = by_teacher.logp - by_student.logp
+    head = teacher.output_head(model)
+    overlap = per_token_divergence(head, by_student.hidden, by_teacher.hidden, mask, top_overlap)
     signals = egrsd.token_signals(
         torch.tensor([r.advantage for r in rollouts], device=model.device),
-        log_p_teacher,
-        log_p_student,
+        by_teacher.logp,
+        by_student.logp,
         H,
         mask,
         gamma=s.gamma,
@@ -247,119 +251,126 @@ def read_both(
         "advantage": signals.advantage,
         "position": (column + 0.5) / mask.sum(1, keepdim=True),
     }
-    values = {name: value.cpu() for name, value in values.items()}
-    return values, by_teacher.hidden
+    return {name: value.cpu() for name, value in values.items()}, by_teacher.hidden
 
 
-def summarise(rollouts: list[Rollout], values: dict[str, Tensor]) -> dict:
-    """What diagnostics.json says, but for settings and branches."""
-    texts, mask = [r.text for r in rollouts], values["mask"]
+def summarise(rollouts, values):
+    """The content of diagnostics.json, except settings and branches."""
+    texts = [r.text for r in rollouts]
+    mask = values["mask"]
     flat = {name: value[mask] for name, value in values.items()}  # [N], N tokens
-    kinds = {name: flat["kind"] == k for k, name in enumerate(egrsd.KINDS)}
-    deciles = np.array_split(flat["entropy"].numpy().argsort(kind="stable"), 10)
+    kinds = {}
+    for k, name in enumerate(egrsd.KINDS):
+        found = flat["kind"] == k
+        kinds[name] = {"share": found.float().mean().item()}
+        for key in AVERAGED:
+            kinds[name][key] = flat[key][found].mean().item() if found.any() else None
+    deciles = []
+    order = flat["entropy"].numpy().argsort(kind="stable")
+    for part in np.array_split(order, min(10, len(order))):
+        means = {key: float(flat[key].numpy()[part].mean()) for key in AVERAGED}
+        deciles.append({"tokens": len(part), **means})
     return {
         "completions": len(rollouts),
-        "tokens": int(mask.sum()),
-        "accuracy": np.mean([r.correct for r in rollouts]).item(),
+        "tokens": len(order),
+        "accuracy": sum(r.correct for r in rollouts) / len(rollouts),
         "length": mask.sum(1).float().mean().item(),
-        **markers(texts, int(mask.sum())),
+        **markers(texts, len(order)),
         "repetition": repetition_rate(texts),
         "overlap": flat["overlap"].mean().item(),
-        "kinds": {
-            name: {"share": found.float().mean().item()}
-            | {key: flat[key][found].mean().item() if found.any() else None for key in AVERAGED}
-            for name, found in kinds.items()
-        },
-        "deciles": [
-            {"tokens": len(part)} | {key: float(flat[key].numpy()[part].mean()) for key in AVERAGED}
-            for part in deciles
-            if len(part)
-        ],
+        "kinds": kinds,
+        "deciles": deciles,
     }
 
 
-def branch_places(
-    model, tokenizer, s: Settings, rollouts: list[Rollout], hidden: list[Tensor]
-) -> list[tuple]:
+# ---- branches
+
+
+def branch_places(model, tokenizer, rollouts, hidden):
     """(rollout i, position t, [tokens]) wherever the teacher proposes several next tokens on a
     correct solution."""
+    head = teacher.output_head(model)
     places = []
-    for i in np.flatnonzero([r.correct for r in rollouts]):
-        p = teacher.output_head(model)(hidden[i]).softmax(-1)  # [T_i, V]: one completion at a time
+    for i, r in enumerate(rollouts):
+        if not r.correct:
+            continue
+        p = head(hidden[i]).softmax(-1)  # [T_i, V]: one completion at a time
         p[:, rollout.stop_ids(model, tokenizer)] = 0  # an end is not a branch
-        likeliest = p.topk(min(s.most_branches, p.shape[-1]))
-        proposed = likeliest.values >= s.branch_probability
-        places += [
-            (i, t, likeliest.indices[t][proposed[t]].tolist())
-            for t in (proposed.sum(-1) >= 2).nonzero().flatten().tolist()
-        ]
+        likeliest = p.topk(MOST_BRANCHES)
+        counts = (likeliest.values >= LEAST_PROBABILITY).sum(-1).tolist()
+        for t, count in enumerate(counts):
+            if count >= 2:  # topk sorts, so the proposed tokens come first
+                places.append((i, t, likeliest.indices[t, :count].tolist()))
     return places
 
 
-def branch_viability(
-    model, tokenizer, s: Settings, rollouts: list[Rollout], values: dict, hidden: list
-) -> dict:
-    """Force the teacher's alternatives on correct solutions, and see what the student makes of
-    each; 2605.21606."""
-    places = branch_places(model, tokenizer, s, rollouts, hidden)
+def correct_shares(model, tokenizer, s, branches):
+    """Let the student go on from each branch (rollout, the first tokens of a completion), and
+    return the shares [b] of correct ends."""
+    with tqdm(total=len(branches) * CONTINUATIONS, desc="branches", unit=" completions") as bar:
+        ends = rollout.sample(
+            model,
+            [r.prompt + first for r, first in branches],
+            max_new_tokens=s.max_new_tokens,
+            top_p=s.top_p,
+            stop_ids=rollout.stop_ids(model, tokenizer),
+            temperature=s.temperature,
+            top_k=s.top_k,
+            slots=s.slots,
+            samples_per_prompt=CONTINUATIONS,
+            generator=rollout.generator_for_rows((s.seed, 1), 0),
+            progress=progress(bar),
+        )
+    correct = []
+    for k, end in enumerate(ends):
+        r, first = branches[k // CONTINUATIONS]
+        text = tokenizer.decode(first + end.token_ids, skip_special_tokens=True)
+        correct.append(end.finished and reward.grade(text, r.problem.answer))
+    return np.reshape(correct, (-1, CONTINUATIONS)).mean(1)
+
+
+def branch_viability(model, tokenizer, s, rollouts, values, hidden):
+    """Force the teacher's alternatives on correct solutions, and see how often the student goes on
+    from each to a correct end; 2605.21606."""
+    places = branch_places(model, tokenizer, rollouts, hidden)
     order = np.random.default_rng(s.seed).permutation(len(places))
     chosen = [places[k] for k in sorted(order[: s.branches])]
-    forced = [
-        (rollouts[i], rollouts[i].token_ids[:t] + [token])
-        for i, t, proposed in chosen
-        for token in proposed
-    ]
-    with tqdm(total=len(forced) * s.continuations, desc="branches", unit=" completions") as bar:
-        ends = (
-            rollout.sample(
-                model,
-                [r.prompt + first for r, first in forced],
-                max_new_tokens=s.max_new_tokens,
-                top_p=s.top_p,
-                stop_ids=rollout.stop_ids(model, tokenizer),
-                temperature=s.temperature,
-                top_k=s.top_k,
-                slots=s.slots,
-                samples_per_prompt=s.continuations,
-                generator=rollout.generator_for_rows((s.seed, 1), 0),
-                progress=progress(bar),
-            )
-            if forced
-            else []
-        )
-    starts = [branch for branch in forced for _ in range(s.continuations)]
-    whole = grade_rollouts(
-        tokenizer,
-        [
-            Rollout(first + end.token_ids, [], end.finished, r.problem, r.prompt)
-            for (r, first), end in zip(starts, ends, strict=True)
-        ],
-    )
-    # share of correct ends, of every branch
-    shares = np.reshape([r.correct for r in whole], (len(forced), s.continuations)).mean(1)
+    branches = []
+    for i, t, proposed in chosen:
+        before = rollouts[i].token_ids[:t]
+        branches += [(rollouts[i], [*before, token]) for token in proposed]
+    shares = correct_shares(model, tokenizer, s, branches) if branches else np.zeros(0)
     following = iter(shares)
-    # those of each position's branches
-    viability = [sorted(next(following) for _ in proposed) for _, _, proposed in chosen]
-    unreliable = np.array([v[-1] < s.unreliable for v in viability], dtype=bool)
-    scores = {
-        name: np.array([values[name][i, t].item() for i, t, _ in chosen]) for name in PREDICTORS
-    }
+    unreliable = []
+    benign = 0
+    for _, _, proposed in chosen:
+        viability = sorted(next(following) for _ in proposed)
+        unreliable.append(viability[-1] < UNRELIABLE)
+        benign += int(viability[-2] >= BENIGN)
+    labels = np.array(unreliable, dtype=bool)
+    intervals = {}
+    for name in PREDICTORS:
+        scores = np.array([values[name][i, t].item() for i, t, _ in chosen])
+        intervals[name] = auroc_interval(scores, labels)
     return {
         "candidates": len(places),
         "positions": len(chosen),
-        "branches": len(forced),
-        "unreliable": int(unreliable.sum()),
-        "benign": sum(bool(v[-2] >= s.benign) for v in viability),
-        "mean_viability": float(shares.mean()) if forced else None,
-        "auroc": {name: auroc_interval(scores[name], unreliable) for name in PREDICTORS},
+        "branches": len(branches),
+        "unreliable": int(labels.sum()),
+        "benign": benign,
+        "mean_viability": float(shares.mean()) if branches else None,
+        "auroc": intervals,
     }
 
 
-def token_rows(tokenizer, rollouts: list[Rollout], values: dict[str, Tensor]) -> list[dict]:
-    """The lines of tokens.jsonl; the gate there is CL-EGRSD's."""
-    columns = {name: values["cl_gate" if name == "gate" else name] for name in COLUMNS}
-    return [
-        {
+# ---- results
+
+
+def token_records(tokenizer, rollouts, values):
+    """The records of tokens.jsonl; the gate there is that of CL-EGRSD."""
+    records = []
+    for i, r in enumerate(rollouts):
+        record = {
             "problem": r.problem.problem,
             "prompt": tokenizer.decode(r.prompt),
             "solution": r.problem.solution,
@@ -368,86 +379,74 @@ def token_rows(tokenizer, rollouts: list[Rollout], values: dict[str, Tensor]) ->
             "reward": r.reward,
             "A": r.advantage,
             "tokens": [tokenizer.decode([token]) for token in r.token_ids],
-            **{
-                name: [round(x, 4) for x in value[i, : len(r.token_ids)].tolist()]
-                for name, value in columns.items()
-            },
         }
-        for i, r in enumerate(rollouts)
-    ]
+        for name in COLUMNS:
+            column = values["cl_gate" if name == "gate" else name]
+            record[name] = [round(x, 4) for x in column[i, : len(r.token_ids)].tolist()]
+        records.append(record)
+    return records
 
 
-def table(result: dict) -> str:
-    """What diagnostics.json says, for people."""
-    lines = [
-        (
-            "{completions} completions, {tokens} tokens, accuracy {accuracy:.3f}, length "
-            "{length:.1f}\nmarkers {markers_per_response:.2f} per response, "
-            "{markers_per_1000_tokens:.1f} per 1,000 tokens; repetition {repetition:.3f}; top-16 "
-            "overlap {overlap:.3f}\n"
-        ).format(**result),
-        ("{:12}" + "{:>9}" * 5).format("", "tokens", "H nats", "|d|", "gate", "CL gate"),
-    ]
-    groups = result["kinds"] | {
-        f"decile {n}": means for n, means in enumerate(result["deciles"], 1)
-    }
+def plain_numbers(result):
+    """A line for each number that stands directly in the result."""
+    lines = []
+    for name, x in result.items():
+        if isinstance(x, (int, float)):
+            lines.append(f"{name:26}{x:.6g}")
+    return lines
+
+
+def diagnostics_table(result):
+    """The content of diagnostics.json, for people."""
+    lines = [*plain_numbers(result), "", f"{'':10}   H nats      |d|     gate  CL gate"]
+    groups = dict(result["kinds"])
+    for n, means in enumerate(result["deciles"], 1):
+        groups[f"decile {n}"] = means
     for name, means in groups.items():
-        tokens = means.get("tokens") or round(means["share"] * result["tokens"])
-        shown = ["-" if means[key] is None else f"{means[key]:.3f}" for key in AVERAGED]
-        lines.append(("{:12}" + "{:>9}" * 5).format(name, tokens, *shown))
-    if "branches" in result:
-        lines += [
-            "\nbranches: {positions} of {candidates} positions, {unreliable} unreliable, "
-            "{benign} benign; AUROC for unreliable, 95 % interval".format(**result["branches"])
-        ]
-        lines += [
-            f"{name:12}" + ("{:9.3f}  [{:.3f}, {:.3f}]".format(*found) if found else "        -")
-            for name, found in result["branches"]["auroc"].items()
-        ]
+        if means["entropy"] is not None:
+            shown = "".join(f"{means[key]:9.3f}" for key in AVERAGED)
+            lines.append(f"{name:10}{shown}")
+    branches = result.get("branches", {"auroc": {}})
+    lines += ["", *plain_numbers(branches)]
+    for name, found in branches["auroc"].items():
+        if found:
+            lines.append("AUROC of {:10}{:.3f}  [{:.3f}, {:.3f}]".format(name, *found))
     return "\n".join(lines)
 
 
 @torch.no_grad()
-def diagnose(s: Settings) -> dict:
-    """Everything above; writes --out and returns what diagnostics.json holds."""
-    out = Path(s.out or "runs/diagnostics-" + time.strftime("%Y%m%d-%H%M%S"))
+def diagnose(s: DiagnosticsSettings) -> dict:
+    """Sample, read and measure. Writes --out and returns the content of diagnostics.json."""
+    out = Path(s.out)
     with hold(out, Ranks.alone()):
         path = toy.resolve(s.data, "test.jsonl")
         problems = load_problems(path, True, s.skip_ungradable)[0][: s.problems]
-        device, dtype = (
-            ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        )
-        model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, torch.device(device))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, device)
         if s.adapter:
             load_adapter(model, s.adapter)
-        # a branch goes on behind a part of a completion
+        # A branch goes on behind a part of a completion.
         new_tokens = s.max_new_tokens * (2 if s.branches else 1)
         check_window(
             model, path, problems, new_tokens, lambda p: [teacher_prompt(tokenizer, p, s.thinking)]
         )
         rollouts = sample_student(model, tokenizer, s, problems)
         values, hidden = read_both(model, tokenizer, s, rollouts)
-        result = {"settings": asdict(s)} | summarise(rollouts, values)
+        result = {"settings": asdict(s), **summarise(rollouts, values)}
         if s.branches:
             result["branches"] = branch_viability(model, tokenizer, s, rollouts, values, hidden)
         write_json(out / "diagnostics.json", result)
-        append_jsonl(out / "tokens.jsonl", token_rows(tokenizer, rollouts, values))
-        say(
-            f"{table(result)}\n\nvalues  {out / 'diagnostics.json'}\ntokens  {out / 'tokens.jsonl'}"
+        append_jsonl(out / "tokens.jsonl", token_records(tokenizer, rollouts, values))
+        print(
+            diagnostics_table(result), f"\n\nin {out}: diagnostics.json, tokens.jsonl", flush=True
         )
     return result
 
 
-def parse_arguments(argv: list[str]) -> Settings:
-    s = parse(Settings, argv, __doc__)
-    if s.low > s.high:
-        raise InputError(f"--low must be at most --high, got {s.low} and {s.high}")
-    return s
-
-
 def main() -> None:
     with one_line_errors(PROGRAM, "stopped, nothing was written"):
-        diagnose(parse_arguments(sys.argv[1:]))
+        diagnose(parse(DiagnosticsSettings, sys.argv[1:], __doc__))
 
 
 if __name__ == "__main__":

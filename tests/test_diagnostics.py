@@ -21,6 +21,7 @@ import toy
 from experiments import diagnostics, report
 from family.divergences import per_token_divergence
 from support.data import load_problems
+from support.flags import parse
 from support.report import COLUMNS, token_view
 
 
@@ -46,8 +47,8 @@ def test_top_overlap_equals_sets():
     log_t, log_s = (
         torch.randn(9, 61, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
     )
-    for row, value in enumerate(diagnostics.top_overlap(log_t, log_s, k=16).tolist()):
-        sets = [set(sorted(range(61), key=lambda v: -x[row, v])[:16]) for x in (log_t, log_s)]
+    for i, value in enumerate(diagnostics.top_overlap(log_t, log_s, k=16).tolist()):
+        sets = [set(sorted(range(61), key=lambda v: -x[i, v])[:16]) for x in (log_t, log_s)]
         assert value == len(sets[0] & sets[1]) / 16
     assert diagnostics.top_overlap(log_t, log_t).tolist() == [1.0] * 9
     # a vocabulary below k
@@ -67,7 +68,7 @@ def test_auroc():
     assert math.isnan(diagnostics.auroc(scores, np.ones(40, dtype=bool)))
     # the 95 % are those between the quantiles
     chosen = np.random.default_rng(0).integers(40, size=(2000, 40))
-    draws = [diagnostics.auroc(scores[rows], labels[rows]) for rows in chosen]
+    draws = [diagnostics.auroc(scores[places], labels[places]) for places in chosen]
     assert np.mean([low <= x <= high for x in draws]) == pytest.approx(0.95, abs=0.015)
     assert np.mean([x < low for x in draws]) < 0.03 and np.mean([x > high for x in draws]) < 0.03
 
@@ -101,7 +102,8 @@ def run(tiny_toy, out, *flags):
         12,
         *flags,
     ]
-    return diagnostics.diagnose(diagnostics.parse_arguments(list(map(str, arguments))))
+    settings = parse(diagnostics.DiagnosticsSettings, list(map(str, arguments)), "")
+    return diagnostics.diagnose(settings)
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +123,16 @@ def diagnosed(tiny_toy, tiny_run, tmp_path_factory):
 def test_a_run_adds_up(diagnosed):
     # no NaN
     result = json.loads((diagnosed / "diagnostics.json").read_text(), parse_constant=pytest.fail)
-    rows = [json.loads(line) for line in (diagnosed / "tokens.jsonl").read_text().splitlines()]
-    assert result["completions"] == len(rows) == 24 and result["tokens"] == sum(
-        len(row["tokens"]) for row in rows
+    records = [json.loads(line) for line in (diagnosed / "tokens.jsonl").read_text().splitlines()]
+    assert result["completions"] == len(records) == 24 and result["tokens"] == sum(
+        len(record["tokens"]) for record in records
     )
     assert sum(part["tokens"] for part in result["deciles"]) == result["tokens"]
     assert sum(kind["share"] for kind in result["kinds"].values()) == pytest.approx(1, abs=1e-6)
-    assert all(len(row[name]) == len(row["tokens"]) for row in rows for name in COLUMNS)
-    H = np.array([x for row in rows for x in row["entropy"]])
+    assert all(len(record[name]) == len(record["tokens"]) for record in records for name in COLUMNS)
+    H = np.array([x for record in records for x in record["entropy"]])
     assert result["kinds"]["lock"]["share"] == pytest.approx((H < 0.5).mean(), abs=1e-6)
-    columns = {name: np.array([x for row in rows for x in row[name]]) for name in COLUMNS}
+    columns = {name: np.array([x for record in records for x in record[name]]) for name in COLUMNS}
     tenth = np.argsort(-H, kind="stable")[: len(H) // 10]
     assert result["deciles"][9]["entropy"] == pytest.approx(H[tenth].mean(), rel=0.01)
     assert result["deciles"][9]["|d|"] == pytest.approx(
@@ -143,24 +145,28 @@ def test_a_run_adds_up(diagnosed):
         (1 - 0.3 * H / max(1, H.max()))[H < 0.5].mean(), abs=1e-3
     )
     assert result["kinds"]["lock"]["gate"] < result["kinds"]["lock"]["cl_gate"]
-    for row in rows:  # kinds against a loop
-        for t, (kind, entropy) in enumerate(zip(row["kind"], row["entropy"], strict=True)):
+    for record in records:  # kinds against a loop
+        for t, (kind, entropy) in enumerate(zip(record["kind"], record["entropy"], strict=True)):
             assert kind == (
-                0 if entropy < 0.5 else 1 if min(row["entropy"][t : t + 4]) < 0.2 else 2
+                0 if entropy < 0.5 else 1 if min(record["entropy"][t : t + 4]) < 0.2 else 2
             )
-    for row in rows:  # the sign of a token's advantage is that of its completion
-        assert all(x * row["A"] >= 0 for x in row["advantage"]) and (row["A"] > 0) == row["correct"]
+    for record in records:  # the sign of a token's advantage is that of its completion
+        assert (
+            all(x * record["A"] >= 0 for x in record["advantage"])
+            and (record["A"] > 0) == record["correct"]
+        )
 
 
 def test_readings_are_those_of_student_and_teacher(diagnosed, tiny_toy, tiny_run):
-    row = json.loads((diagnosed / "tokens.jsonl").read_text().splitlines()[5])
+    record = json.loads((diagnosed / "tokens.jsonl").read_text().splitlines()[5])
     model, tokenizer = (
         kind.from_pretrained(tiny_toy / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
     )
     problem = load_problems(tiny_toy / "test.jsonl")[0][2]
-    ids = tokenizer.encode("".join(row["tokens"]))
+    ids = tokenizer.encode("".join(record["tokens"]))
     assert (
-        problem.problem == row["problem"] and [tokenizer.decode([i]) for i in ids] == row["tokens"]
+        problem.problem == record["problem"]
+        and [tokenizer.decode([i]) for i in ids] == record["tokens"]
     )
     with torch.no_grad():
         privileged = teacher.encode(
@@ -171,17 +177,17 @@ def test_readings_are_those_of_student_and_teacher(diagnosed, tiny_toy, tiny_run
         own = teacher.read(
             model, [teacher.encode(tokenizer, teacher.student_messages(problem.problem))], [ids]
         )
-    assert row["entropy"] == pytest.approx(seen.entropy[0].tolist(), abs=2e-4)
-    assert row["delta"] == pytest.approx((seen.logp - own.logp)[0].tolist(), abs=2e-3)
+    assert record["entropy"] == pytest.approx(seen.entropy[0].tolist(), abs=2e-4)
+    assert record["delta"] == pytest.approx((seen.logp - own.logp)[0].tolist(), abs=2e-3)
 
 
-def places_by_generate(row, model, tokenizer):
-    """(token, viability of its branches) of a row of tokens.jsonl, greedily: by plain forward
+def places_by_generate(record, model, tokenizer):
+    """(token, viability of its branches) of a record of tokens.jsonl, greedily: by plain forward
     passes and generate."""
-    messages = teacher.teacher_messages(row["problem"], row["solution"])
+    messages = teacher.teacher_messages(record["problem"], record["solution"])
     privileged = teacher.encode(tokenizer, messages)
-    prompt = tokenizer.encode(row["prompt"], add_special_tokens=False)
-    ids = tokenizer.encode("".join(row["tokens"]))
+    prompt = tokenizer.encode(record["prompt"], add_special_tokens=False)
+    ids = tokenizer.encode("".join(record["tokens"]))
     with torch.no_grad():
         p = model(torch.tensor([privileged + ids])).logits[0, len(privileged) - 1 : -1].softmax(-1)
     p[:, tokenizer.eos_token_id] = 0
@@ -195,14 +201,15 @@ def places_by_generate(row, model, tokenizer):
             ].tolist()
             text = tokenizer.decode(end, skip_special_tokens=True)
             ends.append(
-                float(end[-1] == tokenizer.eos_token_id and reward.grade(text, row["answer"]))
+                float(end[-1] == tokenizer.eos_token_id and reward.grade(text, record["answer"]))
             )
         if ends:
             yield t, ends
 
 
-def test_branch_viability_equals_generate(tiny_toy, tmp_path):
+def test_branch_viability_equals_generate(tiny_toy, tmp_path, monkeypatch):
     """Greedy, every branch ends in one way only: as transformers' generate goes on from it."""
+    monkeypatch.setattr(diagnostics, "LEAST_PROBABILITY", 0.02)
     result = run(
         tiny_toy,
         tmp_path / "out",
@@ -210,23 +217,21 @@ def test_branch_viability_equals_generate(tiny_toy, tmp_path):
         0,
         "--branches",
         10_000,
-        "--branch-probability",
-        0.02,
         "--problems",
         15,
     )["branches"]
     assert result["positions"] == result["candidates"] > 5
-    rows = [
+    records = [
         json.loads(line) for line in (tmp_path / "out" / "tokens.jsonl").read_text().splitlines()
     ]
     model, tokenizer = (
         kind.from_pretrained(tiny_toy / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
     )
     found = [
-        (row, t, ends)
-        for row in rows
-        if row["correct"]
-        for t, ends in places_by_generate(row, model, tokenizer)
+        (record, t, ends)
+        for record in records
+        if record["correct"]
+        for t, ends in places_by_generate(record, model, tokenizer)
     ]
     viability = [ends for _, _, ends in found]
     assert len(viability) == result["positions"] and sum(map(len, viability)) == result["branches"]
@@ -238,10 +243,10 @@ def test_branch_viability_equals_generate(tiny_toy, tmp_path):
         assert set(result["auroc"].values()) == {None}
         return
     scores = {
-        "position": [(t + 0.5) / len(row["tokens"]) for row, t, _ in found],
-        "entropy": [row["entropy"][t] for row, t, _ in found],
-        "|d|": [abs(row["delta"][t]) for row, t, _ in found],
-        "lookahead": [min(row["entropy"][t : t + 4]) for row, t, _ in found],
+        "position": [(t + 0.5) / len(record["tokens"]) for record, t, _ in found],
+        "entropy": [record["entropy"][t] for record, t, _ in found],
+        "|d|": [abs(record["delta"][t]) for record, t, _ in found],
+        "lookahead": [min(record["entropy"][t : t + 4]) for record, t, _ in found],
     }
     for name, values in scores.items():
         assert result["auroc"][name][0] == pytest.approx(
@@ -273,7 +278,6 @@ def test_overlap_in_a_reading_is_that_of_full_distributions():
     "flags,complaint",
     [
         (["--problems", 0], "--problems must be in [1, inf), got 0"),
-        (["--low", 2], "--low must be at most --high"),
         (["--data", ""], "argument --data: it is empty"),
         (["--window"], "expected one argument; see --help"),
         (["--top-p", 0], "--top-p"),
@@ -336,27 +340,27 @@ def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
         == 0
     )
     text = (tmp_path / "v.html").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in (diagnosed / "tokens.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (diagnosed / "tokens.jsonl").read_text().splitlines()]
     parsed = Parsed(text)
     assert not {"src", "href"} & {key for _, attributes in parsed.tags for key in attributes}
     assert "url(" not in text and "http" not in text and "prefers-color-scheme: dark" in text
-    shown = [{name: row[name] for name in ("tokens", *COLUMNS)} for row in rows]
+    shown = [{name: record[name] for name in ("tokens", *COLUMNS)} for record in records]
     assert json.loads(parsed.script["data"]) == shown
     spans = [
         attributes for tag, attributes in parsed.tags if tag == "span" and "data-t" in attributes
     ]
-    kinds = [egrsd.KINDS[k] for row in rows for k in row["kind"]]
+    kinds = [egrsd.KINDS[k] for record in records for k in record["kind"]]
     assert [attributes["class"].split()[1] for attributes in spans] == kinds
-    assert rows[0]["problem"] in parsed.text and rows[0]["solution"] in parsed.text
+    assert records[0]["problem"] in parsed.text and records[0]["solution"] in parsed.text
 
 
 def test_page_cannot_be_broken_by_a_completion():
     evil = "</script><script>alert(1)</script><!--"
-    row = dict.fromkeys(("problem", "prompt", "solution", "answer"), evil) | dict.fromkeys(
+    record = dict.fromkeys(("problem", "prompt", "solution", "answer"), evil) | dict.fromkeys(
         COLUMNS, [0, 1]
     )
-    row |= {"tokens": [evil, "\n"], "correct": True, "reward": 1.0, "A": 0.5}
-    parsed = Parsed(token_view([row], evil))
+    record |= {"tokens": [evil, "\n"], "correct": True, "reward": 1.0, "A": 0.5}
+    parsed = Parsed(token_view([record], evil))
     assert [attributes.get("id") for tag, attributes in parsed.tags if tag == "script"] == [
         "data",
         None,

@@ -60,7 +60,7 @@ PREDICTORS = ("position", "entropy", "lookahead", "|d|")  # of unreliable positi
 AVERAGED = ("entropy", "|d|", "gate", "cl_gate")  # per kind and per decile
 BATCH_TOKENS = 2**14  # per forward pass when reading
 
-# Branches, as in 2605.21606
+# How branches are made and judged (2605.21606)
 LEAST_PROBABILITY = 0.05  # of a token that the teacher proposes
 MOST_BRANCHES = 4  # tokens forced at a position
 CONTINUATIONS = 6  # of the student from each branch
@@ -345,18 +345,17 @@ def branch_viability(model, tokenizer, s, rollouts, values, hidden):
     benign = 0
     for _, _, proposed in chosen:
         viability = sorted(next(following) for _ in proposed)
-        unreliable.append(viability[-1] < UNRELIABLE)
+        unreliable.append(bool(viability[-1] < UNRELIABLE))
         benign += int(viability[-2] >= BENIGN)
-    labels = np.array(unreliable, dtype=bool)
     intervals = {}
     for name in PREDICTORS:
         scores = np.array([values[name][i, t].item() for i, t, _ in chosen])
-        intervals[name] = auroc_interval(scores, labels)
+        intervals[name] = auroc_interval(scores, np.array(unreliable, dtype=bool))
     return {
         "candidates": len(places),
         "positions": len(chosen),
         "branches": len(branches),
-        "unreliable": int(labels.sum()),
+        "unreliable": sum(unreliable),
         "benign": benign,
         "mean_viability": float(shares.mean()) if branches else None,
         "auroc": intervals,
@@ -418,12 +417,12 @@ def diagnostics_table(result):
 def diagnose(s: DiagnosticsSettings) -> dict:
     """Sample, read and measure. Writes --out and returns the content of diagnostics.json."""
     out = Path(s.out)
-    with hold(out, Ranks.alone()):
+    ranks = Ranks.alone()
+    with hold(out, ranks):
         path = toy.resolve(s.data, "test.jsonl")
         problems = load_problems(path, True, s.skip_ungradable)[0][: s.problems]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, device)
+        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+        model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, ranks.device)
         if s.adapter:
             load_adapter(model, s.adapter)
         # A branch goes on behind a part of a completion.

@@ -160,7 +160,7 @@ def read_log(path: Path) -> list[dict]:
     return [parsed(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
 
 
-def signals(values: dict, A: float, s: dict, max_entropy: float | None = None) -> egrsd.Signals:
+def signals(values, A, s, max_entropy):
     """The signals [1, T] of a completion, from the stored values of its tokens and from the
     settings of the run. `least_entropy` and `kind` look as far ahead as the gate, or SOON tokens if
     the gate has no window."""

@@ -96,10 +96,8 @@ def test_the_steps_that_have_values():
             tokenizer=SimpleNamespace(decode=str),
         )
     )
-    rollout, mask = (
-        SimpleNamespace(token_ids=[7, 8]),
-        torch.tensor([[True] * 3, [True, True, False]]),
-    )
+    rollout = SimpleNamespace(token_ids=[7, 8])
+    mask = torch.tensor([[True] * 3, [True, True, False]])
     values = {"logp": torch.tensor([[0.0, 0.0, 0.0], [-1.23456, -2.0, 0.0]])}
     values |= {"entropy": torch.ones(2, 3), "clipped": torch.ones(2, 3)}
     batch = SimpleNamespace(by_teacher=SimpleNamespace(mask=mask))
@@ -304,6 +302,15 @@ def test_a_long_run_and_a_long_completion(copied):
     assert "1000 tokens, the first 300 shown" in page.text and "1 to 3000" in page.text
     assert {len(a["points"].split()) for tag, a in page.tags if tag == "polyline"} == {3000}
     assert (copied / "report.html").stat().st_size < 2_000_000
+
+
+def test_a_single_step_is_drawn_as_a_dot(copied):
+    change(copied / "metrics.jsonl", step=1)
+    first = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (copied / "metrics.jsonl").write_text(first)
+    report.write([copied], copied / "report.html")
+    points = {a["points"] for tag, a in page_of(copied).tags if tag == "polyline"}
+    assert points == {"1,0 1,0"}
 
 
 def test_colours_of_many_runs():

@@ -396,20 +396,18 @@ def plain_numbers(result):
 
 
 def diagnostics_table(result):
-    """The content of diagnostics.json, for people."""
-    lines = [*plain_numbers(result), "", f"{'':10}   H nats      |d|     gate  CL gate"]
-    groups = dict(result["kinds"])
-    for n, means in enumerate(result["deciles"], 1):
-        groups[f"decile {n}"] = means
-    for name, means in groups.items():
+    """The content of diagnostics.json, for people. Deciles are called by their numbers."""
+    lines = [*plain_numbers(result), "", "tokens      H nats      |d|     gate  CL gate"]
+    groups = [*result["kinds"].items(), *enumerate(result["deciles"], 1)]
+    for name, means in groups:
         if means["entropy"] is not None:
             shown = "".join(f"{means[key]:9.3f}" for key in AVERAGED)
-            lines.append(f"{name:10}{shown}")
-    branches = result.get("branches", {"auroc": {}})
-    lines += ["", *plain_numbers(branches)]
-    for name, found in branches["auroc"].items():
-        if found:
-            lines.append("AUROC of {:10}{:.3f}  [{:.3f}, {:.3f}]".format(name, *found))
+            lines.append(f"{name!s:9}{shown}")
+    if "branches" in result:
+        lines += ["", *plain_numbers(result["branches"])]
+        for name, found in result["branches"]["auroc"].items():
+            if found:
+                lines.append("AUROC of {:10}{:.3f}  [{:.3f}, {:.3f}]".format(name, *found))
     return "\n".join(lines)
 
 

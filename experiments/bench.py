@@ -12,22 +12,21 @@ the limit.
                         peer: the whole float32 logits; limit: the matrix products alone
 
 Weights are random: speed and memory do not depend on them. Ours and the peer take turns, so that a
-change in the machine's mood meets both. The table gives medians over the turns; a ratio is the
-median of the ratios of each turn.
+slow moment of the machine meets both. The table gives medians over the turns. A ratio is the median
+of the ratios of each turn.
 """
 
-import argparse
 import ctypes
 import gc
 import json
 import os
-import platform
 import re
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,17 +38,17 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 import rollout
 import teacher
 from support.distributed import Ranks
-from support.flags import nonempty_path
-from support.run import one_line_errors, say
+from support.errors import InputError
+from support.flags import flag, parse
+from support.run import one_line_errors
 
 PROGRAM = "python -m experiments.bench"
-SMALL = dict(
+SMALL = dict(  # the proportions of Qwen3-0.6B
     vocab_size=4096,
     hidden_size=256,
     intermediate_size=768,
     num_hidden_layers=6,
     num_attention_heads=4,
-    # proportions of Qwen3-0.6B
     num_key_value_heads=2,
     head_dim=64,
     max_position_embeddings=4096,
@@ -71,9 +70,19 @@ DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 DRAW = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
 
 
+@dataclass
+class BenchSettings:
+    """The command line."""
+
+    device: str = flag("cpu", "where to measure", choices=("cpu", "cuda"))
+    rows: list = flag([1, 2, 3], "rows to measure", "[1, 3]")
+    repeats: int = flag(5, "turns of ours and the peer per row", "[1, inf)")
+    out: Path = flag(None, "JSON file for the figures of every turn (default: none)")
+
+
 def random_model(device: str) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    shape = {"cpu": SMALL, "cuda": QWEN3_4B}[device]
+    shape = QWEN3_4B if device == "cuda" else SMALL
     with torch.device(device):
         model = Qwen3ForCausalLM(Qwen3Config(**shape, eos_token_id=0, pad_token_id=0))
     return model.to(DTYPE[device]).eval().requires_grad_(False)
@@ -86,19 +95,22 @@ def now() -> float:
     return time.perf_counter()
 
 
-def timed(work: Callable) -> tuple:
-    """(what work() returns, its seconds)."""
+def seconds(work: Callable) -> float:
+    """How long work() takes."""
     start = now()
-    return work(), now() - start
+    work()
+    return now() - start
+
+
+def resident(field: str) -> int:
+    """Bytes that this process has in memory, by its field of /proc/self/status."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(field + ":")[1].split()[0]) * 2**10
 
 
 def peak_gib(work: Callable) -> float:
     """How much more memory is in use at the peak of work() than before; without a GPU, that of the
     process."""
-
-    def resident(field: str) -> int:
-        return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 2**10
-
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -112,56 +124,46 @@ def peak_gib(work: Callable) -> float:
     return (resident("VmHWM") - before) / 2**30
 
 
-def take_turns(row: str, unit: str, repeats: int, **works: Callable[[int], float]) -> dict:
-    """A row of the report: what each work returns when they take turns; they get the number of the
-    turn."""
-    turns = [{name: work(turn) for name, work in works.items()} for turn in range(repeats)]
-    return {"row": row, "unit": unit, "peer": [], "limit": []} | {
-        name: [t[name] for t in turns] for name in works
-    }
+def take_turns(row: str, unit: str, repeats: int, **works: Callable) -> dict:
+    """A row of the report: what each work(turn) returns when they take turns, a number."""
+    found = {"row": row, "unit": unit, "ours": [], "peer": [], "limit": []}
+    for turn in range(repeats):
+        for name, work in works.items():
+            found[name].append(work(turn))
+    return found
 
 
 def line(row: dict) -> str:
     """A row as markdown: medians over the turns, and the ratios of ours turn by turn, with smallest
     and largest."""
-    cells = [row["row"], row["unit"], f"{statistics.median(row['ours']):,.4g}"]
-    for name in ("peer", "limit"):
-        ratios = sorted(ours / other for ours, other in zip(row["ours"], row[name], strict=False))
-        cells += (
-            [
-                f"{statistics.median(row[name]):,.4g}",
-                f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
-            ]
-            if ratios
-            else ["", ""]
-        )
+    ours = row["ours"]
+    cells = [row["row"], row["unit"], f"{statistics.median(ours):,.4g}"]
+    for other in (row["peer"], row["limit"]):
+        if other:
+            ratios = [a / b for a, b in zip(ours, other, strict=True)]
+            middle = statistics.median(ratios)
+            cells.append(f"{statistics.median(other):,.4g}")
+            cells.append(f"{middle:.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+        else:
+            cells += ["", ""]
     return f"| {' | '.join(cells)} |"
 
 
-def random_prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
-    return torch.randint(
-        vocabulary, (count, length), generator=torch.Generator().manual_seed(count)
-    ).tolist()
+def random_prompts(count: int, length: int, vocabulary: int) -> list:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(vocabulary, (count, length), generator=generator).tolist()
 
 
 def our_tokens(model, prompts, seed: int, **settings) -> int:
     """Useful tokens that rollout.sample made."""
-    completions = rollout.sample(
-        model, prompts, generator=torch.Generator().manual_seed(seed), **settings
-    )
+    generator = torch.Generator().manual_seed(seed)
+    completions = rollout.sample(model, prompts, generator=generator, **settings)
     return sum(len(completion.token_ids) for completion in completions)
 
 
 @torch.inference_mode()
 def peer_tokens(
-    model,
-    prompts,
-    seed: int,
-    *,
-    max_new_tokens: int,
-    stop_ids: list[int],
-    slots: int,
-    samples_per_prompt: int = 1,
+    model, prompts, seed: int, *, max_new_tokens, stop_ids, slots, samples_per_prompt=1
 ) -> int:
     """Useful tokens that transformers' generate made: up to the stop token of each row, in batches
     of `slots` rows."""
@@ -172,12 +174,16 @@ def peer_tokens(
         eos_token_id=stop_ids or None,
         num_return_sequences=samples_per_prompt,
     )
-    useful, stop, batch = 0, set(stop_ids), slots // samples_per_prompt
+    useful = 0
+    batch = slots // samples_per_prompt
     for start in range(0, len(prompts), batch):
         ids = torch.tensor(prompts[start : start + batch], device=model.device)
         rows = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         for row in rows[:, ids.shape[1] :].tolist():
-            useful += next((i + 1 for i, token in enumerate(row) if token in stop), len(row))
+            for token in row:
+                useful += 1
+                if token in stop_ids:
+                    break
     return useful
 
 
@@ -190,40 +196,44 @@ def bare_step(model, rows: int, columns: int, steps: int = 60) -> float:
     cache.reserve(columns)
     token = torch.zeros(rows, dtype=torch.long, device=model.device)
     step = partial(rollout.decode, model, cache, token, token + columns - 1, columns)
-    step()
-    return timed(lambda: [step() for _ in range(steps)])[1] / steps
+    step()  # the first one also allocates
+
+    def steps_in_a_row():
+        for _ in range(steps):
+            step()
+
+    return seconds(steps_in_a_row) / steps
 
 
 def compare_samplers(row: str, model, prompts, repeats: int, limit: Callable, **settings) -> dict:
     """Tokens/s of ours and the peer; both are seeded with the turn's number."""
 
-    def rate(sampler: Callable, turn: int) -> float:
-        tokens, seconds = timed(partial(sampler, model, prompts, turn, **settings))
-        return tokens / seconds
+    def rate(sampler, turn):
+        start = now()
+        tokens = sampler(model, prompts, turn, **settings)
+        return tokens / (now() - start)
 
-    return take_turns(
-        row,
-        "tokens/s",
-        repeats,
-        ours=partial(rate, our_tokens),
-        peer=partial(rate, peer_tokens),
-        limit=limit,
-    )
+    ours = partial(rate, our_tokens)
+    peer = partial(rate, peer_tokens)
+    return take_turns(row, "tokens/s", repeats, ours=ours, peer=peer, limit=limit)
 
 
 def mixed_lengths(device: str, repeats: int) -> Iterator[dict]:
     model = random_model(device)
-    # random weights stop after 64 tokens on average
-    stop_ids = list(range(0, model.config.vocab_size, 64))
+    vocabulary = model.config.vocab_size
+    stop_ids = list(range(0, vocabulary, 64))  # random weights stop after 64 tokens on average
     # a row has 48 tokens of prompt and, by the lengths' lack of memory, 64 tokens on average
     columns = 128
-    prompts = random_prompts(128, 48, model.config.vocab_size)
+
+    def limit(_):
+        return 32 / bare_step(model, 32, columns)
+
     yield compare_samplers(
         "1 mixed lengths",
         model,
-        prompts,
+        random_prompts(128, 48, vocabulary),
         repeats,
-        lambda _: 32 / bare_step(model, 32, columns),
+        limit,
         slots=32,
         max_new_tokens=512,
         stop_ids=stop_ids,
@@ -235,8 +245,8 @@ def shared_prompts(device: str, repeats: int) -> Iterator[dict]:
     prompts = random_prompts(8, 512, model.config.vocab_size)
 
     @torch.inference_mode()
-    def limit(_) -> float:
-        prefill = timed(lambda: rollout.prefill(model, prompts))[1]
+    def limit(_):
+        prefill = seconds(partial(rollout.prefill, model, prompts))
         return 8 * 8 * 32 / (prefill + 31 * bare_step(model, 64, 544))
 
     yield compare_samplers(
@@ -253,18 +263,20 @@ def shared_prompts(device: str, repeats: int) -> Iterator[dict]:
 
 
 def whole_logits(head, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool):
-    logprobs = head(hidden).float().log_softmax(-1)  # the temperature is 1
+    """As teacher.score, at temperature 1, by all logits at once."""
+    logprobs = head(hidden).float().log_softmax(-1)
     logp = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return logp, torch.special.entr(logprobs.exp()).sum(-1) if entropy else None
+    if not entropy:
+        return logp, None
+    return logp, torch.special.entr(logprobs.exp()).sum(-1)
 
 
 def scoring(device: str, repeats: int) -> Iterator[dict]:
     torch.manual_seed(0)
     kind = {"device": device, "dtype": DTYPE[device]}
-    head = nn.Linear(
-        {"cpu": 256, "cuda": 2560}[device], VOCABULARY, bias=False, **kind
-    ).requires_grad_(False)
-    hidden = torch.randn(4 * 1024, head.in_features, **kind)
+    width = 2560 if device == "cuda" else 256
+    head = nn.Linear(width, VOCABULARY, bias=False, **kind).requires_grad_(False)
+    hidden = torch.randn(4 * 1024, width, **kind)
     targets = torch.randint(VOCABULARY, (len(hidden),), device=device)
 
     @torch.no_grad()
@@ -287,9 +299,9 @@ def scoring(device: str, repeats: int) -> Iterator[dict]:
             row,
             "s",
             repeats,
-            ours=lambda _: timed(partial(work, teacher.score))[1],
-            peer=lambda _: timed(partial(work, whole_logits))[1],
-            limit=lambda _: timed(partial(products, count))[1],
+            ours=lambda _: seconds(partial(work, teacher.score)),
+            peer=lambda _: seconds(partial(work, whole_logits)),
+            limit=lambda _: seconds(partial(products, count)),
         )
         yield take_turns(
             row,
@@ -306,69 +318,44 @@ def scoring(device: str, repeats: int) -> Iterator[dict]:
 ROWS = {1: mixed_lengths, 2: shared_prompts, 3: scoring}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        PROGRAM,
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure (default: cpu)")
-    add(
-        "--rows",
-        type=int,
-        nargs="+",
-        choices=ROWS,
-        default=list(ROWS),
-        help="rows to measure (default: all)",
-    )
-    add("--repeats", type=int, default=5, help="turns of ours and the peer per row (default: 5)")
-    add(
-        "--out",
-        type=nonempty_path,
-        help="write the figures of every turn to this JSON file as well",
-    )
-    a = parser.parse_args()
-    if a.device == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            "--device cuda needs a CUDA GPU, and torch sees none: leave it out to measure on "
-            "the CPU"
-        )
-    if a.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {a.repeats}")
-    with one_line_errors(PROGRAM, "stopped"):
-        measure(a)
-
-
-def measure(a) -> None:
+def measure(s: BenchSettings) -> None:
     """All rows, printed as they come, and into --out."""
     Ranks.alone()  # on CUDA: the attention kernels that training takes
-    rows, cpu = [], re.search(r"model name\s*:\s*(.+)|$", Path("/proc/cpuinfo").read_text())[1]
+    if s.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        cpu = re.search(r"model name\s*:\s*(.+)|$", Path("/proc/cpuinfo").read_text())[1]
+        machine = f"{cpu}, {os.cpu_count()} cores"
     about = {
         "command": shlex.join([*PROGRAM.split(), *sys.argv[1:]]),
-        "machine": torch.cuda.get_device_name()
-        if a.device == "cuda"
-        else f"{cpu}, {os.cpu_count()} cores",
+        "machine": machine,
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "dtype": str(DTYPE[a.device]).removeprefix("torch."),
-        "turns": a.repeats,
+        "dtype": str(DTYPE[s.device]).removeprefix("torch."),
+        "turns": s.repeats,
     }
-    say(
-        "  ".join(f"{key}: {value}" for key, value in about.items()) + "\n\n"
-        "| row | unit | ours | peer | ours / peer | limit | ours / limit |\n" + "|---" * 7 + "|"
-    )
-    for number in a.rows:
-        for row in ROWS[number](a.device, a.repeats):
-            say(line(row))
+    for key, value in about.items():
+        print(f"{key}: {value}")
+    print("\n| row | unit | ours | peer | ours / peer | limit | ours / limit |")
+    print("|---" * 7 + "|", flush=True)
+    rows = []
+    for number in s.rows:
+        for row in ROWS[number](s.device, s.repeats):
+            print(line(row), flush=True)
             rows.append(row)
-    if a.out:
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        a.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    if s.out:
+        s.out.parent.mkdir(parents=True, exist_ok=True)
+        s.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+def main() -> None:
+    with one_line_errors(PROGRAM, "stopped"):
+        s = parse(BenchSettings, sys.argv[1:], __doc__)
+        if s.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda needs a CUDA GPU, and torch sees none: leave it out")
+        measure(s)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import egrsd
@@ -51,22 +52,23 @@ from support.data import add_adapter, load_adapter, load_model, load_problems
 from support.distributed import Ranks
 from support.errors import InputError
 from support.flags import flag, parse
-from support.run import name_lack_of_memory, one_line_errors, say
+from support.run import name_lack_of_memory, one_line_errors
 from support.sampling import Rollout, check_window
 
 PROGRAM = "python -m experiments.gradients"
-NAMES = {
+NAMES = {  # of (gamma, window, eps), as in experiments.compare
     (0, 0, 0): "grpo",
     (0, 0, 0.2): "direction-aware",
     (0.3, 0, 0.2): "egrsd",
     (0.3, 3, 0.2): "cl-egrsd",
     (0.3, 3, 0): "magnitude off",
-}  # as in experiments.compare
+}
 BASELINES = ("r", "r - 0.5", "shorter")
+PLAIN = (0.0, 0, 0.0)  # gamma, window and eps of policy gradient
 
 
 @dataclass
-class Settings(ReadingSettings):
+class GradientsSettings(ReadingSettings):
     """The command line: how to sample, and which gradients to compare."""
 
     out: str = flag(
@@ -76,9 +78,7 @@ class Settings(ReadingSettings):
         "solution", "what the teacher is shown", choices=("solution", "answer")
     )
     batches: int = flag(
-        32,
-        "batches, N; behind the last problem of the file the first one follows again",
-        "[3, inf)",
+        32, "batches, N; after the last problem of the file comes the first one again", "[3, inf)"
     )
     batch: int = flag(64, "problems per batch", "[1, inf)")
     samples: int = flag(1, "completions per problem", "[1, inf)")
@@ -96,65 +96,64 @@ class Settings(ReadingSettings):
     )
 
 
-def configurations(s: Settings) -> dict[str, tuple[float, int, float]]:
-    """(gamma, window, eps) by name: the grid, in which gamma = 0 has no window, and plain ones
-    without a mean."""
-    grid = sorted(
-        {
-            (gamma, window * (gamma > 0), eps)
-            for gamma, window, eps in itertools.product([0.0, *s.gamma], s.window, [0.0, *s.eps])
-        }
-    )
-    other = [
-        (f"gamma {gamma} W {window}" if gamma else "no gate") + f", eps {eps:g}" * (eps != 0.2)
-        for gamma, window, eps in grid
-    ]
-    named = {NAMES.get(values, name): values for values, name in zip(grid, other, strict=True)}
-    return named | dict.fromkeys(BASELINES, (0.0, 0, 0.0))
+# ---- gradients
 
 
-def sketch(x: torch.Tensor, size: int, seed: int) -> torch.Tensor:
+def configurations(s) -> dict[str, tuple]:
+    """(gamma, window, eps) by name: the grid, and the plain ones with other advantages."""
+    grid = set()
+    for gamma, window, eps in itertools.product([0.0, *s.gamma], s.window, [0.0, *s.eps]):
+        grid.add((gamma, window if gamma else 0, eps))  # without a gate there is no window
+    named = {}
+    for values in sorted(grid):
+        gamma, window, eps = values
+        name = f"gamma {gamma} W {window}" if gamma else "no gate"
+        if eps != 0.2:
+            name += f", eps {eps:g}"
+        named[NAMES.get(values, name)] = values
+    return named | dict.fromkeys(BASELINES, PLAIN)
+
+
+def sketch(x: Tensor, size: int, seed: int) -> Tensor:
     """x [D] -> [min(size, D)], linear: chunks of this length get random signs and are added up at
     random rotations."""
-    generator, total = torch.Generator(x.device).manual_seed(seed), torch.zeros_like(x[:size])
+    generator = torch.Generator(x.device).manual_seed(seed)
+    total = torch.zeros_like(x[:size])
     for chunk in x.split(size):
-        total = total.roll(
-            torch.randint(len(total), (), generator=generator, device=x.device).item()
-        )
-        total[: len(chunk)] += chunk * (
-            2 * torch.empty_like(chunk).bernoulli_(generator=generator) - 1
-        )
+        turn = torch.randint(len(total), (), generator=generator, device=x.device)
+        total = total.roll(turn.item())
+        signs = 2 * torch.empty_like(chunk).bernoulli_(generator=generator) - 1
+        total[: len(chunk)] += chunk * signs
     return total
 
 
-def batch_sketches(model, tokenizer, rows: list[Rollout], s: Settings) -> torch.Tensor:
+def batch_sketches(model, tokenizer, rows: list[Rollout], s) -> Tensor:
     """The gradients [C, m] of one batch, C configurations from one reading of student and
     teacher."""
-    grid, found, parameters = configurations(s), {}, lora.lora_parameters(model)
+    grid = configurations(s)
+    parameters = lora.lora_parameters(model)
+    prompts = [row.prompt for row in rows]
+    completions = [row.token_ids for row in rows]
+    privileged = [teacher_prompt(tokenizer, row.problem, s.thinking) for row in rows]
     with lora.disabled(model):
-        seen = teacher.read_in_batches(
-            model,
-            [teacher_prompt(tokenizer, row.problem, s.thinking) for row in rows],
-            [row.token_ids for row in rows],
-            s.pass_tokens,
-        )
-    A, r = (
-        torch.tensor([getattr(row, key) for row in rows], device=model.device)
-        for key in ("advantage", "reward")
-    )
+        seen = teacher.read_in_batches(model, privileged, completions, s.pass_tokens)
+
+    tokens = seen.mask.sum()
     lengths = seen.mask.sum(1).float()
+    standard = torch.tensor([row.advantage for row in rows], device=model.device)
+    r = torch.tensor([row.reward for row in rows], device=model.device)
     advantages = {"r": r, "r - 0.5": r - 0.5, "shorter": lengths.mean() - lengths}
-    for some in teacher.micro_batches(
-        [len(row.prompt) + len(row.token_ids) for row in rows], s.pass_tokens
-    ):
-        own = teacher.read(model, [rows[i].prompt for i in some], [rows[i].token_ids for i in some])
-        logp, entropy = (x[some, : own.mask.shape[1]] for x in (seen.logp, seen.entropy))
+    found = dict.fromkeys(grid, 0)
+    sizes = [len(row.prompt) + len(row.token_ids) for row in rows]
+    for some in teacher.micro_batches(sizes, s.pass_tokens):
+        own = teacher.read(model, [prompts[i] for i in some], [completions[i] for i in some])
+        columns = own.mask.shape[1]
         for name, (gamma, window, eps) in grid.items():
             weights = egrsd.token_advantages(
-                advantages.get(name, A)[some],
-                logp,
+                advantages.get(name, standard)[some],
+                seen.logp[some, :columns],
                 own.logp,
-                entropy,
+                seen.entropy[some, :columns],
                 own.mask,
                 gamma=gamma,
                 window=window,
@@ -162,68 +161,92 @@ def batch_sketches(model, tokenizer, rows: list[Rollout], s: Settings) -> torch.
                 floor=s.floor,
                 max_entropy=seen.entropy.max(),
             )
-            loss = egrsd.policy_loss(own.logp, weights, own.mask, seen.mask.sum())
+            loss = egrsd.policy_loss(own.logp, weights, own.mask, tokens)
             # the graph is needed until the last one, `shorter`
             gradient = torch.autograd.grad(loss, parameters, retain_graph=name != "shorter")
-            found[name] = found.get(name, 0) + sketch(
-                torch.cat([g.flatten() for g in gradient]), s.sketch, s.seed
-            )
-    return torch.stack([found[name] for name in grid])
+            found[name] = found[name] + sketch(flat(gradient), s.sketch, s.seed)
+    return torch.stack(list(found.values()))
 
 
-def step_sketches(name: str, model, batches: list[list[Rollout]], s: Settings) -> torch.Tensor:
-    """The gradients [N, m] of a row of experiments.compare: those of its training step, whose
-    rollouts are these."""
+def flat(tensors) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def step_sketches(name: str, model, batches: list, s) -> Tensor:
+    """The gradients [N, m] of a row of experiments.compare: those of its training step, with these
+    rollouts in the place of its own."""
+    found = []
     with tempfile.TemporaryDirectory() as out:
-        layers = {
-            lora.short_name(key): m
-            for key, m in model.named_modules()
-            if isinstance(m, lora.LoRALinear)
-        }
-        adapter = next(iter(layers.values()))
-        values = {
-            "model": s.model,
-            "data": s.data,
-            "out": out,
-            "seed": s.seed,
-            "lr": 0,
-            "max-grad-norm": 1e30,  # as it is
-            "lora-rank": adapter.rank,
-            "lora-alpha": adapter.alpha,
-            "prompts-per-step": s.batch,
-            "max-new-tokens": s.max_new_tokens,
-            "rollouts-per-prompt": s.samples,
-            "micro-batch": max(1, s.pass_tokens // s.max_new_tokens),
-            "slots": s.slots,
-            "eval-data": "",
-        }
-        flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
-        try:
-            settings, _, objective = lab.parse_arguments(
-                [*compare.variants()[name], "--lora-targets", *layers, *flags]
-            )
-        except InputError as error:
-            raise InputError(f"--also {name}: {error} (here it is --samples)") from None
-        t, found = train.Trainer(settings, Ranks.alone(), objective), []
-        t.log.bar = tqdm(disable=True)
-        for own, parameter in zip(t.parameters, lora.lora_parameters(model), strict=True):
-            own.data.copy_(parameter)
+        t = make_trainer(name, model, s, out)
 
-        def note_gradient() -> None:
-            gradient = torch.cat([p.grad.flatten() for p in t.parameters])
+        def note_gradient():
+            gradient = flat(parameter.grad for parameter in t.parameters)
             found.append(sketch(gradient, s.sketch, s.seed))
 
         t.optimizer.step = note_gradient
         for rows in tqdm(batches, desc=name, unit=" batches"):
-            t.step = 0
-            t.next_problems = lambda rows=rows: [row.problem for row in rows[:: s.samples]]
-            t.sample = lambda *_, rows=rows: [replace(row) for row in rows]
-            if settings.advantage == "running":
-                t.baseline.advantage = lambda _, rows=rows: torch.tensor(
-                    [row.advantage for row in rows]
-                )
+            feed(t, rows, s)
             t.train_step()
     return torch.stack(found)
+
+
+def make_trainer(name: str, model, s, out: str) -> train.Trainer:
+    """A trainer of this row, with the adapter of `model`. Its learning rate and its clip change
+    nothing."""
+    layers = {}
+    for key, layer in model.named_modules():
+        if isinstance(layer, lora.LoRALinear):
+            layers[lora.short_name(key)] = layer
+    adapter = next(iter(layers.values()))
+    flags = [
+        *compare.variants()[name],
+        "--lora-targets",
+        *layers,
+        f"--lora-rank={adapter.rank}",
+        f"--lora-alpha={adapter.alpha}",
+        f"--model={s.model}",
+        f"--data={s.data}",
+        "--eval-data=",
+        f"--out={out}",
+        f"--seed={s.seed}",
+        "--lr=0",
+        "--max-grad-norm=1e30",
+        f"--prompts-per-step={s.batch}",
+        f"--rollouts-per-prompt={s.samples}",
+        f"--max-new-tokens={s.max_new_tokens}",
+        f"--micro-batch={max(1, s.pass_tokens // s.max_new_tokens)}",
+        f"--slots={s.slots}",
+    ]
+    settings, _, objective = lab.parse_arguments(flags)
+    t = train.Trainer(settings, Ranks.alone(), objective)
+    t.log.bar = tqdm(disable=True)
+    for own, parameter in zip(t.parameters, lora.lora_parameters(model), strict=True):
+        own.data.copy_(parameter)
+    return t
+
+
+def feed(t: train.Trainer, rows: list[Rollout], s) -> None:
+    """Give the next step these rollouts, with their advantages, in the place of its own."""
+    problems = [row.problem for row in rows[:: s.samples]]
+    advantages = torch.tensor([row.advantage for row in rows])
+    t.step = 0
+    t.next_problems = lambda: problems
+    t.sample = lambda *_: [replace(row) for row in rows]
+    if t.s.advantage == "running":
+        t.baseline.advantage = lambda _: advantages
+
+
+# ---- figures
+
+
+def products(own: Tensor, plain: Tensor, shorter: Tensor, exact: bool) -> np.ndarray:
+    """Inner products [5, N, N] of the batches' gradients s, p and those of `shorter`, each [N, m];
+    if the sketches are exact [7, N, N], the last two with the signs of s."""
+    pairs = [(own, own), (own, plain), (plain, plain), (own, shorter), (shorter, shorter)]
+    if exact:
+        signs = own.sign()
+        pairs += [(signs, signs), (signs, plain)]
+    return np.stack([(x @ y.T).cpu().numpy() for x, y in pairs])
 
 
 def alignments(own: np.ndarray, cross: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -231,151 +254,176 @@ def alignments(own: np.ndarray, cross: np.ndarray, target: np.ndarray) -> np.nda
     p_b', p_b and p_b'."""
     # |sum of p_b' over b' != b|^2, [N]
     others = target.sum() - 2 * target.sum(1) + target.diagonal()
-    # 0 where s_b = 0
-    return (cross.sum(1) - cross.diagonal()) / np.sqrt(own.diagonal() * others).clip(1e-300)
+    inner = cross.sum(1) - cross.diagonal()
+    return inner / np.sqrt(own.diagonal() * others).clip(1e-300)  # 0 where s_b = 0
 
 
-def estimates(
-    own: np.ndarray,
-    cross: np.ndarray,
-    plain: np.ndarray,
-    to_shorter: np.ndarray,
-    shorter: np.ndarray,
-    *signs: np.ndarray,
-) -> dict:
-    """Values by column from such products: the second two with the row `shorter` in the place of p,
-    the last two, if they are known, with the signs of s in the place of s."""
-    n, power, cosines = len(own), own.diagonal().mean(), alignments(own, cross, plain)
-    signal, shared, plain_signal = (
-        (x.sum() - x.trace()) / (n * (n - 1)) for x in (own, cross, plain)
-    )
-    bias, momentum = (
-        shared / np.sqrt(plain_signal) / np.sqrt([signal, signal + (power - signal) / 19])
-    )
-    first_step = {"sign": alignments(*signs, plain).mean()} if signs else {}
-    return (
-        {"alignment": cosines.mean()}
-        | first_step
-        | {
-            "shorter": alignments(own, to_shorter, shorter).mean(),
-            "bias": bias,
-            "naive bias": cross.sum() / np.sqrt(own.sum() * plain.sum()),
-            "signal": signal / power,
-            "momentum": momentum,
-            "norm": np.sqrt(power / plain.diagonal().mean()),
-            "cosines": cosines,
-        }
-    )
+def expected(x: np.ndarray) -> float:
+    """Mean product of different batches, whose noise has mean 0."""
+    n = len(x)
+    return (x.sum() - x.trace()) / (n * (n - 1))
+
+
+def estimates(x: np.ndarray) -> dict:
+    """Values by column, from `products`."""
+    own, cross, plain, to_shorter, shorter, *signs = x
+    power = own.diagonal().mean()
+    signal = expected(own)
+    averaged = signal + (power - signal) / 19  # |mean of s over 19 batches|^2
+    shared = expected(cross) / np.sqrt(expected(plain))
+    found = {"alignment": alignments(own, cross, plain).mean()}
+    if signs:
+        found["sign"] = alignments(*signs, plain).mean()
+    found["shorter"] = alignments(own, to_shorter, shorter).mean()
+    found["bias"] = shared / np.sqrt(signal)
+    found["naive bias"] = cross.sum() / np.sqrt(own.sum() * plain.sum())
+    found["signal"] = signal / power
+    found["momentum"] = shared / np.sqrt(averaged)
+    found["norm"] = np.sqrt(power / plain.diagonal().mean())
+    return found
+
+
+def leave_one_out(x: np.ndarray) -> dict:
+    """The estimates by column, [1 + N]: of all batches, and without each of them."""
+    found = [estimates(x)]
+    for b in range(x.shape[1]):
+        found.append(estimates(np.delete(np.delete(x, b, 1), b, 2)))
+    return {key: np.array([one[key] for one in found]) for key in found[0]}
+
+
+def with_error(x: np.ndarray) -> list:
+    """x [1 + N] as above -> [value, its standard error by the jackknife], None for what is not
+    finite."""
+    error = np.sqrt((len(x) - 2) * x[1:].var())
+    return [float(value) if np.isfinite(value) else None for value in (x[0], error)]
 
 
 @np.errstate(invalid="ignore", divide="ignore")  # nan where the estimate of a square is negative
-def summarise(sketches: torch.Tensor, grid: dict[str, tuple], exact: bool) -> dict[str, dict]:
+def summarise(sketches: Tensor, grid: dict[str, tuple], exact: bool) -> dict[str, dict]:
     """sketches [C, N, m] -> by name, best alignment first: [value, standard error] by column, and
     all cosines. exact: they hold every coordinate, up to its sign."""
-    plain, shorter = (sketches[list(grid).index(name)].double() for name in ("grpo", "shorter"))
-    n, found, rows = sketches.shape[1], {}, {}
-    kept = [np.arange(n), *(np.delete(np.arange(n), b) for b in range(n))]  # all, and all but one
-    for name, own in zip(grid, map(torch.Tensor.double, sketches), strict=True):
-        pairs = [(own, own), (own, plain), (plain, plain), (own, shorter), (shorter, shorter)]
-        pairs += [(own.sign(), own.sign()), (own.sign(), plain)] if exact else []
-        products = [(x @ y.T).cpu().numpy() for x, y in pairs]
-        found[name] = [estimates(*(x[np.ix_(k, k)] for x in products)) for k in kept]
-    for name in sorted(grid, key=lambda name: -found[name][0]["alignment"]):
-        columns = {
-            key: np.array([one[key] for one in found[name]])
-            for key in found[name][0]
-            if key != "cosines"
-        }
-        ungated = next(rival for rival in grid if grid[rival] == (0, 0, grid[name][2]))
-        for key, rival in ("- grpo", "grpo"), ("- gamma 0", ungated):
-            columns[key] = columns["alignment"] - [one["alignment"] for one in found[rival]]
-        rows[name] = {
-            key: [
-                float(v) if np.isfinite(v) else None for v in (x[0], np.sqrt((n - 1) * x[1:].var()))
-            ]
-            for key, x in columns.items()
-        } | {"cosines": found[name][0]["cosines"].tolist()}
+    names = list(grid)
+    plain = sketches[names.index("grpo")].double()
+    shorter = sketches[names.index("shorter")].double()
+    columns = {}
+    cosines = {}
+    for name, own in zip(names, sketches, strict=True):
+        x = products(own.double(), plain, shorter, exact)
+        columns[name] = leave_one_out(x)
+        cosines[name] = alignments(*x[:3]).tolist()
+
+    def alignment(name):
+        return columns[name]["alignment"]
+
+    rows = {}
+    for name in sorted(names, key=lambda name: -alignment(name)[0]):
+        ungated = (0, 0, grid[name][2])
+        rival = next(other for other in names if grid[other] == ungated)
+        columns[name]["- grpo"] = alignment(name) - alignment("grpo")
+        columns[name]["- gamma 0"] = alignment(name) - alignment(rival)
+        rows[name] = {key: with_error(x) for key, x in columns[name].items()}
+        rows[name]["cosines"] = cosines[name]
     return rows
 
 
-def measure(s: Settings) -> dict:
+# ---- the command
+
+
+def read_problems(s, path: str) -> list:
+    """The problems; their solution is what the teacher is shown."""
+    context = CONTEXTS[s.teacher_context]
+    problems = []
+    for p in load_problems(path, "solution" in context.needs, s.skip_ungradable)[0]:
+        nothing = Rollout([], [], False, p, [])
+        problems.append(replace(p, solution=context.text(nothing, [], [], p)))
+    return problems
+
+
+def measure(s) -> dict:
     """Everything above: what --out holds."""
-    device, dtype = (
-        ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    )
-    model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, torch.device(device))
-    torch.manual_seed(s.seed)
-    load_adapter(model, s.adapter) if s.adapter else add_adapter(model, rank=16, alpha=32.0)
-    if unknown := {*s.also} - (compare.variants().keys() - configurations(s).keys()):
+    grid = configurations(s)
+    unknown = set(s.also) - (compare.variants().keys() - grid.keys())
+    if unknown:
         raise InputError(
             f"--also {min(unknown)}: no other row of experiments.compare: choose one from "
             "its --help"
         )
-    path, context = toy.resolve(s.data, "train.jsonl"), CONTEXTS[s.teacher_context]
-    problems = [
-        replace(p, solution=context.text(Rollout([], [], False, p, []), [], [], p))
-        for p in load_problems(path, "solution" in context.needs, s.skip_ungradable)[0]
-    ]
-    check_window(
-        model,
-        path,
-        problems,
-        s.max_new_tokens,
-        lambda p: [teacher_prompt(tokenizer, p, s.thinking)],
-    )
-    order = np.resize(np.random.default_rng(s.seed).permutation(len(problems)), s.batches * s.batch)
+    device = Ranks.alone().device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, device)
+    torch.manual_seed(s.seed)
+    if s.adapter:
+        load_adapter(model, s.adapter)
+    else:
+        add_adapter(model, rank=16, alpha=32.0)
+
+    path = toy.resolve(s.data, "train.jsonl")
+    problems = read_problems(s, path)
+
+    def prompts(problem):
+        return [teacher_prompt(tokenizer, problem, s.thinking)]
+
+    check_window(model, path, problems, s.max_new_tokens, prompts)
+    order = np.random.default_rng(s.seed).permutation(len(problems))
+    order = np.resize(order, s.batches * s.batch)  # from the first again after the last
     rollouts = sample_student(model, tokenizer, s, [problems[i] for i in order])
-    batches = tqdm(np.split(np.array(rollouts), s.batches), desc="gradients", unit=" batches")
-    # [C, N, m]
-    sketches = torch.stack([batch_sketches(model, tokenizer, rows, s) for rows in batches], 1)
-    also = [
-        step_sketches(name, model, np.split(np.array(rollouts), s.batches), s) for name in s.also
-    ]
-    sketches = torch.cat([sketches, *(x.unsqueeze(0) for x in also)])
+    batches = np.split(np.array(rollouts), s.batches)
+
+    found = []
+    for rows in tqdm(batches, desc="gradients", unit=" batches"):
+        found.append(batch_sketches(model, tokenizer, rows, s))
+    sketches = torch.stack(found, 1)  # [C, N, m]
+    for name in s.also:
+        own = step_sketches(name, model, batches, s)
+        sketches = torch.cat([sketches, own.unsqueeze(0)])
+        grid[name] = PLAIN
     size = sum(parameter.numel() for parameter in lora.lora_parameters(model))
+    exact = s.sketch >= size
     return {
         "settings": asdict(s),
         "coordinates": size,
-        "sketch_error": s.sketch**-0.5 if s.sketch < size else 0.0,
+        "sketch_error": 0.0 if exact else s.sketch**-0.5,
         "accuracy": np.mean([r.correct for r in rollouts]),
         "length": np.mean([len(r.token_ids) for r in rollouts]),
-        "rows": summarise(
-            sketches,
-            configurations(s) | dict.fromkeys(s.also, (0.0, 0, 0.0)),
-            exact=s.sketch >= size,
-        ),
+        "rows": summarise(sketches, grid, exact),
     }
 
 
-def table(result: dict) -> str:
+def cell(key: str, value: float | None, error: float | None) -> str:
+    """An estimate as text; with a sign, if it is a difference."""
+    if value is None:
+        return "-"
+    sign = "+" if key.startswith("-") else ""
+    text = f"{value:{sign}.3f}"
+    if error is not None:
+        text += f" +- {error:.3f}"
+    return text
+
+
+def gradients_table(result: dict) -> str:
     """The rows as markdown, below what is known of rollouts and sketches."""
-
-    def cell(key: str, value: float | None, error: float | None) -> str:
-        error = "" if error is None else f" +- {error:.3f}"
-        return "-" if value is None else f"{value:{'+' * key.startswith('-')}.3f}{error}"
-
     keys = [key for key in result["rows"]["grpo"] if key != "cosines"]
-    lines = [
-        ["", *keys],
-        ["---"] * (1 + len(keys)),
-        *([name, *(cell(key, *row[key]) for key in keys)] for name, row in result["rows"].items()),
-    ]
-    return (
+    lines = []
+    for name, row in result["rows"].items():
+        lines.append([name, *(cell(key, *row[key]) for key in keys)])
+    about = (
         "accuracy {accuracy:.3f}, length {length:.1f}; {coordinates} coordinates, standard error "
-        "of a cosine by their sketch {sketch_error:.4f}; --help explains the columns\n\n"
-    ).format(**result) + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        "of a cosine by their sketch {sketch_error:.4f}; --help explains the columns"
+    )
+    table = compare.markdown(f"| {' | '.join(['', *keys])} |", lines)
+    return f"{about.format(**result)}\n\n{table}"
 
 
 def recommendation(rows: dict[str, dict]) -> str:
     """The gate and clip of the highest sign, or alignment if there is no sign, of those whose
     alignment is above grpo's by two standard errors; what speaks for it."""
-    tried = {name: row["- grpo"] for name, row in rows.items() if name not in BASELINES}
-    if rows["grpo"]["alignment"][0] <= 2 * rows["grpo"]["alignment"][1]:
+    alignment, error = rows["grpo"]["alignment"]
+    if alignment <= 2 * error:
         return (
             "no recommendation: the plain gradients of these batches agree no better than noise: "
             "take more and larger batches, and problems that are neither too hard nor too easy"
         )
-    column = "sign" if "sign" in rows["grpo"] else "alignment"
+    tried = {name: row["- grpo"] for name, row in rows.items() if name not in BASELINES}
     above = [name for name, (more, error) in tried.items() if more > 2 * error]
     if not above:
         widest = max(error for _, error in tried.values())
@@ -384,8 +432,10 @@ def recommendation(rows: dict[str, dict]) -> str:
             f"{2 * widest:.3f} here: what this teacher says of tokens helps little here, or "
             "--batches and --batch are too small to tell"
         )
+    column = "sign" if "sign" in rows["grpo"] else "alignment"
     best = max(above, key=lambda name: rows[name][column][0])
-    (more, error), (ungated, its_error) = tried[best], rows[best]["- gamma 0"]
+    more, error = tried[best]
+    ungated, its_error = rows[best]["- gamma 0"]
     return (
         f"try {best}: of the {len(above)} gates and clips, of {len(tried)}, whose alignment is "
         f"above grpo's by two standard errors it has the highest {column}, partly by luck. Its "
@@ -397,7 +447,7 @@ def recommendation(rows: dict[str, dict]) -> str:
 
 def main() -> None:
     with one_line_errors(PROGRAM, "stopped"):
-        s = parse(Settings, sys.argv[1:], __doc__)
+        s = parse(GradientsSettings, sys.argv[1:], __doc__)
         if s.out and (Path(s.out).is_dir() or not os.access(Path(s.out).parent, os.W_OK)):
             raise InputError(f"{s.out}: cannot be written: correct --out")
         with name_lack_of_memory(lambda: "here: lower --pass-tokens or --slots"):
@@ -405,7 +455,7 @@ def main() -> None:
         if s.out:
             write_json(Path(s.out), result)
         own = {name: row for name, row in result["rows"].items() if name not in s.also}
-        say(f"{table(result)}\n\n{recommendation(own)}")
+        print(f"{gradients_table(result)}\n\n{recommendation(own)}", flush=True)
 
 
 if __name__ == "__main__":

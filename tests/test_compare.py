@@ -18,10 +18,11 @@ ROOT = Path(compare.__file__).parent.parent
 
 
 def test_doctests():
-    assert doctest.testmod(compare).failed == 0 and doctest.testmod(plot).failed == 0
+    assert doctest.testmod(compare).failed == 0
 
 
 def test_interval_is_student_s_t():
+    pytest.importorskip("scipy")
     found = compare.interval([0.8, 0.9, 0.85, 0.95, 0.7])
     assert found["mean"] == pytest.approx(0.84)
     error = np.std([0.8, 0.9, 0.85, 0.95, 0.7], ddof=1) / 5**0.5
@@ -30,21 +31,12 @@ def test_interval_is_student_s_t():
     assert compare.interval([0.0, 0.0])["p"] == 1 and compare.interval([0.1, 0.1])["p"] == 0
 
 
-@pytest.mark.parametrize(
-    "freedom, p, t", [(1, 0.975, 12.7062), (4, 0.975, 2.77645), (9, 0.995, 3.24984), (9, 0.5, 0)]
-)
-def test_quantiles_of_student_s_t(freedom, p, t):  # a table's
-    values, below = compare.student_t(freedom)
-    assert np.interp(p, below, values) == pytest.approx(t, rel=1e-4, abs=1e-4)
-
-
 def test_p_value_is_that_of_the_interval():
     """An interval of 1 - p that just reaches 0."""
+    stats = pytest.importorskip("scipy.stats")
     values = [0.3, 0.1, 0.4, -0.1, 0.2, 0.35, 0.0, 0.15]
-    t, below = compare.student_t(7)
-    half = (
-        np.interp(1 - compare.interval(values)["p"] / 2, below, t) * np.std(values, ddof=1) / 8**0.5
-    )
+    t = stats.t.ppf(1 - compare.interval(values)["p"] / 2, 7)
+    half = t * np.std(values, ddof=1) / 8**0.5
     assert half == pytest.approx(np.mean(values), rel=1e-4)
 
 
@@ -53,29 +45,41 @@ def arguments(tmp_path, *flags):
     return compare.parse_arguments([*paths, *map(str, flags)])
 
 
-@pytest.mark.parametrize(
-    "accuracy,chosen,tried",
-    [
-        ({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.4}, 1e-3, 3),  # inside
-        # of equals the smallest; an edge is gone beyond
-        ({3e-4: 0.6, 1e-3: 0.6, 3e-3: 0.4, 1e-4: 0.5}, 3e-4, 4),
-        # as far as the ladder goes
-        ({3e-4: 0.1, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.4, 3e-2: 0.5, 1e-1: 0.6}, 1e-1, 6),
-    ],
-)
-def test_rule_for_the_learning_rate(tmp_path, monkeypatch, accuracy, chosen, tried):
-    asked = []
+RECORDED = ("compare", "compare_asked", "compare_shipped")
 
-    def run_all(jobs, a, title):
-        asked.extend(jobs)
-        assert all(seed == a.choose_seed and split == "validation" for _, _, seed, split in jobs)
-        return [
-            {"name": name, "rate": rate, "accuracy": accuracy[rate]} for name, rate, _, _ in jobs
-        ]
 
-    monkeypatch.setattr(compare, "run_all", run_all)
-    rates, runs = compare.choose_rates(["grpo"], arguments(tmp_path))
-    assert rates == {"grpo": chosen} and len(runs) == tried == len(asked)
+def recorded(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_learning_rates_are_those_of_the_recorded_rows(tmp_path, name):
+    for row, values in recorded(name)["rows"].items():
+        assert compare.rate_of(row, arguments(tmp_path)) == values["rate"], row
+        if row != compare.BASE:
+            assert compare.rate_of(row, arguments(tmp_path, "--lr", "0.5")) == 0.5
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_intervals_and_p_values_are_those_of_today(name):
+    """From the recorded values of every seed, to the digits that the tables print."""
+    pytest.importorskip("scipy")
+    results = recorded(name)
+    by_name = {}
+    for row, cells in results["rows"].items():
+        measures = [measure for measure in compare.MEASURES if measure in cells]
+        by_name[row] = {
+            seed: {"rate": cells["rate"], "command": cells["command"]}
+            | {measure: cells[measure]["values"][place] for measure in measures}
+            for place, seed in enumerate(cells["seeds"])
+        }
+    rows, found = compare.summarise(by_name), compare.answers(by_name)
+    assert compare.methods_table(rows) == compare.methods_table(results["rows"])
+    assert compare.questions_table(found) == compare.questions_table(results["questions"])
+    for new, old in zip(found, results["questions"], strict=True):
+        for area in compare.AREAS:
+            assert new[area]["p"] == pytest.approx(old[area]["p"], rel=1e-3, abs=1e-6)
+            assert new[area]["holm"] == pytest.approx(old[area]["holm"], rel=1e-3, abs=1e-6)
 
 
 def test_every_run_has_the_same_number_of_rollouts(tmp_path):
@@ -102,17 +106,13 @@ def test_order_of_the_table():
 
 
 def test_jobs(tmp_path, monkeypatch):
-    """Methods with their own rate and all seeds, variants with their parent's rate and fewer."""
+    """Rows of questions with all seeds, others with fewer."""
+    pytest.importorskip("scipy")
     seen = []
 
-    def run_all(jobs, a, title):
+    def run_all(jobs, a):
         seen.extend(jobs)
-        accuracy = {"opsd": {1e-3: 0.5, 3e-3: 0.6}, "cl-egrsd": {1e-3: 0.7}}
-        return [
-            result(name, seed, accuracy.get(name, {}).get(rate, 0.2))
-            | {"rate": rate, "seconds": 1.0}
-            for name, rate, seed, _ in jobs
-        ]
+        return [result(name, seed, 0.2) | {"seconds": 1.0} for name, seed in jobs]
 
     monkeypatch.setattr(compare, "run_all", run_all)
     monkeypatch.setattr(compare, "make_splits", lambda a: None)
@@ -121,10 +121,10 @@ def test_jobs(tmp_path, monkeypatch):
     )
     compare.main()
     few = range(5)
-    assert sorted(job for job in seen if job[3] == "test") == sorted(
-        [(compare.BASE, 0.0, seed, "test") for seed in range(20)]
-        + [("opsd", 3e-3, seed, "test") for seed in few]
-        + [("magnitude off", 1e-3, seed, "test") for seed in range(20)]
+    assert sorted(seen) == sorted(
+        [(compare.BASE, seed) for seed in range(20)]
+        + [("opsd", seed) for seed in few]
+        + [("magnitude off", seed) for seed in range(20)]
     )
     written = json.loads((tmp_path / "only.json").read_text())  # not over the recorded comparison
     assert written["command"] == "python -m experiments.compare" and written["settings"][
@@ -137,13 +137,29 @@ def test_jobs(tmp_path, monkeypatch):
     assert written["rows"]["opsd"]["seeds"] == [*few] and written["questions"] == []
 
 
+def test_without_scipy_no_run_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    monkeypatch.setattr(compare, "run_all", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr(compare, "make_splits", lambda a: None)
+    monkeypatch.setattr(
+        sys, "argv", ["compare", "--work", str(tmp_path / "work"), "--only", "grpo"]
+    )
+    with pytest.raises(SystemExit, match="1"):
+        compare.main()
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.endswith(": pip install -r experiments/requirements.txt\n")
+
+
 def test_every_question_is_about_rows_that_exist():
-    asked = {name for pairs in compare.QUESTIONS.values() for pair in pairs for name in pair}
+    asked = {name for pair in compare.QUESTIONS for name in pair.split(" - ")}
+    assert len(asked) > 10
     assert asked <= compare.variants().keys()
 
 
 @pytest.mark.parametrize(
-    "name, complaint", [("short", "1 problems, --validation takes 480"), ("none", "no such data")]
+    "name, complaint",
+    [("short", "1 problems, --validation takes 480"), ("none", "none.jsonl: cannot be read")],
 )
 def test_mistakes_end_in_one_line(tmp_path, monkeypatch, capsys, name, complaint):
     (tmp_path / "short.jsonl").write_text("one problem\n")
@@ -197,6 +213,7 @@ def by_name(accuracies):
 
 
 def test_differences_are_taken_seed_by_seed():
+    pytest.importorskip("scipy")
     runs = by_name({"cl-egrsd": [0.8, 0.6], "grpo": [0.7, 0.5, 0.1]})
     rows = compare.summarise(runs)
     found = rows["grpo"]["cl-egrsd minus this"]["mean_accuracy"]
@@ -204,11 +221,12 @@ def test_differences_are_taken_seed_by_seed():
     assert "cl-egrsd minus this" not in rows["cl-egrsd"]
     assert (
         "| cl-egrsd | 0.001 | 2 | 70.0 ± 127.1 | 30.0 ± 0.0 | 2 ± 0 | 1.00 ± 0.00 | 70.0"
-        in compare.table(rows)
+        in compare.methods_table(rows)
     )
 
 
 def test_answers_are_adjusted_for_their_number():
+    pytest.importorskip("scipy")
     runs = by_name(
         {"direction-aware": [0.8, 0.82, 0.79], "grpo": [0.7, 0.7, 0.7], "egrsd": [0.81, 0.80, 0.80]}
     )
@@ -241,13 +259,11 @@ def test_a_run_is_made_once_and_says_how(tiny_toy, tmp_path, monkeypatch):
         "--data",
         tiny_toy / "train.jsonl",
         "--test",
-        tiny_toy / "test.jsonl",
+        tmp_path / "work" / "validation.jsonl",
         "--steps",
         1,
         "--max-new-tokens",
         12,
-        "--samples",
-        1,
         "--completions",
         8,
         "--validation",
@@ -262,27 +278,22 @@ def test_a_run_is_made_once_and_says_how(tiny_toy, tmp_path, monkeypatch):
         train + validation == (tiny_toy / "train.jsonl").read_text()
         and validation.count("\n") == 50
     )
-    first = compare.run("grpo", 1e-3, 0, "validation", a)
-    assert (
-        first["problems"] == 50
-        and 0 < first["accuracy"] < 1
-        and len(first["curves"]["reward"]) == 1
-    )
+    first = compare.run("grpo", 0, a)
+    assert 0 < first["accuracy"] < 1 and len(first["curves"]["reward"]) == 1
+    assert first["mean_reward"] == first["curves"]["reward"][0]
     assert "--method grpo --lr 0.001 --seed 0" in first["command"]
-    samples = (
-        (a.work / "grpo" / "lr0.001-seed0" / "validation-samples.jsonl").read_text().splitlines()
-    )
+    out = a.work / "grpo" / "lr0.001-seed0"
+    samples = (out / "test-samples.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["correct"] for line in samples) / 50 == first["accuracy"]
-    trained = (a.work / "grpo" / "lr0.001-seed0" / "run" / "metrics.jsonl").stat().st_mtime_ns
-    assert compare.run("grpo", 1e-3, 0, "validation", a) == first
-    # what a kill may have left earlier
-    (a.work / "grpo" / "lr0.001-seed0" / "validation.json").write_text('{"na')
-    again = compare.run("grpo", 1e-3, 0, "validation", a)
+    trained = (out / "run" / "metrics.jsonl").stat().st_mtime_ns
+    assert compare.run("grpo", 0, a) == first
+    (out / "test.json").write_text('{"na')  # damaged
+    again = compare.run("grpo", 0, a)
     assert again | {"seconds": 0} == first | {"seconds": 0}
-    compare.run("grpo", 1e-3, 0, "test", a)  # the same model on other problems
-    assert (
-        a.work / "grpo" / "lr0.001-seed0" / "run" / "metrics.jsonl"
-    ).stat().st_mtime_ns == trained
+    a.test = str(tiny_toy / "test.jsonl")
+    other = compare.run("grpo", 0, a)  # the same model on other problems
+    assert other["data"] != first["data"]
+    assert (out / "run" / "metrics.jsonl").stat().st_mtime_ns == trained
     a.steps = 2  # other settings, another run
 
     def train_again():
@@ -291,7 +302,7 @@ def test_a_run_is_made_once_and_says_how(tiny_toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare.lab, "main", train_again)
     with pytest.raises(InputError, match="the run ended with code trains again"):
-        compare.run("grpo", 1e-3, 0, "test", a)
+        compare.run("grpo", 0, a)
 
 
 def test_a_recorded_comparison_is_that_of_the_documentation():
@@ -299,26 +310,54 @@ def test_a_recorded_comparison_is_that_of_the_documentation():
     path = ROOT / "results" / "compare.json"
     if not path.exists():
         pytest.skip("no recorded comparison")
-    recorded = json.loads(path.read_text())
-    documentation = (path.parent / "compare.md").read_text(encoding="utf-8")
+    results = json.loads(path.read_text())
+    documentation = (ROOT / "results" / "compare.md").read_text(encoding="utf-8")
     for line in [
-        *compare.table(recorded["rows"]).splitlines(),
-        *compare.questions_table(recorded["questions"]).splitlines(),
+        *compare.methods_table(results["rows"]).splitlines(),
+        *compare.questions_table(results["questions"]).splitlines(),
     ]:
         assert line in documentation
-    gradients = {
-        time: json.loads((path.parent / f"gradients_{time}.json").read_text())
-        for time in plot.TIMES
-    }
-    documentation = (path.parent / "gradients.md").read_text(encoding="utf-8")
-    # whose intervals are others
-    for line in plot.foretold(recorded, gradients, resamples=2)[1].splitlines():
-        cells = [re.escape(cell.split("[")[0]) for cell in line.split(" | ")]
-        assert not line or re.search(r"[^|]*\| ".join(cells), documentation)
+    gradients = recorded_gradients()
+    documentation = (ROOT / "results" / "gradients.md").read_text(encoding="utf-8")
     for line in gradients_table(
-        recorded["rows"], {time: file["rows"] for time, file in gradients.items()}
+        results["rows"], {time: file["rows"] for time, file in gradients.items()}
     ):
         assert line in documentation
+
+
+def test_recorded_rank_correlations_are_those_of_the_documentation():
+    """But for their intervals, which take many resamples."""
+    pytest.importorskip("scipy")
+    documentation = (ROOT / "results" / "gradients.md").read_text(encoding="utf-8")
+    tables = plot.correlation_tables(recorded("compare"), recorded_gradients(), resamples=2)
+    assert tables.count("\n") == 42
+    for line in tables.splitlines():
+        cells = [re.escape(cell.split("[")[0]) for cell in line.split(" | ")]
+        assert not line or re.search(r"[^|]*\| ".join(cells), documentation)
+
+
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_rank_correlations_by_hand():
+    """Ties have their mean rank; where all values are equal there is no correlation."""
+    pytest.importorskip("scipy")
+    x = np.array([1.0, 2.0, 3.0, 4.0])
+    y = np.array([[10.0, 1.0, 5.0], [30.0, 1.0, 5.0], [20.0, 2.0, 5.0], [40.0, 2.0, 5.0]])
+    # [rows, seeds, areas]
+    cells = plot.correlations(x, np.stack([y - 1e-12, y + 1e-12], axis=1), resamples=50)
+    assert [cell.split(" ")[0] for cell in cells] == ["+0.80", "+0.89", "+0.00"]
+
+
+def test_pictures(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.setattr(plot, "correlation_tables", lambda results, gradients: "the tables")
+    argv = ["plot", "--results", str(ROOT / "results" / "compare.json"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    plot.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("the tables\n")
+    for name in ("frontier.png", "curves.png", "alignment.png"):
+        assert (tmp_path / name).stat().st_size > 20_000 and name in printed
 
 
 def test_the_recorded_rows_that_need_more_are_those_of_the_documentation():
@@ -328,7 +367,7 @@ def test_the_recorded_rows_that_need_more_are_those_of_the_documentation():
     )
     trained = json.loads((ROOT / "results" / "compare.json").read_text())["rows"] | rows
     documentation = (ROOT / "results" / "compare_asked.md").read_text(encoding="utf-8")
-    for line in compare.table(rows).splitlines():
+    for line in compare.methods_table(rows).splitlines():
         assert line in documentation
     for name, row in gradients.items():
         cells = [
@@ -345,6 +384,10 @@ def test_the_recorded_rows_that_need_more_are_those_of_the_documentation():
         if "mean_accuracy" in trained.get(name, {}):
             cells.append(f"{100 * trained[name]['mean_accuracy']['mean']:.1f}")
         assert f"| {' | '.join([name, *cells])} | " in documentation.replace("\n", " ")
+
+
+def recorded_gradients():
+    return {time: recorded(f"gradients_{time}") for time in plot.TIMES}
 
 
 COLUMNS = [

@@ -13,7 +13,7 @@ from conftest import random_ids, tiny_qwen3
 import egrsd
 import lora
 from experiments import compare, gradients
-from experiments.gradients import Settings
+from experiments.gradients import GradientsSettings
 from family import __main__ as lab
 from support.data import Problem
 from support.sampling import Rollout
@@ -63,7 +63,7 @@ def test_every_gradient_equals_that_of_a_plain_loop(monkeypatch, pass_tokens):
     monkeypatch.setattr(
         gradients, "teacher_prompt", lambda tokenizer, problem, thinking: privileged[problem.line]
     )
-    s = Settings(
+    s = GradientsSettings(
         gamma=[0.3, 2.0], window=[0, 2], eps=[0.6], floor=0.2, sketch=10**6, pass_tokens=pass_tokens
     )
     found, grid = gradients.batch_sketches(model, None, rows, s), gradients.configurations(s)
@@ -85,7 +85,7 @@ def test_every_gradient_equals_that_of_a_plain_loop(monkeypatch, pass_tokens):
 
 
 def test_names_are_those_of_compare():
-    grid = gradients.configurations(Settings())
+    grid = gradients.configurations(GradientsSettings())
     assert len(grid) == 43 and {
         "grpo",
         "no gate, eps 0.8",
@@ -212,7 +212,7 @@ def test_noise_that_outweighs_the_signal_is_told():
         "sketch_error": 0.5,
         "rows": {"grpo": row},
     }
-    line = gradients.table(result).splitlines()[-1].split(" | ")
+    line = gradients.gradients_table(result).splitlines()[-1].split(" | ")
     assert line[3] == line[6] == "-" and line[8].startswith("+0.000 +- ")
 
 
@@ -357,7 +357,7 @@ def test_recommendation_names_the_best_gate_or_none():
 
 
 def test_sketches_do_as_exact_gradients_on_the_toy_s_model(tiny_toy):
-    s = Settings(
+    s = GradientsSettings(
         model=str(tiny_toy / "model"),
         data=str(tiny_toy / "train.jsonl"),
         batches=3,

@@ -167,13 +167,13 @@ class CompareSettings:
 # ---- the rows of the table, and their flags
 
 
-def methods() -> list[str]:
+def methods() -> list:
     """The methods in the order of the table: those without a teacher, the paper's own, the other
     neighbours."""
     return [*FIRST, *(name for name in family.METHODS if name not in FIRST)]
 
 
-def variants() -> dict[str, list[str]]:
+def variants() -> dict:
     """The flags of every row but `no training`, by name, in the order of the table."""
     named = {name: ["--method", name] for name in methods()}
     for name, given in VARIANTS.items():
@@ -196,7 +196,7 @@ def rate_of(name: str, a) -> float:
     return a.lr or RATES.get(method_of(name), DEFAULT_RATE)
 
 
-def flags(name: str, a) -> list[str]:
+def flags(name: str, a) -> list:
     """All flags of a row for `python -m family`, but for rate, seed and output."""
     neighbour = family.METHODS.get(method_of(name))  # None for the paper's own methods
     group = GROUP if neighbour and neighbour.groups else 1
@@ -246,6 +246,7 @@ def run(name: str, seed: int, a) -> dict:
     test = toy.resolve(a.test, "test.jsonl")
     measured = origin | {
         "data": digest(Path(test))[:12],
+        "samples": 1,
         "max_new_tokens": a.max_new_tokens,
     }
     done = stored(out / "test.json")
@@ -282,7 +283,7 @@ def stored(path: Path) -> dict:
         return {}
 
 
-def train(given: list[str], origin: dict, out: Path) -> None:
+def train(given: list, origin: dict, out: Path) -> None:
     """Train with these flags, unless a complete run of the same origin is there."""
     made = out / "run" / "origin.json"
     if stored(made) == origin:
@@ -309,7 +310,7 @@ def read_curves(path: Path) -> dict:
     return curves
 
 
-def sample(model: str, test: str, s: EvaluationSettings) -> list[dict]:
+def sample(model: str, test: str, s) -> list:
     """A graded sample of every test problem, as in samples.jsonl."""
     torch.set_num_threads(1)
     problems, _ = load_problems(test, need_solution=False)
@@ -318,7 +319,7 @@ def sample(model: str, test: str, s: EvaluationSettings) -> list[dict]:
     return evaluation.evaluate(problems, s.samples, solve, Ranks(), "test")
 
 
-def figures(samples: list[dict]) -> dict:
+def figures(samples: list) -> dict:
     """The MEASURES of a model by its samples, and the share of truncated ones."""
     summary = evaluation.summarise(samples, 1)
     texts = [sample["completion"] for sample in samples]
@@ -333,7 +334,7 @@ def figures(samples: list[dict]) -> dict:
     }
 
 
-def list_jobs(names: list[str], a) -> list[tuple]:
+def list_jobs(names: list, a) -> list:
     """(name, seed) of all runs. Rows that no question is about get fewer seeds."""
     asked = {BASE}
     for pair in QUESTIONS:
@@ -346,7 +347,7 @@ def list_jobs(names: list[str], a) -> list[tuple]:
     return jobs
 
 
-def run_all(jobs: list[tuple], a) -> list[dict]:
+def run_all(jobs: list, a) -> list:
     """The results of all jobs, in their order."""
     os.environ["OMP_NUM_THREADS"] = "1"
     # a process per job, forked from one that has made the imports
@@ -411,7 +412,7 @@ def difference(more: dict, less: dict, measures: tuple) -> dict:
     return found
 
 
-def answers(by_name: dict) -> list[dict]:
+def answers(by_name: dict) -> list:
     """The differences of AREAS that answer the QUESTIONS, of the rows that were run. `holm` is the
     p-value, adjusted for the number of all. by_name: runs by seed, by name of the row."""
     found = []
@@ -461,7 +462,7 @@ def cell(value: dict | None, digits: int, scale: float = 1.0, sign: str = "") ->
     return text
 
 
-def markdown(head: str, rows: list[list[str]]) -> str:
+def markdown(head: str, rows: list) -> str:
     """A table; `head` is its first line, `rows` are cells."""
     lines = [head, "|---" * (head.count("|") - 1) + "|"]
     for cells in rows:
@@ -496,7 +497,7 @@ def methods_table(rows: dict) -> str:
     return markdown(head, lines)
 
 
-def questions_table(found: list[dict]) -> str:
+def questions_table(found: list) -> str:
     """The answers as markdown."""
     head = "| question | difference | mean accuracy, points | mean reward | mean length, tokens |"
     lines = []
@@ -515,7 +516,7 @@ def questions_table(found: list[dict]) -> str:
 # ---- the command
 
 
-def parse_arguments(argv: list[str]) -> CompareSettings:
+def parse_arguments(argv: list) -> CompareSettings:
     parser = Parser(__doc__, prog=PROGRAM)
     names = list(variants())
     text = "methods and variants to run (default: all): " + "; ".join(names)
@@ -556,8 +557,7 @@ def compare(a) -> None:
     written = {
         "command": PROGRAM,
         "settings": asdict(a),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch "
-        f"{torch.__version__}",
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "run_seconds": sum(result["seconds"] for result in results),
         "methods": methods(),
         "rows": rows,

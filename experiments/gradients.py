@@ -99,7 +99,7 @@ class GradientsSettings(ReadingSettings):
 # ---- gradients
 
 
-def configurations(s) -> dict[str, tuple]:
+def configurations(s: GradientsSettings) -> dict:
     """(gamma, window, eps) by name: the grid, and the plain ones with other advantages."""
     grid = set()
     for gamma, window, eps in itertools.product([0.0, *s.gamma], s.window, [0.0, *s.eps]):
@@ -132,13 +132,13 @@ def batch_sketches(model, tokenizer, rows: list[Rollout], s) -> Tensor:
     teacher."""
     grid = configurations(s)
     parameters = lora.lora_parameters(model)
-    prompts = [row.prompt for row in rows]
     completions = [row.token_ids for row in rows]
     privileged = [teacher_prompt(tokenizer, row.problem, s.thinking) for row in rows]
     with lora.disabled(model):
         seen = teacher.read_in_batches(model, privileged, completions, s.pass_tokens)
 
     tokens = seen.mask.sum()
+    highest = seen.entropy.max()
     lengths = seen.mask.sum(1).float()
     standard = torch.tensor([row.advantage for row in rows], device=model.device)
     r = torch.tensor([row.reward for row in rows], device=model.device)
@@ -146,30 +146,30 @@ def batch_sketches(model, tokenizer, rows: list[Rollout], s) -> Tensor:
     found = dict.fromkeys(grid, 0)
     sizes = [len(row.prompt) + len(row.token_ids) for row in rows]
     for some in teacher.micro_batches(sizes, s.pass_tokens):
-        own = teacher.read(model, [prompts[i] for i in some], [completions[i] for i in some])
+        part = [rows[i] for i in some]
+        own = teacher.read(model, [row.prompt for row in part], [row.token_ids for row in part])
         columns = own.mask.shape[1]
+        logp = seen.logp[some, :columns]
+        entropy = seen.entropy[some, :columns]
         for name, (gamma, window, eps) in grid.items():
             weights = egrsd.token_advantages(
                 advantages.get(name, standard)[some],
-                seen.logp[some, :columns],
+                logp,
                 own.logp,
-                seen.entropy[some, :columns],
+                entropy,
                 own.mask,
                 gamma=gamma,
                 window=window,
                 eps=eps,
                 floor=s.floor,
-                max_entropy=seen.entropy.max(),
+                max_entropy=highest,
             )
             loss = egrsd.policy_loss(own.logp, weights, own.mask, tokens)
             # the graph is needed until the last one, `shorter`
-            gradient = torch.autograd.grad(loss, parameters, retain_graph=name != "shorter")
-            found[name] = found[name] + sketch(flat(gradient), s.sketch, s.seed)
+            parts = torch.autograd.grad(loss, parameters, retain_graph=name != "shorter")
+            gradient = torch.cat([x.flatten() for x in parts])
+            found[name] = found[name] + sketch(gradient, s.sketch, s.seed)
     return torch.stack(list(found.values()))
-
-
-def flat(tensors) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def step_sketches(name: str, model, batches: list, s) -> Tensor:
@@ -180,7 +180,7 @@ def step_sketches(name: str, model, batches: list, s) -> Tensor:
         t = make_trainer(name, model, s, out)
 
         def note_gradient():
-            gradient = flat(parameter.grad for parameter in t.parameters)
+            gradient = torch.cat([parameter.grad.flatten() for parameter in t.parameters])
             found.append(sketch(gradient, s.sketch, s.seed))
 
         t.optimizer.step = note_gradient
@@ -191,32 +191,19 @@ def step_sketches(name: str, model, batches: list, s) -> Tensor:
 
 
 def make_trainer(name: str, model, s, out: str) -> train.Trainer:
-    """A trainer of this row, with the adapter of `model`. Its learning rate and its clip change
-    nothing."""
+    """A trainer of this row, with the adapter of `model`."""
     layers = {}
     for key, layer in model.named_modules():
         if isinstance(layer, lora.LoRALinear):
             layers[lora.short_name(key)] = layer
     adapter = next(iter(layers.values()))
-    flags = [
-        *compare.variants()[name],
-        "--lora-targets",
-        *layers,
-        f"--lora-rank={adapter.rank}",
-        f"--lora-alpha={adapter.alpha}",
-        f"--model={s.model}",
-        f"--data={s.data}",
-        "--eval-data=",
-        f"--out={out}",
-        f"--seed={s.seed}",
-        "--lr=0",
-        "--max-grad-norm=1e30",
-        f"--prompts-per-step={s.batch}",
-        f"--rollouts-per-prompt={s.samples}",
-        f"--max-new-tokens={s.max_new_tokens}",
-        f"--micro-batch={max(1, s.pass_tokens // s.max_new_tokens)}",
-        f"--slots={s.slots}",
-    ]
+    flags = [*compare.variants()[name], "--lora-targets", *layers]
+    flags += [f"--lora-rank={adapter.rank}", f"--lora-alpha={adapter.alpha}"]
+    flags += [f"--model={s.model}", f"--data={s.data}", "--eval-data=", f"--out={out}"]
+    flags += [f"--seed={s.seed}", "--lr=0", "--max-grad-norm=1e30"]  # gradients as they are
+    flags += [f"--prompts-per-step={s.batch}", f"--rollouts-per-prompt={s.samples}"]
+    flags += [f"--max-new-tokens={s.max_new_tokens}", f"--slots={s.slots}"]
+    flags += [f"--micro-batch={max(1, s.pass_tokens // s.max_new_tokens)}"]
     settings, _, objective = lab.parse_arguments(flags)
     t = train.Trainer(settings, Ranks.alone(), objective)
     t.log.bar = tqdm(disable=True)
@@ -299,7 +286,7 @@ def with_error(x: np.ndarray) -> list:
 
 
 @np.errstate(invalid="ignore", divide="ignore")  # nan where the estimate of a square is negative
-def summarise(sketches: Tensor, grid: dict[str, tuple], exact: bool) -> dict[str, dict]:
+def summarise(sketches: Tensor, grid: dict, exact: bool) -> dict:
     """sketches [C, N, m] -> by name, best alignment first: [value, standard error] by column, and
     all cosines. exact: they hold every coordinate, up to its sign."""
     names = list(grid)
@@ -332,22 +319,21 @@ def summarise(sketches: Tensor, grid: dict[str, tuple], exact: bool) -> dict[str
 def read_problems(s, path: str) -> list:
     """The problems; their solution is what the teacher is shown."""
     context = CONTEXTS[s.teacher_context]
+    needs_solution = "solution" in context.needs
     problems = []
-    for p in load_problems(path, "solution" in context.needs, s.skip_ungradable)[0]:
+    for p in load_problems(path, needs_solution, s.skip_ungradable)[0]:
         nothing = Rollout([], [], False, p, [])
         problems.append(replace(p, solution=context.text(nothing, [], [], p)))
     return problems
 
 
-def measure(s) -> dict:
+def measure(s: GradientsSettings) -> dict:
     """Everything above: what --out holds."""
     grid = configurations(s)
-    unknown = set(s.also) - (compare.variants().keys() - grid.keys())
-    if unknown:
-        raise InputError(
-            f"--also {min(unknown)}: no other row of experiments.compare: choose one from "
-            "its --help"
-        )
+    others = compare.variants().keys() - grid.keys()
+    for name in s.also:
+        if name not in others:
+            raise InputError(f"--also {name}: no other row of experiments.compare, see its --help")
     device = Ranks.alone().device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, device)
@@ -379,25 +365,24 @@ def measure(s) -> dict:
         grid[name] = PLAIN
     size = sum(parameter.numel() for parameter in lora.lora_parameters(model))
     exact = s.sketch >= size
+    accuracy = np.mean([rollout.correct for rollout in rollouts])
+    length = np.mean([len(rollout.token_ids) for rollout in rollouts])
     return {
         "settings": asdict(s),
         "coordinates": size,
         "sketch_error": 0.0 if exact else s.sketch**-0.5,
-        "accuracy": np.mean([r.correct for r in rollouts]),
-        "length": np.mean([len(r.token_ids) for r in rollouts]),
+        "accuracy": accuracy,
+        "length": length,
         "rows": summarise(sketches, grid, exact),
     }
 
 
-def cell(key: str, value: float | None, error: float | None) -> str:
+def cell(key: str, value, error) -> str:
     """An estimate as text; with a sign, if it is a difference."""
     if value is None:
         return "-"
-    sign = "+" if key.startswith("-") else ""
-    text = f"{value:{sign}.3f}"
-    if error is not None:
-        text += f" +- {error:.3f}"
-    return text
+    text = f"{value:+.3f}" if key.startswith("-") else f"{value:.3f}"
+    return text if error is None else f"{text} +- {error:.3f}"
 
 
 def gradients_table(result: dict) -> str:
@@ -410,11 +395,11 @@ def gradients_table(result: dict) -> str:
         "accuracy {accuracy:.3f}, length {length:.1f}; {coordinates} coordinates, standard error "
         "of a cosine by their sketch {sketch_error:.4f}; --help explains the columns"
     )
-    table = compare.markdown(f"| {' | '.join(['', *keys])} |", lines)
+    table = compare.markdown(f"|  | {' | '.join(keys)} |", lines)
     return f"{about.format(**result)}\n\n{table}"
 
 
-def recommendation(rows: dict[str, dict]) -> str:
+def recommendation(rows: dict) -> str:
     """The gate and clip of the highest sign, or alignment if there is no sign, of those whose
     alignment is above grpo's by two standard errors; what speaks for it."""
     alignment, error = rows["grpo"]["alignment"]
@@ -424,7 +409,10 @@ def recommendation(rows: dict[str, dict]) -> str:
             "take more and larger batches, and problems that are neither too hard nor too easy"
         )
     tried = {name: row["- grpo"] for name, row in rows.items() if name not in BASELINES}
-    above = [name for name, (more, error) in tried.items() if more > 2 * error]
+    above = []
+    for name, (more, error) in tried.items():
+        if more > 2 * error:
+            above.append(name)
     if not above:
         widest = max(error for _, error in tried.values())
         return (
@@ -434,13 +422,13 @@ def recommendation(rows: dict[str, dict]) -> str:
         )
     column = "sign" if "sign" in rows["grpo"] else "alignment"
     best = max(above, key=lambda name: rows[name][column][0])
-    more, error = tried[best]
-    ungated, its_error = rows[best]["- gamma 0"]
+    more = "{:+.3f} +- {:.3f}".format(*tried[best])
+    more_than_ungated = "{:+.3f} +- {:.3f}".format(*rows[best]["- gamma 0"])
     return (
         f"try {best}: of the {len(above)} gates and clips, of {len(tried)}, whose alignment is "
         f"above grpo's by two standard errors it has the highest {column}, partly by luck. Its "
-        f"alignment is {more:+.3f} +- {error:.3f} above grpo's, {ungated:+.3f} +- "
-        f"{its_error:.3f} above that without a gate. On the toy sign went with accuracy over 40 "
+        f"alignment is {more} above grpo's, {more_than_ungated} above that without a gate. On the "
+        "toy sign went with accuracy over 40 "
         "updates, alignment with accuracy, and shorter with length, over the first 20"
     )
 
@@ -454,8 +442,10 @@ def main() -> None:
             result = measure(s)
         if s.out:
             write_json(Path(s.out), result)
-        own = {name: row for name, row in result["rows"].items() if name not in s.also}
-        print(f"{gradients_table(result)}\n\n{recommendation(own)}", flush=True)
+        print(gradients_table(result) + "\n", flush=True)
+        for name in s.also:
+            del result["rows"][name]  # it is no gate or clip
+        print(recommendation(result["rows"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -63,9 +63,10 @@ def shared_rows(results: dict, gradients: dict) -> list[str]:
 
 def foretold(gradients: dict, names: list[str], time: str, key: str) -> np.ndarray:
     """What the gradients of this time say of the rows, [rows]; "all": the mean of all times."""
-    times = TIMES if time == "all" else [time]
-    values = [[gradients[t]["rows"][name][key][0] for name in names] for t in times]
-    return np.mean(values, axis=0)
+    if time == "all":
+        return np.mean([foretold(gradients, names, each, key) for each in TIMES], axis=0)
+    rows = gradients[time]["rows"]
+    return np.array([rows[name][key][0] for name in names])
 
 
 def trained(results: dict, names: list[str]) -> np.ndarray:

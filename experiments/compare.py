@@ -11,7 +11,7 @@ the test problems and its figures stand beside it. A run that is complete is not
 command, data or settings have changed.
 
 Each row has the learning rate of RATES, or --lr. Nothing is trained on the last --validation
-problems of the data. To choose a rate, measure on them: `--lr 3e-4 --test
+problems of the data. To choose a rate, measure on them: `--only opsd --lr 3e-4 --test
 runs/compare/validation.jsonl`.
 
 A run is judged by its end and by its whole curve, the mean over its updates of the rollouts'
@@ -167,7 +167,7 @@ class CompareSettings:
 # ---- the rows of the table, and their flags
 
 
-def methods() -> list:
+def methods() -> list[str]:
     """The methods in the order of the table: those without a teacher, the paper's own, the other
     neighbours."""
     return [*FIRST, *(name for name in family.METHODS if name not in FIRST)]
@@ -196,7 +196,7 @@ def rate_of(name: str, a) -> float:
     return a.lr or RATES.get(method_of(name), DEFAULT_RATE)
 
 
-def flags(name: str, a) -> list:
+def flags(name: str, a) -> list[str]:
     """All flags of a row for `python -m family`, but for rate, seed and output."""
     neighbour = family.METHODS.get(method_of(name))  # None for the paper's own methods
     group = GROUP if neighbour and neighbour.groups else 1
@@ -516,7 +516,7 @@ def questions_table(found: list) -> str:
 # ---- the command
 
 
-def parse_arguments(argv: list) -> CompareSettings:
+def parse_arguments(argv: list[str]) -> CompareSettings:
     parser = Parser(__doc__, prog=PROGRAM)
     names = list(variants())
     text = "methods and variants to run (default: all): " + "; ".join(names)

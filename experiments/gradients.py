@@ -1,13 +1,13 @@
-r"""How well the gradient of one step points: what magnitude, gate and baseline do to it, without
-training.
+r"""How well the gradient of one step points, and what magnitude, gate and baseline do to it. Nothing is
+trained.
 
     python -m experiments.gradients --max-new-tokens 128     the toy, its training problems: 43 rows, five minutes
 
 Student and teacher read each of N batches once. From that every configuration (gamma, window, eps)
-gets its gradient s_b with respect to the adapter, plain policy gradient (gamma = eps = 0, `grpo`)
-p_b. Advantages are (r - mean) / std over all rewards, which stand for those of earlier steps in
-(9), arXiv 2605.13255. Three more rows take r, r - 0.5, and mean length - length, which is
-`shorter`.
+gets its gradient s_b with respect to the adapter. p_b is the plain policy gradient (gamma = eps =
+0, row `grpo`). Advantages are (r - mean) / std over all rewards. They stand for the rewards of
+earlier steps in (9), arXiv 2605.13255. Three more rows take r, r - 0.5, and mean length - length:
+the row `shorter`.
 
     alignment  mean over b of cos(s_b, sum of p_b' over b' != b); and its differences to grpo and to gamma = 0
     sign       the same with the sign of every coordinate of s_b, AdamW's first step; only if --sketch holds them all
@@ -16,14 +16,16 @@ p_b. Advantages are (r - mean) / std over all rewards, which stand for those of 
     signal     |E s|^2 / E |s|^2, by the same products; norm: sqrt(E |s|^2 / E |p|^2)
     momentum   cos(mean of s over 19 batches, E p): AdamW's momentum averages over (1 + beta1) / (1 - beta1) = 19
 
---also adds rows of experiments.compare, such as msd: the gradients of their own training step on
-the same rollouts, its advantages the same, too, but for groups (--samples 8 --batch 8).
+--also adds rows of experiments.compare, such as msd. Their gradients are those of their own
+training step on the same rollouts. They have the same advantages, unless they compare the
+completions of a problem (--samples 8 --batch 8).
 
-Behind +- is the standard error by a jackknife over batches, which pairs differences; "-": noise
-made the estimate of a square negative. A gradient is kept as a count-sketch of --sketch numbers
-(Charikar, Chen, Farach-Colton 2002), which is linear and has unbiased inner products; the standard
-error of a cosine is at most about 1 / sqrt(--sketch), 0 if all coordinates have room. Policy
-gradient itself is unbiased only with --temperature 1 --top-p 1 --top-k 0.
+The number after +- is the standard error by a jackknife over batches, which pairs differences. "-"
+means that noise made the estimate of a square negative. A gradient is kept as a count-sketch of
+--sketch numbers (Charikar, Chen, Farach-Colton 2002), which is linear and has unbiased inner
+products. The standard error of a cosine by it is at most about 1 / sqrt(--sketch), and 0 if all
+coordinates have room. Policy gradient itself is unbiased only with --temperature 1 --top-p 1
+--top-k 0.
 """
 
 import itertools
@@ -100,7 +102,7 @@ class GradientsSettings(ReadingSettings):
 
 
 def configurations(s: GradientsSettings) -> dict:
-    """(gamma, window, eps) by name: the grid, and the plain ones with other advantages."""
+    """(gamma, window, eps) by name: the grid, and policy gradient with other advantages."""
     grid = set()
     for gamma, window, eps in itertools.product([0.0, *s.gamma], s.window, [0.0, *s.eps]):
         grid.add((gamma, window if gamma else 0, eps))  # without a gate there is no window
@@ -115,7 +117,7 @@ def configurations(s: GradientsSettings) -> dict:
 
 
 def sketch(x: Tensor, size: int, seed: int) -> Tensor:
-    """x [D] -> [min(size, D)], linear: chunks of this length get random signs and are added up at
+    """x [D] -> [min(size, D)], linear. Chunks of this length get random signs, and are added up at
     random rotations."""
     generator = torch.Generator(x.device).manual_seed(seed)
     total = torch.zeros_like(x[:size])
@@ -128,8 +130,8 @@ def sketch(x: Tensor, size: int, seed: int) -> Tensor:
 
 
 def batch_sketches(model, tokenizer, rows: list[Rollout], s) -> Tensor:
-    """The gradients [C, m] of one batch, C configurations from one reading of student and
-    teacher."""
+    """The gradients [C, m] of one batch: C configurations, sketches of m numbers. Student and
+    teacher read the batch once."""
     grid = configurations(s)
     parameters = lora.lora_parameters(model)
     completions = [row.token_ids for row in rows]
@@ -138,7 +140,7 @@ def batch_sketches(model, tokenizer, rows: list[Rollout], s) -> Tensor:
         seen = teacher.read_in_batches(model, privileged, completions, s.pass_tokens)
 
     tokens = seen.mask.sum()
-    highest = seen.entropy.max()
+    highest = seen.entropy.max()  # of the whole batch, as in training
     lengths = seen.mask.sum(1).float()
     standard = torch.tensor([row.advantage for row in rows], device=model.device)
     r = torch.tensor([row.reward for row in rows], device=model.device)
@@ -288,7 +290,7 @@ def with_error(x: np.ndarray) -> list:
 @np.errstate(invalid="ignore", divide="ignore")  # nan where the estimate of a square is negative
 def summarise(sketches: Tensor, grid: dict, exact: bool) -> dict:
     """sketches [C, N, m] -> by name, best alignment first: [value, standard error] by column, and
-    all cosines. exact: they hold every coordinate, up to its sign."""
+    all cosines. exact: the sketches hold every coordinate, up to its sign."""
     names = list(grid)
     plain = sketches[names.index("grpo")].double()
     shorter = sketches[names.index("shorter")].double()
@@ -400,8 +402,8 @@ def gradients_table(result: dict) -> str:
 
 
 def recommendation(rows: dict) -> str:
-    """The gate and clip of the highest sign, or alignment if there is no sign, of those whose
-    alignment is above grpo's by two standard errors; what speaks for it."""
+    """Which gate and clip to try, and why: of those whose alignment is above grpo's by two standard
+    errors, the one with the highest sign (without signs: alignment)."""
     alignment, error = rows["grpo"]["alignment"]
     if alignment <= 2 * error:
         return (

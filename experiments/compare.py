@@ -552,6 +552,9 @@ def compare(a) -> None:
         by_name[result["name"]][result["seed"]] = result
     rows = summarise(by_name)
     found = answers(by_name)
+    curves = {}
+    for name in names:
+        curves[name] = [result["curves"] for result in by_name[name].values()]
 
     print(f"{methods_table(rows)}\n\n{questions_table(found)}\n", flush=True)
     written = {
@@ -562,7 +565,7 @@ def compare(a) -> None:
         "methods": methods(),
         "rows": rows,
         "questions": found,
-        "curves": {name: [r["curves"] for r in by_name[name].values()] for name in names},
+        "curves": curves,
     }
     a.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(written, separators=(",", ":"), default=str)  # str: of the paths

@@ -277,7 +277,10 @@ def leave_one_out(x: np.ndarray) -> dict:
     found = [estimates(x)]
     for b in range(x.shape[1]):
         found.append(estimates(np.delete(np.delete(x, b, 1), b, 2)))
-    return {key: np.array([one[key] for one in found]) for key in found[0]}
+    columns = {}
+    for key in found[0]:
+        columns[key] = np.array([one[key] for one in found])
+    return columns
 
 
 def with_error(x: np.ndarray) -> list:
@@ -430,8 +433,8 @@ def recommendation(rows: dict) -> str:
         f"try {best}: of the {len(above)} gates and clips, of {len(tried)}, whose alignment is "
         f"above grpo's by two standard errors it has the highest {column}, partly by luck. Its "
         f"alignment is {more} above grpo's, {more_than_ungated} above that without a gate. On the "
-        "toy sign went with accuracy over 40 "
-        "updates, alignment with accuracy, and shorter with length, over the first 20"
+        "toy sign went with accuracy over 40 updates, alignment with accuracy, and shorter with "
+        "length, over the first 20"
     )
 
 

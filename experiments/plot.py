@@ -51,31 +51,24 @@ class PlotSettings:
 # ---- rank correlations
 
 
-def shared_rows(results: dict, gradients: dict) -> list[str]:
-    """Names of the rows that both experiments know, if they were trained with all seeds."""
+def shared_rows(results: dict, gradients: dict) -> tuple[list, dict, np.ndarray]:
+    """Of the rows that both experiments know, if they were trained with all seeds: names; what the
+    gradients say, [rows] by (time, column); what training gave, [rows, seeds, areas, updates]."""
+    take = itemgetter(*AREAS)
     names = []
+    trained = []
     for name in gradients["start"]["rows"]:
         row = results["rows"].get(name, {})
         if row.get("seeds") == results["settings"]["seeds"]:
             names.append(name)
-    return names
-
-
-def foretold(gradients: dict, names: list[str], time: str, key: str) -> np.ndarray:
-    """What the gradients of this time say of the rows, [rows]; "all": the mean of all times."""
-    if time == "all":
-        return np.mean([foretold(gradients, names, each, key) for each in TIMES], axis=0)
-    rows = gradients[time]["rows"]
-    return np.array([rows[name][key][0] for name in names])
-
-
-def trained(results: dict, names: list[str]) -> np.ndarray:
-    """What training gave, [rows, seeds, areas, updates]."""
-    take = itemgetter(*AREAS)
-    found = []
-    for name in names:
-        found.append([take(curves) for curves in results["curves"][name]])
-    return np.array(found)
+            trained.append([take(curves) for curves in results["curves"][name]])
+    said = {}
+    for key in PREDICTORS:
+        for time in TIMES:
+            rows = gradients[time]["rows"]
+            said[time, key] = np.array([rows[name][key][0] for name in names])
+        said["all", key] = np.mean([said[time, key] for time in TIMES], axis=0)
+    return names, said, np.array(trained)
 
 
 def correlations(x: np.ndarray, y: np.ndarray, resamples: int) -> list[str]:
@@ -96,29 +89,32 @@ def correlations(x: np.ndarray, y: np.ndarray, resamples: int) -> list[str]:
     rho = stats.spearmanrho(xs[:, :, None], means, axis=1).statistic  # [1 + resamples, areas]
     rho = np.nan_to_num(rho)  # 0 if all values are equal
     low, high = np.quantile(rho[1:], [0.025, 0.975], axis=0)
-    return [f"{rho[0, k]:+.2f} [{low[k]:+.2f}, {high[k]:+.2f}]" for k in range(len(AREAS))]
+    cells = []
+    for area in zip(rho[0], low, high, strict=True):
+        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*area))
+    return cells
 
 
-def correlation_tables(results: dict, gradients: dict, resamples: int = 2000) -> str:
-    """Two tables as markdown: the start of the gradients with parts of the runs, and all times with
-    whole runs."""
-    names = shared_rows(results, gradients)
-    y = trained(results, names)
+def correlation_tables(names: list, said: dict, trained: np.ndarray, resamples: int = 2000) -> str:
+    """Two tables as markdown, from `shared_rows`: the start of the gradients with parts of the runs,
+    and all times with whole runs."""
     plain = ("grpo", "magnitude off", "gamma 1.0 W 0, eps 0")
     with_magnitude = [k for k, name in enumerate(names) if name not in plain]
-    steps = y.shape[3]
+    steps = trained.shape[3]
+    half = steps // 2
     parts = []
     for group, kept in ("all", slice(None)), ("with magnitude", with_magnitude):
-        for start, stop in (0, steps // 2), (steps // 2, steps), (0, steps):
+        for start, stop in (0, half), (half, steps), (0, steps):
+            mean = trained[kept, :, :, start:stop].mean(3)
             for key in PREDICTORS[:3]:
-                x = foretold(gradients, names, "start", key)
-                cells = correlations(x[kept], y[kept, :, :, start:stop].mean(3), resamples)
+                cells = correlations(said["start", key][kept], mean, resamples)
                 parts.append([group, f"{start + 1} to {stop}", key, *cells])
     whole = []
+    whole_run = trained.mean(3)
     for time in (*TIMES, "all"):
         for key in PREDICTORS:
-            x = foretold(gradients, names, time, key)
-            whole.append([time, key, *correlations(x, y.mean(3), resamples)])
+            cells = correlations(said[time, key], whole_run, resamples)
+            whole.append([time, key, *cells])
     first = markdown("| rows | updates | column | accuracy | reward | length |", parts)
     second = markdown("| gradients | column | accuracy | reward | length |", whole)
     return f"{first}\n\n{second}"
@@ -129,29 +125,31 @@ def correlation_tables(results: dict, gradients: dict, resamples: int = 2000) ->
 
 def draw_methods(axes, results: dict) -> None:
     for k, (name, row) in enumerate(results["rows"].items()):
-        x = row["length"]
-        y = row["accuracy"]
+        length = row["length"]
+        accuracy = row["accuracy"]
+        mark = "os^D"[k % 4]
         axes.errorbar(
-            x["mean"],
-            100 * y["mean"],
-            xerr=x["half_width"],
-            yerr=100 * (y["half_width"] or 0),
-            label=name,
-            fmt="os^D"[k % 4],
+            length["mean"],
+            accuracy["mean"],
+            accuracy["half_width"],
+            length["half_width"],
+            mark,
             color=f"C{k % 10}",
+            label=name,
         )
     axes.set_title("The toy: 95 % intervals over seeds")
-    axes.set(xlabel="mean length of completions, tokens", ylabel="accuracy on held-out problems, %")
+    axes.set(xlabel="mean length of completions, tokens", ylabel="accuracy on held-out problems")
     axes.legend(fontsize=8, ncols=2, bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False)
 
 
 def draw_curves(axes, results: dict, measure: str, label: str) -> None:
     for name in CURVES:
-        curves = [curve[measure] for curve in results["curves"].get(name, [])]
-        if curves:
-            mean = np.mean(curves, axis=0)  # over seeds
+        runs = results["curves"].get(name)
+        if runs:
+            mean = np.mean([curves[measure] for curves in runs], axis=0)  # over seeds
             smooth = np.convolve(mean, np.full(5, 1 / 5), "valid")
-            axes.plot(range(5, len(mean) + 1), smooth, label=name)
+            updates = range(5, len(mean) + 1)
+            axes.plot(updates, smooth, label=name)
     axes.set(xlabel="update", ylabel=label)
     axes.legend(fontsize=8, frameon=False)
 
@@ -173,7 +171,8 @@ def draw(s: PlotSettings) -> None:
     for time in TIMES:
         path = s.results.with_name(f"gradients_{time}.json")
         gradients[time] = json.loads(path.read_text())
-    print(correlation_tables(results, gradients), flush=True)
+    names, said, trained = shared_rows(results, gradients)
+    print(correlation_tables(names, said, trained), flush=True)
 
     figure, axes = plt.subplots(figsize=(13, 6), layout="constrained")
     draw_methods(axes, results)
@@ -185,15 +184,13 @@ def draw(s: PlotSettings) -> None:
     figure.savefig(s.out / "curves.png", dpi=150)
 
     figure, panels = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
-    names = shared_rows(results, gradients)
-    halves = np.split(trained(results, names), 2, axis=3)
-    for column, (key, area) in enumerate([("alignment", "accuracy"), ("shorter", "length")]):
-        x = foretold(gradients, names, "start", key)
-        for row, part in enumerate(["first", "second"]):
-            y = halves[row][:, :, AREAS.index(area)].mean(2)
-            draw_foretold(panels[row, column], names, x, y)
-            label = f"mean {area}, {part} half of the updates"
-            panels[row, column].set(xlabel=f"{key}, at the start", ylabel=label)
+    for row, half in enumerate(np.split(trained, 2, axis=3)):
+        accuracy, _, length = half.mean(3).transpose(2, 0, 1)  # [rows, seeds] each
+        draw_foretold(panels[row, 0], names, said["start", "alignment"], accuracy)
+        draw_foretold(panels[row, 1], names, said["start", "shorter"], length)
+        shown = f"half {row + 1} of the updates"
+        panels[row, 0].set(xlabel="alignment, at the start", ylabel=f"mean accuracy, {shown}")
+        panels[row, 1].set(xlabel="shorter, at the start", ylabel=f"mean length, {shown}")
     figure.savefig(s.out / "alignment.png", dpi=150)
     print(f"frontier.png, curves.png and alignment.png are in {s.out}", flush=True)
 

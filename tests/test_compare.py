@@ -329,7 +329,9 @@ def test_recorded_rank_correlations_are_those_of_the_documentation():
     """But for their intervals, which take many resamples."""
     pytest.importorskip("scipy")
     documentation = (ROOT / "results" / "gradients.md").read_text(encoding="utf-8")
-    tables = plot.correlation_tables(recorded("compare"), recorded_gradients(), resamples=2)
+    tables = plot.correlation_tables(
+        *plot.shared_rows(recorded("compare"), recorded_gradients()), resamples=2
+    )
     assert tables.count("\n") == 42
     for line in tables.splitlines():
         cells = [re.escape(cell.split("[")[0]) for cell in line.split(" | ")]
@@ -350,7 +352,7 @@ def test_rank_correlations_by_hand():
 def test_pictures(tmp_path, monkeypatch, capsys):
     pytest.importorskip("scipy")
     pytest.importorskip("matplotlib").use("Agg")
-    monkeypatch.setattr(plot, "correlation_tables", lambda results, gradients: "the tables")
+    monkeypatch.setattr(plot, "correlation_tables", lambda *_: "the tables")
     argv = ["plot", "--results", str(ROOT / "results" / "compare.json"), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     plot.main()

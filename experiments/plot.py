@@ -98,8 +98,10 @@ def correlations(x: np.ndarray, y: np.ndarray, resamples: int) -> list[str]:
 def correlation_tables(names: list, said: dict, trained: np.ndarray, resamples: int = 2000) -> str:
     """Two tables as markdown, from `shared_rows`: the start of the gradients with parts of the runs,
     and all times with whole runs."""
-    plain = ("grpo", "magnitude off", "gamma 1.0 W 0, eps 0")
-    with_magnitude = [k for k, name in enumerate(names) if name not in plain]
+    with_magnitude = []
+    for k, name in enumerate(names):
+        if name not in ("grpo", "magnitude off") and not name.endswith("eps 0"):
+            with_magnitude.append(k)
     steps = trained.shape[3]
     half = steps // 2
     parts = []
@@ -147,6 +149,7 @@ def draw_curves(axes, results: dict, measure: str, label: str) -> None:
         runs = results["curves"].get(name)
         if runs:
             mean = np.mean([curves[measure] for curves in runs], axis=0)  # over seeds
+            # update t shows the mean of updates t - 4 to t
             smooth = np.convolve(mean, np.full(5, 1 / 5), "valid")
             updates = range(5, len(mean) + 1)
             axes.plot(updates, smooth, label=name)
@@ -154,7 +157,7 @@ def draw_curves(axes, results: dict, measure: str, label: str) -> None:
     axes.legend(fontsize=8, frameon=False)
 
 
-def draw_foretold(axes, names: list[str], x: np.ndarray, y: np.ndarray) -> None:
+def draw_foretold(axes, names: list, x: np.ndarray, y: np.ndarray) -> None:
     """x [rows], y [rows, seeds], with names beside the points."""
     mean = y.mean(1)
     error = y.std(1, ddof=1) / y.shape[1] ** 0.5
@@ -184,8 +187,9 @@ def draw(s: PlotSettings) -> None:
     figure.savefig(s.out / "curves.png", dpi=150)
 
     figure, panels = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
-    for row, half in enumerate(np.split(trained, 2, axis=3)):
-        accuracy, _, length = half.mean(3).transpose(2, 0, 1)  # [rows, seeds] each
+    half = trained.shape[3] // 2
+    for row, part in enumerate(np.split(trained, [half], axis=3)):
+        accuracy, _, length = part.mean(3).transpose(2, 0, 1)  # [rows, seeds] each
         draw_foretold(panels[row, 0], names, said["start", "alignment"], accuracy)
         draw_foretold(panels[row, 1], names, said["start", "shorter"], length)
         shown = f"half {row + 1} of the updates"

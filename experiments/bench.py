@@ -20,6 +20,7 @@ import ctypes
 import gc
 import json
 import os
+import platform
 import re
 import shlex
 import statistics
@@ -175,6 +176,7 @@ def peer_tokens(
         num_return_sequences=samples_per_prompt,
     )
     useful = 0
+    stop = set(stop_ids)
     batch = slots // samples_per_prompt
     for start in range(0, len(prompts), batch):
         ids = torch.tensor(prompts[start : start + batch], device=model.device)
@@ -182,7 +184,7 @@ def peer_tokens(
         for row in rows[:, ids.shape[1] :].tolist():
             for token in row:
                 useful += 1
-                if token in stop_ids:
+                if token in stop:
                     break
     return useful
 
@@ -222,7 +224,7 @@ def mixed_lengths(device: str, repeats: int) -> Iterator[dict]:
     model = random_model(device)
     vocabulary = model.config.vocab_size
     stop_ids = list(range(0, vocabulary, 64))  # random weights stop after 64 tokens on average
-    # a row has 48 tokens of prompt and, by the lengths' lack of memory, 64 tokens on average
+    # a row that is decoded has 48 tokens of prompt and on average 64 of completion
     columns = 128
 
     def limit(_):
@@ -331,6 +333,7 @@ def measure(s: BenchSettings) -> None:
         "machine": machine,
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "dtype": str(DTYPE[s.device]).removeprefix("torch."),

@@ -206,7 +206,10 @@ def make_trainer(name: str, model, s, out: str) -> train.Trainer:
     flags += [f"--prompts-per-step={s.batch}", f"--rollouts-per-prompt={s.samples}"]
     flags += [f"--max-new-tokens={s.max_new_tokens}", f"--slots={s.slots}"]
     flags += [f"--micro-batch={max(1, s.pass_tokens // s.max_new_tokens)}"]
-    settings, _, objective = lab.parse_arguments(flags)
+    try:
+        settings, _, objective = lab.parse_arguments(flags)
+    except InputError as error:  # it names a flag that this command does not have
+        raise InputError(f"--also {name}: {error} (here it is --samples)") from None
     t = train.Trainer(settings, Ranks.alone(), objective)
     t.log.bar = tqdm(disable=True)
     for own, parameter in zip(t.parameters, lora.lora_parameters(model), strict=True):

@@ -238,9 +238,12 @@ def test_warm_up_lasts_until_the_rewards_differ():
         ("eps", dict(eps=-0.1)),
         ("advantage", dict(advantage=torch.ones(2, 1))),
         ("advantage", dict(advantage=torch.ones(3))),
+        ("advantage", dict(advantage=torch.ones(1))),
         ("entropy", dict(entropy=torch.ones(2, 4))),
+        ("entropy", dict(entropy=torch.ones(1, 3))),
         ("student_logp", dict(student_logp=torch.ones(3, 3))),
-        ("mask", dict(mask=torch.ones(2, 3))),
+        ("teacher_logp", dict(teacher_logp=torch.ones(1, 3))),
+        ("mask", dict(mask=torch.ones(2, 1).bool())),
     ],
 )
 def test_bad_arguments_are_named(name, change):
@@ -256,10 +259,25 @@ def test_bad_arguments_are_named(name, change):
         egrsd.token_advantages(**(arguments | change))
 
 
+def test_tensors_without_a_dimension_for_rows_are_refused():
+    """With T = B, [T, 1] * [T] would be a matrix."""
+    one = torch.ones(3)
+    with pytest.raises(ValueError, match="one shape"):
+        egrsd.token_advantages(one, one, one, one, one.bool(), gamma=0.3)
+    with pytest.raises(ValueError, match="one shape"):
+        egrsd.policy_loss(torch.ones(2, 3), torch.ones(2, 3), torch.ones(1, 3).bool())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_torch_itself_refuses_a_mask_that_is_not_bool(dtype):
+    one, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=dtype)
+    with pytest.raises((TypeError, RuntimeError)):
+        egrsd.token_advantages(torch.ones(2), one, one, one, mask, gamma=0.3)
+    with pytest.raises((TypeError, RuntimeError)):
+        egrsd.policy_loss(one, one, mask)
+
+
 def test_bad_rewards_counts_and_reductions_are_named():
-    for call in (egrsd.RunningAdvantage().advantage, egrsd.RunningAdvantage().update):
-        with pytest.raises(ValueError, match="rewards"):
-            call(torch.ones(2, 2))
     with pytest.raises(ValueError, match="rewards"):
         egrsd.RunningAdvantage().update(torch.tensor([math.nan]))
     with pytest.raises(ValueError, match="warmup_steps"):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import random_ids, tiny_qwen3
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
@@ -108,17 +109,53 @@ def test_what_does_not_fit_is_refused(tmp_path):
         lora.load_adapter(tiny_qwen3(layers=3), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for change in (
-        {"use_dora": True},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 3}},
         {"init_lora_weights": "pissa_niter_4"},
         {"alora_invocation_tokens": [1]},
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=next(iter(change))):
             lora.load_adapter(tiny_qwen3(), tmp_path)
-    for change in ({"r": "8"}, {"lora_alpha": "16"}, {"r": 8.0}, {"lora_alpha": None}):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match="r and lora_alpha must be numbers"):
-            lora.load_adapter(tiny_qwen3(), tmp_path)
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        # DoRA, lora_bias, modules_to_save, a bias of the base model, an adapted head
+        (f"{LAYER}.lora_magnitude_vector", torch.ones(32)),
+        (f"{LAYER}.lora_B.bias", torch.ones(32)),
+        ("base_model.model.lm_head.weight", torch.ones(61, 32)),
+        (f"{LAYER}.base_layer.bias", torch.ones(32)),
+        ("base_model.model.lm_head.lora_A.weight", torch.ones(4, 32)),
+        (f"{LAYER}.lora_A.weight", torch.ones(8, 32)),  # rank_pattern
+        (f"{LAYER}.lora_A.weight", torch.ones(1, 32)),  # torch would broadcast it
+    ],
+)
+def test_files_with_more_than_a_plain_adapter_are_refused_by_their_tensors(tmp_path, name, tensor):
+    model, _ = adapted()
+    lora.save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {name: tensor}, file)
+    with pytest.raises(ValueError, match=f"does not fit the model: 1 tensors .* first {name}"):
+        lora.load_adapter(tiny_qwen3(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"r": "4"}, {"r": 4.0}, {"lora_alpha": "16"}, {"lora_alpha": None}]
+)
+def test_numbers_of_another_type_fail_before_any_figure(tmp_path, change):
+    model, _ = adapted()
+    lora.save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    fresh = tiny_qwen3()
+    with pytest.raises(TypeError):
+        lora.load_adapter(fresh, tmp_path)
+        lora.merge(fresh)
 
 
 def test_paths_and_all_linear_in_the_files_of_others(tmp_path):
@@ -138,11 +175,10 @@ def test_paths_and_all_linear_in_the_files_of_others(tmp_path):
         assert torch.equal(fresh(IDS).logits, model(IDS).logits)
 
 
-def test_a_head_whose_weight_is_the_embedding_too_is_not_adapted():
-    """Merged, the adapter would change the input."""
-    assert lora.add_lora(tiny_qwen3(), 4, 8, ("lm_head",)) == ["lm_head"]
-    with pytest.raises(ValueError, match="no linear layer of the model is named lm_head"):
-        lora.add_lora(tiny_qwen3(tie_word_embeddings=True), 4, 8, ("lm_head",))
+def test_the_head_is_not_adapted():
+    """It may share its weight with the embedding: merged, an adapter would change the input."""
+    with pytest.raises(ValueError, match="no linear layer of the model has such a name: .*lm_head"):
+        lora.add_lora(tiny_qwen3(), 4, 8, ("lm_head",))
 
 
 class Launches(TorchDispatchMode):

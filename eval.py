@@ -146,29 +146,27 @@ def _mean(values):
 
 def results_table(results: list[dict], samples: int) -> str:
     """One line per checkpoint and data file. The checkpoints of a file stand together."""
-    names = ("data", "checkpoint", "problems", f"avg@{samples}", "95 % interval", f"pass@{samples}")
-    names += (f"maj@{samples}", "length", "truncated", "no answer", "Eff")
-    table = [names]
+    columns = {
+        "data": "{data}",
+        "checkpoint": "{checkpoint}",
+        "problems": "{problems}",
+        f"avg@{samples}": "{avg:.2%}",
+        "95 % interval": "[{low:6.1%}, {high:6.1%}]",
+        f"pass@{samples}": "{pass_at_k:.2%}",
+        f"maj@{samples}": "{maj:.2%}",
+        "length": "{length:.0f}",
+        "truncated": "{truncated:.3f}",
+        "no answer": "{no_answer:.3f}",
+        "Eff": "{eff:.2f}",
+    }
+    table = [columns.keys()]
     order = [result["data"] for result in results]
     for result in sorted(results, key=lambda result: order.index(result["data"])):
-        length, efficiency = "-", "-"
-        if result["length"] is not None:
-            length = f"{result['length']:.0f}"
-            efficiency = f"{result['eff']:.2f}"
-        cells = (
-            result["data"],
-            result["checkpoint"],
-            str(result["problems"]),
-            f"{100 * result['avg']:.2f}",
-            f"[{100 * result['low']:5.1f}, {100 * result['high']:5.1f}]",
-            f"{100 * result['pass'][str(samples)]:.2f}",
-            f"{100 * result['maj']:.2f}",
-            length,
-            f"{result['truncated']:.3f}",
-            f"{result['no_answer']:.3f}",
-            efficiency,
-        )
-        table.append(cells)
+        forms = columns
+        if result["length"] is None:
+            forms = columns | {"length": "-", "Eff": "-"}
+        figures = result | {"pass_at_k": result["pass"][str(samples)]}
+        table.append([form.format(**figures) for form in forms.values()])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(map(str.rjust, cells, widths)) for cells in table]
     return "\n".join(lines)

@@ -4,26 +4,29 @@ r"""EGRSD and CL-EGRSD (arXiv 2605.13255) in one file, from prompts to optimizer
     python minimal.py --model Qwen/Qwen3-0.6B --data train.jsonl --steps 100 --prompts 32 --micro-batch 2 \
         --max-new-tokens 1024 --temperature 1.1 --top-p 0.95 --top-k 20 --rank 64 --alpha 128 --lr 5e-6
 
-The data is JSON lines with problem, solution and answer. `--window 0` is EGRSD, `--gamma 0` has no gate.
+The data is JSON lines with problem, solution and answer. `--window 0` is EGRSD. `--gamma 0` has no gate.
 
-One step: the student samples a completion of every problem. A verifier says right or wrong. The same
-weights, without the adapter and shown the reference solution, are the teacher. Student and teacher
-read the completions. Three signals multiply for each token: the advantage of its completion, whose
-sign is the direction; the ratio of the two likelihoods; and a gate that trusts the teacher less where
-its entropy is high.
+One step: the student samples a completion of every problem. A verifier says right or wrong. The
+teacher has the same weights without the adapter, and its prompt shows the reference solution. Student
+and teacher read the completions. The weight of a token in the loss is a product of three signals:
 
-train.py trains the same way: tests/test_minimal.py compares prompts, rewards and every gradient. It
-adds many GPUs and bfloat16, faster sampling, logits in chunks, a verifier that knows 1/2 = 0.5,
-epochs without gaps, checkpoints and evaluation; it leaves routers and experts alone, and refuses what
-cannot work. Here nothing is checked: no flag, no length, and not what --out overwrites. This file
-holds the logits of a micro-batch whole, in float32: tokens x vocabulary numbers, several times. A
-model of 4 billion parameters needs train.py.
+    advantage    how much better the completion is than earlier ones; its sign is the direction
+    magnitude    the ratio of the two likelihoods: does the teacher like the token more?
+    gate         less trust in the teacher where its entropy is high
+
+train.py trains the same way: tests/test_minimal.py compares prompts, rewards and every gradient.
+train.py adds many GPUs and bfloat16, faster sampling, logits in chunks, a verifier that knows 1/2 =
+0.5, epochs without gaps, checkpoints and evaluation. It freezes routers and experts, and refuses what
+cannot work. This file checks nothing: no flag and no length, and --out is overwritten. It holds all
+logits of a micro-batch in float32: tokens x vocabulary numbers, several times. A model of 4 billion
+parameters needs train.py.
 """
 
 import argparse
 import json
 import random
 import re
+from statistics import fmean, pstdev
 
 import torch
 from torch import nn
@@ -33,14 +36,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 FLAGS = (
     ("model", "toy", "a chat model: directory or hub id; toy: the one in this repository"),
-    ("data", "", "JSON lines with problem, solution and answer; of the toy its own"),
+    ("data", "", "JSON lines with problem, solution and answer; the toy has its own"),
     ("out", "runs/minimal", "directory for the trained model"),
     ("seed", 0, "seed of the adapter, the problems and the sampling"),
     ("steps", 64, "optimizer steps"),
     ("prompts", 64, "problems per step, each with one completion"),
     ("micro-batch", 64, "completions read together; lower it to save memory"),
     ("max-new-tokens", 128, "longest completion, also L_max of the length reward"),
-    ("temperature", 1.0, "of sampling"),
+    ("temperature", 1.0, "temperature of sampling"),
     ("top-p", 1.0, "sample from the likeliest tokens of this mass"),
     ("top-k", 0, "sample from this many likeliest tokens, 0: all"),
     ("lr", 1e-3, "learning rate of AdamW"),
@@ -58,19 +61,19 @@ INSTRUCTION = "Reason step by step and put the final answer in \\boxed{}."
 # ---- two prompts
 
 
-def student_prompt(tokenizer, problem: str):
+def student_prompt(tokenizer, problem):
     """Token ids of what the student sees."""
     return encode(tokenizer, f"{problem}\n\n{INSTRUCTION}")
 
 
-def teacher_prompt(tokenizer, problem: str, solution: str):
+def teacher_prompt(tokenizer, problem, solution):
     """Token ids of what the teacher sees: the reference solution, too."""
     shown = f"[Reference solution]\n{solution}\n[End of reference solution]"
     request = "Make sure you understand the reference solution, then solve the problem anew in your own words."
     return encode(tokenizer, f"{problem}\n\n{shown}\n\n{request} {INSTRUCTION}")
 
 
-def encode(tokenizer, text: str):
+def encode(tokenizer, text):
     messages = [{"role": "user", "content": text}]
     switches = {"enable_thinking": False, "thinking": False}  # names that chat templates use
     return tokenizer.apply_chat_template(
@@ -84,22 +87,25 @@ def encode(tokenizer, text: str):
 class LoRA(nn.Module):
     """W x + (alpha / rank) B A x, arXiv 2106.09685. W is frozen, B is zero at the start."""
 
-    on = True  # for all layers at once: on to sample and as the student; off as the teacher
+    on = True  # in all layers: True to sample and to read as the student, False as the teacher
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+    def __init__(self, base, rank, alpha):
         super().__init__()
-        self.base, self.scale = base, alpha / rank
+        self.base = base
+        self.scale = alpha / rank
         self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
     def forward(self, x):
         y = self.base(x)
-        return y + self.scale * (x @ self.A.T @ self.B.T) if LoRA.on else y
+        if not LoRA.on:
+            return y
+        return y + self.scale * (x @ self.A.T @ self.B.T)
 
 
-def add_lora(model, rank: int, alpha: float):
-    """An adapter on every linear layer but the head; returns what is trained."""
+def add_lora(model, rank, alpha):
+    """Put an adapter on every linear layer but the head. Returns the parameters to train."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
@@ -109,7 +115,7 @@ def add_lora(model, rank: int, alpha: float):
 
 @torch.no_grad()
 def merge(model):
-    """Fold the adapter into W: an ordinary model is left."""
+    """Add the adapter to W: an ordinary model is left."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRA):
             module.base.weight += module.scale * module.B @ module.A
@@ -143,13 +149,15 @@ def read(model, prompts, completions):
 def sample(model, prompts):
     """A completion of every prompt: token ids, the stop token included where there is one."""
     rows = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+    ones = [torch.ones_like(row) for row in rows]
     padded = pad_sequence(rows, batch_first=True, padding_side="left")
-    seen = pad_sequence(list(map(torch.ones_like, rows)), batch_first=True, padding_side="left")
+    seen = pad_sequence(ones, batch_first=True, padding_side="left")
     rows = model.generate(padded, attention_mask=seen)
+    stop_ids = model.generation_config.eos_token_id
     completions = []
     for row in rows[:, padded.shape[1] :].tolist():
-        stops = [t for t, token in enumerate(row) if token in model.generation_config.eos_token_id]
-        completions.append(row[: stops[0] + 1] if stops else row)
+        ends = [t + 1 for t, token in enumerate(row) if token in stop_ids]
+        completions.append(row[: ends[0]] if ends else row)
     return completions
 
 
@@ -157,7 +165,9 @@ def is_correct(text, answer):
     """Whether the last box holds the answer, as a string."""
     _, box, rest = text.rpartition("\\boxed{")
     inside = re.match(r"((?:[^{}]|\{[^{}]*\})*)\}", rest)
-    return bool(box and inside) and inside[1].strip() == answer.strip()
+    if not box or not inside:
+        return False
+    return inside[1].strip() == answer.strip()
 
 
 def shaped_reward(correct, length, max_length):
@@ -172,14 +182,14 @@ class RunningAdvantage:
     """A: how much better a reward is than those of earlier steps. Ten steps of warm-up: r - 0.5."""
 
     def __init__(self):
-        self.steps, self.rewards = 0, []
+        self.steps = 0
+        self.rewards = []
 
     def advantage(self, rewards):
         """rewards [B] -> A [B]"""
-        earlier = torch.tensor(self.rewards, dtype=torch.float64)
-        if self.steps < 10 or earlier.std(correction=0) == 0:
+        if self.steps < 10 or min(self.rewards) == max(self.rewards):
             return rewards - 0.5
-        return (rewards - earlier.mean().item()) / earlier.std(correction=0).item()  # (9)
+        return (rewards - fmean(self.rewards)) / pstdev(self.rewards)  # (9)
 
     def update(self, rewards):
         """One more finished step."""
@@ -196,15 +206,18 @@ def egrsd_loss(
     """
     A = A.unsqueeze(-1)  # [B, 1]
     delta = (teacher_logp - student_logp).detach()
-    # (2): above 1 if the teacher likes the token more, or, where A < 0, if it likes it less
-    w = torch.exp(A.sign() * delta).clamp(1 - eps, 1 + eps)
+    # Where A > 0, w is above 1 if the teacher likes the token more than the student does. Where A < 0,
+    # w is above 1 if the teacher likes it less.
+    w = torch.exp(A.sign() * delta).clamp(1 - eps, 1 + eps)  # (2)
 
-    ahead = nn.functional.pad(H.masked_fill(~mask, torch.inf), (0, window), value=torch.inf)
+    H = H.masked_fill(~mask, torch.inf)
+    ahead = nn.functional.pad(H, (0, window), value=torch.inf)
     least_H = ahead.unfold(1, window + 1, 1).amin(-1)  # (8): of this token and the next `window`
     H_hat = least_H / max(1, max_H)  # (5): max_H is of the whole step
     omega = (1 - gamma * H_hat).clamp(floor, 1)  # (6): is the teacher sure?
 
-    A_hat = A * w * omega  # what stands on padding is left out in the next line
+    A_hat = A * w * omega  # [B, T]
+    # The mask leaves padding out, where A_hat means nothing.
     return -(A_hat[mask] * student_logp[mask]).sum() / num_tokens  # (7): num_tokens of the step
 
 
@@ -256,16 +269,15 @@ def main():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model.to(device).eval()
     parameters = add_lora(model, args.rank, args.alpha)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     baseline = RunningAdvantage()
-    # The model's own settings, such as a repetition penalty, would be another policy than p_S.
+    # Sample from p_S itself: the model's own settings may have a repetition penalty, for example.
     usual_settings = model.generation_config
-    # one or several, and they may disagree
-    stop_ids = torch.tensor(usual_settings.eos_token_id).flatten().tolist() + [
-        tokenizer.eos_token_id
-    ]
+    stop_ids = torch.tensor(usual_settings.eos_token_id).flatten().tolist()  # one or several
+    stop_ids.append(tokenizer.eos_token_id)  # it may be another one
     model.generation_config = GenerationConfig(
         do_sample=True,
         max_new_tokens=args.max_new_tokens,
@@ -280,16 +292,16 @@ def main():
 
     bar = tqdm(range(args.steps), unit=" steps")
     for _ in bar:
-        rows = random.sample(problems, args.prompts)
-        prompts = [student_prompt(tokenizer, row["problem"]) for row in rows]
-        shown = [teacher_prompt(tokenizer, row["problem"], row["solution"]) for row in rows]
+        batch = random.sample(problems, args.prompts)
+        prompts = [student_prompt(tokenizer, x["problem"]) for x in batch]
+        shown = [teacher_prompt(tokenizer, x["problem"], x["solution"]) for x in batch]
         completions = sample(model, prompts)
 
         rewards = []
-        for row, ids in zip(rows, completions, strict=True):
+        for problem, ids in zip(batch, completions, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             finished = ids[-1] in stop_ids
-            correct = finished and is_correct(text, row["answer"])
+            correct = finished and is_correct(text, problem["answer"])
             rewards.append(shaped_reward(correct, len(ids), args.max_new_tokens))
         rewards = torch.tensor(rewards, device=device)
         A = baseline.advantage(rewards)
@@ -300,7 +312,8 @@ def main():
         optimizer.zero_grad()
         baseline.update(rewards)  # only now: no reward is part of its own baseline
         accuracy = (rewards > 0).float().mean().item()
-        bar.set_postfix(loss=loss, accuracy=accuracy, length=sum(map(len, completions)) / len(rows))
+        length = sum(map(len, completions)) / len(completions)
+        bar.set_postfix(loss=loss, accuracy=accuracy, length=length)
 
     merge(model)
     model.generation_config = usual_settings

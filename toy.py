@@ -86,8 +86,7 @@ def resolve(name: str, part: str) -> str:
 
 def problem_file(part: str, root: Path = PROBLEMS, seed: int = 0) -> Path:
     """train.jsonl or test.jsonl in `root`, written anew from the seed."""
-    train, test = draw_problems(np.random.default_rng(seed))
-    problems = test if part == "test.jsonl" else train
+    problems = draw_problems(np.random.default_rng(seed))[part]
     lines = [json.dumps(make_record(terms)) + "\n" for terms in problems]
     root.mkdir(parents=True, exist_ok=True)
     own = root / f"{part}.{uuid.uuid4().hex}"  # another process may write or read the file now
@@ -95,11 +94,12 @@ def problem_file(part: str, root: Path = PROBLEMS, seed: int = 0) -> Path:
     return own.replace(root / part)
 
 
-def draw_problems(rng: np.random.Generator) -> tuple[list, list]:
-    """(training problems, held-out problems), as tuples of summands. No problem is in both."""
+def draw_problems(rng: np.random.Generator) -> dict[str, list]:
+    """The problems of both files, as tuples of summands. No problem is in both."""
     test = {tuple(make_problem(rng)) for _ in range(512)}
     drawn = [tuple(make_problem(rng)) for _ in range(4096)]
-    return [terms for terms in drawn if terms not in test], sorted(test)
+    train = [terms for terms in drawn if terms not in test]
+    return {"train.jsonl": train, "test.jsonl": sorted(test)}
 
 
 def model_directory(root: Path = Path("runs")) -> Path:
@@ -243,8 +243,7 @@ def build(path: Path, seed: int = 0) -> None:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     choose_threads(model.num_parameters())
-    problems, _ = draw_problems(rng)
-    _warm_up(model, tokenizer, problems, rng)
+    _warm_up(model, tokenizer, draw_problems(rng)["train.jsonl"], rng)
     with atomic_directory(path) as work:
         model.half().save_pretrained(work)
         tokenizer.save_pretrained(work)

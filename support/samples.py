@@ -69,10 +69,11 @@ class SampleLog:
                 f"{self.results}: no evaluation that can be resumed here ({reason(error)}): "
                 "check --out, or leave --resume out"
             ) from None
-        changed = []
-        for key, value in self.settings.items():
-            if key not in MAY_CHANGE_ON_RESUME and before.get(key) != value:
-                changed.append(f"{flag_name(key)} was {before.get(key)}")
+        changed = [
+            f"{flag_name(key)} was {before.get(key)}"
+            for key, value in self.settings.items()
+            if key not in MAY_CHANGE_ON_RESUME and before.get(key) != value
+        ]
         if changed:
             raise InputError(
                 f"{self.out}: --resume with changed settings ({', '.join(changed)}): repeat the "

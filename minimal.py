@@ -269,8 +269,7 @@ def main():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    model.to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
     parameters = add_lora(model, args.rank, args.alpha)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     baseline = RunningAdvantage()
@@ -300,8 +299,8 @@ def main():
         rewards = []
         for problem, ids in zip(batch, completions, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            finished = ids[-1] in stop_ids
-            correct = finished and is_correct(text, problem["answer"])
+            # a completion that was cut off at --max-new-tokens is wrong
+            correct = ids[-1] in stop_ids and is_correct(text, problem["answer"])
             rewards.append(shaped_reward(correct, len(ids), args.max_new_tokens))
         rewards = torch.tensor(rewards, device=device)
         A = baseline.advantage(rewards)
@@ -312,8 +311,9 @@ def main():
         optimizer.zero_grad()
         baseline.update(rewards)  # only now: no reward is part of its own baseline
         accuracy = (rewards > 0).float().mean().item()
-        length = sum(map(len, completions)) / len(completions)
-        bar.set_postfix(loss=loss, accuracy=accuracy, length=length)
+        bar.set_postfix(
+            loss=loss, accuracy=accuracy, length=sum(map(len, completions)) / len(batch)
+        )
 
     merge(model)
     model.generation_config = usual_settings

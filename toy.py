@@ -267,7 +267,7 @@ def _warm_up(model, tokenizer, problems, rng):
             for record in map(make_record, batch):
                 prompts.append(_prompt(tokenizer, record, privileged, bool(rng.integers(2))))
             traces = [make_trace(terms, rng, **mistakes) for terms in batch]
-            completions = [tokenizer.encode(trace + tokenizer.eos_token) for trace in traces]
+            completions = [tokenizer.encode(text + tokenizer.eos_token) for text in traces]
             reading = teacher.read(model, prompts, completions)
             loss = -reading.logp.sum() / reading.mask.sum() / 2
             loss.backward()

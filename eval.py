@@ -313,10 +313,11 @@ def grade_files(s: EvaluationSettings, ranks: Ranks, out: Path) -> None:
     data = s.data[0]
     path = toy.resolve(data, "test.jsonl")
     problems, _ = load_problems(path, False, s.skip_ungradable)
-    found = []
+    found, counts = [], set()
     for name in s.from_:
-        found.append((name, data, read_completions(name, path, problems, s.skip_ungradable)))
-    counts = {len(records) for _, _, records in found}
+        records = read_completions(name, path, problems, s.skip_ungradable)
+        found.append((name, data, records))
+        counts.add(len(records))
     if len(counts) > 1:
         raise InputError(
             "--from: the files have different numbers of completions per problem: grade them "
@@ -342,7 +343,7 @@ def main() -> None:
         if s.from_:
             with hold(out, ranks):
                 return grade_files(s, ranks, out)
-        stopped = f"stopped: go on with --out {out} --resume"
+        stopped = f"stopped: repeat the command with --out {out} --resume, if {out} is there"
         with hold(out, ranks, None if s.resume else settings.REMEDY):
             with one_line_errors("eval.py", stopped):
                 run(s, ranks, out)

@@ -131,7 +131,7 @@ def fits(path: Path) -> bool:
     with suppress(OSError, ValueError):  # files are missing or damaged
         known = known_prompts(PreTrainedTokenizerFast.from_pretrained(path))
         learned = json.loads((path / "prompts.json").read_text())
-        return known == learned and (path / "model.safetensors").exists()
+        return known == learned
     return False
 
 

@@ -18,7 +18,7 @@ from family.settings import FamilySettings
 from support import run, settings
 
 
-def parse_arguments(argv: list[str]) -> tuple[FamilySettings, bool, train.EGRSD | Neighbour]:
+def parse_arguments(argv: list[str]) -> tuple[FamilySettings, bool, Neighbour]:
     """(settings, resume?, method) from the command line."""
     parser = settings.make_parser(__doc__, FamilySettings)
     parser.add_argument(
@@ -31,7 +31,7 @@ def parse_arguments(argv: list[str]) -> tuple[FamilySettings, bool, train.EGRSD 
     if explains:
         explain(s)
         raise SystemExit(0)
-    return s, resume, train.EGRSD() if s.is_core() else Neighbour(s)
+    return s, resume, Neighbour(s)
 
 
 def main() -> None:

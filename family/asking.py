@@ -1,8 +1,8 @@
-"""Sampling besides the rollouts: answers of the student's about them, and solutions that the
-teacher writes.
+"""Sampling besides the rollouts: what the student says about them, and solutions that the teacher
+writes.
 
-`t` is the Trainer whose step it is, `t.objective` its Neighbour. What is sampled is a function of
-seed, step and row, for any number of ranks.
+`t` is the Trainer whose step it is, `t.objective` its Neighbour. What is sampled depends on seed,
+step and the place of the prompt, not on the number of ranks.
 """
 
 from contextlib import nullcontext
@@ -12,13 +12,18 @@ from torch import Tensor
 
 import rollout
 import teacher
-from family.contexts import CONTEXTS, Example
+from family.contexts import Example, show_answer
 from support.data import Problem
 from support.sampling import progress
 
-SEEDS = {"contexts": 1, "solutions": 2, "solutions, shown the answer": 3}  # rollouts: 0
-SEEDS |= {"reflections": 4, "marks": 5}
-# of the student's tokens, among which a solution of the teacher's counts as like it; BRTS,
+SEEDS = {  # the rollouts have 0
+    "contexts": 1,
+    "solutions": 2,
+    "solutions, shown the answer": 3,
+    "reflections": 4,
+    "marks": 5,
+}
+# a token of a teacher's solution counts as like the student's if it is among this many; BRTS,
 # 2605.09725
 TOP = 16
 
@@ -27,12 +32,12 @@ def ask(
     t, prompts: list[list[int] | None], what: str, by_teacher: bool = False
 ) -> list[rollout.Completion | None]:
     """A completion of each prompt, by the student or by the teacher; None for None. All ranks ask
-    as often, each for as many prompts."""
-    s, places = t.s, [i for i, prompt in enumerate(prompts) if prompt is not None]
+    equally often, each for equally many prompts."""
+    s = t.s
     t.log.begin("ask")
-    generator = rollout.generator_for_rows(
-        (s.seed, t.step, SEEDS[what]), t.ranks.rank * len(prompts)
-    )
+    places = [i for i, prompt in enumerate(prompts) if prompt is not None]
+    first = t.ranks.rank * len(prompts)
+    generator = rollout.generator_for_rows((s.seed, t.step, SEEDS[what]), first)
     seeds = rollout.row_seeds(generator, len(prompts))
     show = progress(t.log.bar, f"{t.log.status}{what}: ", counts=False, check=t.stop.interrupt)
     with t.objective.as_teacher(t) if by_teacher else nullcontext():
@@ -48,7 +53,9 @@ def ask(
             seeds=[seeds[i] for i in places],
             progress=show,
         )
-    t.objective.note("asked_tokens", [len(c.token_ids) for c in completions], mean=False)
+    lengths = [len(completion.token_ids) for completion in completions]
+    (asked,) = t.ranks.sum([sum(lengths)])
+    t.objective.figures["asked_tokens"] += asked
     found = dict(zip(places, completions, strict=True))
     return [found.get(i) for i in range(len(prompts))]
 
@@ -58,97 +65,124 @@ def encode(t, text: str) -> list[int]:
     return teacher.encode(t.tokenizer, [{"role": "user", "content": text}], t.s.thinking)
 
 
-def decode(t, ids: list[int]) -> str:
-    return t.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def ask_about(t, rows: list[Example]) -> None:
-    """The question of --teacher-context, about those rollouts for which the method has a use. None
-    is asked whose quotations, encoded anew, have become too long for the model's window."""
-    question, marks = t.objective.context.question, t.objective.method.marks
+def question_prompt(t, example):
+    """The prompt that asks about a rollout; None if there is nothing to ask, or if the quotations,
+    encoded anew, have become too long for the model's window."""
+    text = t.objective.context.question.text(example, t.tokenizer)
+    if text is None:
+        return None
+    prompt = encode(t, text)
     room = rollout.window(t.model) - t.s.max_new_tokens
-    texts, prompts = [], []
-    for row in rows:
-        is_of_use = not marks or marks(row.correct, t.step)
-        texts.append(question.text(row, t.tokenizer) if is_of_use else None)
-        prompt = encode(t, texts[-1]) if texts[-1] else None
-        prompts.append(prompt if prompt and len(prompt) <= room else None)
-    for row, answer in zip(rows, ask(t, prompts, question.name), strict=True):
+    return prompt if len(prompt) <= room else None
+
+
+def ask_about(t, rollouts: list[Example]) -> None:
+    """Ask the question of --teacher-context about the rollouts for which the method has a use."""
+    question = t.objective.context.question
+    marks = t.objective.method.marks
+    asked, prompts = [], []
+    for example in rollouts:
+        prompt = None
+        if not marks or marks(example.correct, t.step):
+            asked.append(example)
+            prompt = question_prompt(t, example)
+        prompts.append(prompt)
+    for example, answer in zip(rollouts, ask(t, prompts, question.name), strict=True):
         if answer:
-            question.take(row, decode(t, answer.token_ids), t.tokenizer)
+            text = t.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+            question.take(example, text, t.tokenizer)
     if question.name == "marks":
-        asked = [row for row, text in zip(rows, texts, strict=True) if text]
-        t.objective.note("unmarked", [not row.label for row in asked])
+        t.objective.note(t, "unmarked", [not example.label for example in asked])
 
 
-def hinted(t, problem: Problem) -> list[int]:
+def empty_example(t, problem):
+    """An example without a completion, to make prompts with."""
+    return Example([], [], False, problem, t.student_prompt(problem))
+
+
+def hinted(t, example):
     """The prompt of a teacher that is shown the answer."""
-    row = Example([], [], False, problem, [])
-    return t.teacher_prompt(problem, CONTEXTS["answer"].text(row, [], [], problem))
+    return t.teacher_prompt(example.problem, show_answer(example))
 
 
 def solutions(t, problems: list[Problem], rollouts: list[Example]) -> list[Example]:
-    """One solution of each problem by the teacher: of the --teacher-rollouts a correct one, if
-    there is one, and of these, for methods that say so, the one most like the first rollout of the
-    problem; of equals the first."""
-    n, group, objective = t.s.teacher_rollouts, len(rollouts) // len(problems), t.objective
-    firsts, prompts = [], []  # the first rollout of every problem, and its teacher's prompt
-    for i, problem in enumerate(problems):
-        peers = rollouts[i * group : (i + 1) * group]
-        firsts.append(
-            peers[0] if peers else Example([], [], False, problem, t.student_prompt(problem))
-        )
-        prompts.append(objective.prompt_of(t, firsts[i], peers, i))
-
-    def graded(i: int, completion: rollout.Completion) -> Example:
-        row = Example(**vars(completion), problem=problems[i], prompt=firsts[i].prompt)
-        row.is_reference, row.teacher_prompt = True, prompts[i]
-        row.text = decode(t, row.token_ids)
-        return row.grade()
-
-    asked = ask(t, [prompt for prompt in prompts for _ in range(n)], "solutions", by_teacher=True)
-    written = [[graded(i, c) for c in asked[i * n : (i + 1) * n]] for i in range(len(problems))]
-    tops = [None] * len(problems)
+    """One solution of each problem by the teacher, chosen among --teacher-rollouts of them: a
+    correct one, if there is one. Among equals a method with `overlap` takes the one most like the
+    rollout, others take the first."""
+    objective = t.objective
+    firsts = rollouts or [empty_example(t, problem) for problem in problems]
+    n = t.s.teacher_rollouts
+    prompts = []
+    for prompt in objective.teacher_prompts(t, firsts):
+        prompts += [prompt] * n
+    completions = ask(t, prompts, "solutions", by_teacher=True)
+    written = []
+    for i, first in enumerate(firsts):
+        written.append([graded(t, first, c) for c in completions[i * n : (i + 1) * n]])
     if objective.method.overlap:
-        tops = top_tokens(t, rollouts)
-        hints = [
-            None if any(row.correct for row in rows) else hinted(t, problem)
-            for problem, rows in zip(problems, written, strict=True)
-        ]
-        for i, c in enumerate(ask(t, hints, "solutions, shown the answer", by_teacher=True)):
-            more = graded(i, c) if c else None
-            written[i] += [more] if more and more.correct else []
+        add_hinted(t, firsts, written)
+        for candidates, top in zip(written, top_tokens(t, firsts), strict=True):
+            for example in candidates:
+                example.likeness = likeness(example, top)
     chosen = []
-    for rows, first, top in zip(written, firsts, tops, strict=True):
-        likes = [likeness(row, top) if top is not None else 0.0 for row in rows]
-        best = max(range(len(rows)), key=lambda i: (rows[i].correct, likes[i]))
-        chosen.append(rows[best])
-        (first if rollouts else rows[best]).asked |= {
-            "solutions": [row.text for row in rows],
-            "correct": [row.correct for row in rows],
+    for first, candidates in zip(firsts, written, strict=True):
+        ranks = [(example.correct, example.likeness) for example in candidates]
+        best = ranks.index(max(ranks))
+        chosen.append(candidates[best])
+        in_samples = first if rollouts else candidates[best]  # what samples.jsonl will show
+        in_samples.asked |= {
+            "solutions": [example.text for example in candidates],
+            "correct": [example.correct for example in candidates],
             "chosen": best,
         }
-        objective.note("teacher_likeness", [likes[best]] if top is not None else [])
-    objective.note("teacher_accuracy", [row.correct for row in chosen])
-    objective.note("teacher_truncated", [not row.finished for row in chosen])
+    if objective.method.overlap:
+        objective.note(t, "teacher_likeness", [example.likeness for example in chosen])
+    objective.note(t, "teacher_accuracy", [example.correct for example in chosen])
+    objective.note(t, "teacher_truncated", [not example.finished for example in chosen])
     return chosen
 
 
-def likeness(row: Example, top: Tensor) -> float:
-    """Share of a solution's tokens that are among `top` [T, k] at the same position: none is, behind
-    the end of the rollout. 2605.09725."""
-    hits = [token in some for token, some in zip(row.token_ids, top.tolist(), strict=False)]
-    return sum(hits) / len(row.token_ids)
+def graded(t, first, completion):
+    """A teacher's solution of the problem of `first` as an example."""
+    example = Example(**vars(completion), problem=first.problem, prompt=first.prompt)
+    example.is_reference = True
+    example.teacher_prompt, example.has_context = first.teacher_prompt, first.has_context
+    example.text = t.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    return example.grade()
+
+
+def add_hinted(t, firsts, written):
+    """Where no solution is correct, a teacher that is shown the answer writes one more. It is added
+    if it is correct."""
+    prompts = []
+    for first, candidates in zip(firsts, written, strict=True):
+        is_solved = any(example.correct for example in candidates)
+        prompts.append(None if is_solved else hinted(t, first))
+    completions = ask(t, prompts, "solutions, shown the answer", by_teacher=True)
+    for first, candidates, completion in zip(firsts, written, completions, strict=True):
+        example = graded(t, first, completion) if completion else None
+        if example and example.correct:
+            candidates.append(example)
+
+
+def likeness(example: Example, top: Tensor) -> float:
+    """Share of a solution's tokens that are among `top` [T, k] at the same position. Behind the end
+    of the rollout none is. 2605.09725."""
+    hits = 0
+    for token, likely in zip(example.token_ids, top.tolist(), strict=False):
+        hits += token in likely
+    return hits / len(example.token_ids)
 
 
 @torch.no_grad()
-def top_tokens(t, rows: list[Example]) -> list[Tensor]:
+def top_tokens(t, examples):
     """The student's TOP likeliest tokens at every position of these rollouts, [T, TOP] each."""
     head = teacher.output_head(t.model)
     size = max(1, teacher.CHUNK_LOGITS // head.linear.out_features)
-    reading = t.read([row.prompt for row in rows], rows, hidden=True)
+    reading = t.read([example.prompt for example in examples], examples, hidden=True)
+    found = []
     with t.autocast():
-        return [
-            torch.cat([head(part).topk(TOP).indices for part in hidden.split(size)])
-            for hidden in reading.hidden
-        ]
+        for hidden in reading.hidden:
+            parts = [head(part).topk(TOP).indices for part in hidden.split(size)]
+            found.append(torch.cat(parts))
+    return found

@@ -1,17 +1,22 @@
-r"""What the teacher is shown in the place of the reference solution, `--teacher-context`, and what
-is asked for that.
+r"""What the teacher is shown in place of the reference solution, `--teacher-context`, and what the
+student is asked for that.
 
-solution: the reference solution. answer: its answer. peer: a correct rollout of the same problem.
-peers: two correct ones and a failed one. feedback: a correct one, else the solution, and whether
-the student is right. other: another problem with its solution. restated: the problem in other
-words. reflection: of a failed rollout the attempt, the verifier's word and what the student says of
-its mistake; of a correct one the attempt. label: the kind of step that matters, as the student
-says. none: nothing.
+    solution     the reference solution
+    answer       its answer
+    peer         a correct rollout of the same problem
+    peers        two correct rollouts and a failed one
+    feedback     a correct rollout, or else the solution, and whether the student is right
+    other        another problem with its solution
+    restated     the problem in other words
+    reflection   a correct rollout itself; of a failed one also the verifier's word and what the
+                 student says of its mistake
+    label        the kind of step that matters, as the student says
+    none         nothing
 
-Peers and the other problem are drawn at random, seeded for every row. A text of None means that
-there is nothing to show, and then the teacher has no say on that rollout. Questions about a rollout
-go to the student itself, as in arXiv 2605.12741 (reflections) and, a variant there, 2605.10194
-(marks); all wording is ours. The answers stand in samples.jsonl, `asked`.
+Peers and the other problem are drawn at random, with a seed for every rollout. A text of None means
+that there is nothing to show: the teacher has no say on that rollout. Questions about a rollout go
+to the student itself, as in arXiv 2605.12741 (reflections) and in a variant of 2605.10194 (marks).
+All wording is ours. samples.jsonl has the answers, `asked`.
 """
 
 import re
@@ -31,196 +36,219 @@ LABELS = ("setup", "calculation", "algebra", "case distinction", "idea", "conclu
 
 @dataclass
 class Example(Rollout):
-    """A completion of T tokens, and what the family's methods know of it."""
+    """A completion of T tokens that a step learns from, and what the family's methods know of it."""
 
-    is_reference: bool = False  # no rollout: the data's solution, or the teacher's
+    is_reference: bool = False  # not a rollout: the data's solution, or the teacher's
     has_context: bool = True  # the teacher had something to be shown
     asked: dict = field(default_factory=dict)  # texts that were asked for
     label: str = ""  # kind of the marked segments; "" if there are none
     marked: Tensor | None = None  # bool [T], tokens of the marked segments
-    # with which the teacher reads this row, or wrote it
+    # with which the teacher reads this example, or wrote it
     teacher_prompt: list[int] | None = None
-    kept: Tensor | None = None  # bool [T], tokens that the mean of the step counts
-    # log (p_S / p_T) of the teacher's solution minus that of the rollout, sums over tokens, nats
-    margin: float = 0.0
-    views: Tensor | None = None  # [T] KL(p_T || the teacher without a text), nats
-    bare_hidden: Tensor | None = None  # [T, D] states of the teacher without a text
+    likeness: float = 0.0  # of a teacher's solution to the student's next tokens, see BRTS
+    place: int = 0  # among the examples that this rank reads in the step
+
+    def __post_init__(self):
+        if self.marked is None:
+            self.marked = torch.zeros(len(self.token_ids), dtype=torch.bool)
 
     def as_json(self) -> dict:
-        return super().as_json() | ({"asked": self.asked} if self.asked else {})
+        found = super().as_json()
+        if self.asked:
+            found["asked"] = self.asked
+        return found
+
+
+# ---- questions about a rollout
 
 
 @dataclass(frozen=True)
 class Question:
-    """text(row, tokenizer) is what is asked about a rollout, None for nothing; take(row, answer,
-    tokenizer) keeps the answer."""
+    """text(example, tokenizer) is what is asked about a rollout, None for nothing. take(example,
+    answer, tokenizer) keeps the answer."""
 
     name: str  # of the answer, also in the progress line
     text: Callable[[Example, object], str | None]
     take: Callable[[Example, str, object], None]
 
 
-def verdict(row: Example) -> str:
+def verdict(example: Example) -> str:
     """What the verifier says of a failed rollout, without the gold answer."""
-    if not row.finished:
+    if not example.finished:
         return "The attempt was cut off before its end."
-    return (
-        "The attempt has no boxed answer."
-        if row.answer is None
-        else f"The answer {row.answer[:200]} is wrong."
-    )
+    if example.answer is None:
+        return "The attempt has no boxed answer."
+    return f"The answer {example.answer[:200]} is wrong."
 
 
-def _said(answer: str) -> str:
-    """Without the thought before it; nothing, if that has no end."""
+def without_thought(answer: str) -> str:
+    """The text after the thinking block; "" if that has no end."""
     said = answer.rpartition("</think>")[2]
     return "" if "<think>" in said else said
 
 
-def _ask_for_reflection(row: Example, tokenizer) -> str | None:
+def reflection_question(example: Example, tokenizer) -> str | None:
+    if example.correct:
+        return None
     return (
-        None
-        if row.correct
-        else (
-            f"{row.problem.problem}\n\n[Attempt]\n{row.text}\n[End of attempt]\n\n{verdict(row)} "
-            "Say in a few sentences which step is wrong or missing, why, and what should be "
-            "done instead. Do not solve the problem again."
-        )
+        f"{example.problem.problem}\n\n[Attempt]\n{example.text}\n[End of attempt]\n\n"
+        f"{verdict(example)} Say in a few sentences which step is wrong or missing, why, and what "
+        "should be done instead. Do not solve the problem again."
     )
 
 
-def segments(row: Example, tokenizer) -> list[range]:
-    """The lines and sentences of a rollout as ranges of its tokens: a sentence ends in . ! or ?
-    before a space. One of less than LEAST_SEGMENT tokens goes with the next."""
-    # a token's text is what it adds to the one before it: alone, some lose the space before them
-    ids = row.token_ids
-    texts = [
-        tokenizer.decode(ids[max(0, i - 1) : i + 1])[
-            len(tokenizer.decode(ids[max(0, i - 1) : i])) :
-        ]
-        for i in range(len(ids))
-    ]
-    ends = [
-        i + 1
-        for i, (text, after) in enumerate(zip(texts, [*texts[1:], ""], strict=False))
-        if re.search(r"\n|[.!?]\s", text + after[:1])
-    ]
+def take_reflection(example: Example, answer: str, tokenizer) -> None:
+    example.asked["reflection"] = without_thought(answer).strip()
+
+
+def segments(example: Example, tokenizer) -> list[range]:
+    """The lines and sentences of a rollout as ranges of its tokens. A sentence ends in . ! or ?
+    before a space. One of fewer than LEAST_SEGMENT tokens goes with the next."""
+    ids = example.token_ids
+    texts = []
+    for i in range(len(ids)):
+        # what a token adds to the one before it: decoded alone, some lose the space before them
+        before = tokenizer.decode(ids[max(0, i - 1) : i])
+        both = tokenizer.decode(ids[max(0, i - 1) : i + 1])
+        texts.append(both[len(before) :])
     found, start = [], 0
-    for end in [*ends, len(texts)]:
-        if end - start >= LEAST_SEGMENT or end == len(texts) > start:
+    for end, text in enumerate(texts, 1):
+        is_last = end == len(texts)
+        after = "" if is_last else texts[end][:1]
+        is_end = re.search(r"\n|[.!?]\s", text + after)
+        if is_last or (is_end and end - start >= LEAST_SEGMENT):
             found.append(range(start, end))
             start = end
     return found
 
 
-def _ask_for_marks(row: Example, tokenizer) -> str:
-    shown = "\n".join(
-        f"[{number}] "
-        f"{tokenizer.decode(row.token_ids[part.start : part.stop], skip_special_tokens=True)}"
-        for number, part in enumerate(segments(row, tokenizer), 1)
-    )
-    asked = (
-        "correct. Which few segments decide that it succeeds"
-        if row.correct
-        else "wrong. Which few segments are mistakes"
-    )
+def marks_question(example: Example, tokenizer) -> str:
+    shown = []
+    for number, part in enumerate(segments(example, tokenizer), 1):
+        ids = example.token_ids[part.start : part.stop]
+        shown.append(f"[{number}] {tokenizer.decode(ids, skip_special_tokens=True)}")
+    asked = "wrong. Which few segments are mistakes"
+    if example.correct:
+        asked = "correct. Which few segments decide that it succeeds"
+    attempt = "\n".join(shown)
     return (
-        f"{row.problem.problem}\n\n[Reference solution]\n{row.problem.solution}\n[End of "
-        f"reference solution]\n\n[Attempt]\n{shown}\n[End of attempt]\n\nThe attempt is {asked}, "
+        f"{example.problem.problem}\n\n[Reference solution]\n{example.problem.solution}\n[End of "
+        f"reference solution]\n\n[Attempt]\n{attempt}\n[End of attempt]\n\nThe attempt is {asked}, "
         f"and of which kind are they: {', '.join(LABELS)}? Answer in one line, such "
         "as\nSegments: 2, 5. Kind: calculation"
     )
 
 
-def _take_marks(row: Example, answer: str, tokenizer) -> None:
-    """Segments in the order named, without those that would make it more than MOST_MARKED of the
-    tokens. An answer of another form, or with nothing to mark, leaves no label, and the teacher has
-    no say."""
-    row.asked["marks"] = answer
-    form = rf"Segments?:((?:[\d,\s]|and){{,200}}\d)\s{{,9}}[.,;]?\s{{,9}}Kinds?:\s{{,9}}({'|'.join(LABELS)})s?\b"
-    said = re.findall(form, re.sub(r"[*\[\]`]", "", _said(answer)), re.IGNORECASE)
-    parts = segments(row, tokenizer)
-    row.marked = torch.zeros(len(row.token_ids), dtype=torch.bool)
-    for number in re.findall(r"(?<!\d)\d{1,6}(?!\d)", said[-1][0]) if said else ():
-        part = parts[int(number) - 1] if 1 <= int(number) <= len(parts) else range(0)
-        if row.marked.sum() + len(part) <= MOST_MARKED * len(row.marked):
-            row.marked[part.start : part.stop] = True
-    row.asked["label"] = row.label = said[-1][1].lower() if row.marked.any() else ""
+NUMBERS = r"Segments?:((?:[\d,\s]|and){,200}\d)\s{,9}[.,;]?"
+MARKS_FORM = rf"{NUMBERS}\s{{,9}}Kinds?:\s{{,9}}({'|'.join(LABELS)})s?\b"
 
 
-REFLECTION = Question(
-    "reflections",
-    _ask_for_reflection,
-    lambda row, answer, _: row.asked.update(reflection=_said(answer).strip()),
-)
-MARKS = Question("marks", _ask_for_marks, _take_marks)
+def take_marks(example: Example, answer: str, tokenizer) -> None:
+    """Mark the segments in the order named, but leave out those that would make it more than
+    MOST_MARKED of the tokens. An answer of another form, or with nothing to mark, leaves no label:
+    the teacher has no say."""
+    example.asked["marks"] = answer
+    example.label = ""
+    plain = re.sub(r"[*\[\]`]", "", without_thought(answer))
+    said = re.findall(MARKS_FORM, plain, re.IGNORECASE)
+    if said:
+        numbers, label = said[-1]
+        parts = dict(enumerate(segments(example, tokenizer), 1))
+        for number in re.findall(r"(?<!\d)\d{1,6}(?!\d)", numbers):
+            part = parts.get(int(number), range(0))
+            if example.marked.sum() + len(part) <= MOST_MARKED * len(example.marked):
+                example.marked[part.start : part.stop] = True
+        if example.marked.any():
+            example.label = label.lower()
+    example.asked["label"] = example.label
+
+
+REFLECTION = Question("reflections", reflection_question, take_reflection)
+MARKS = Question("marks", marks_question, take_marks)
+
+
+# ---- what the teacher is shown
 
 
 @dataclass(frozen=True)
 class Context:
-    """text(row, peers, failed, example) is what the teacher is shown of a rollout: texts of the
-    correct and of the failed other rollouts of its problem, and another problem; None if there is
-    nothing."""
+    """text(example, peers, failed, other) is what the teacher is shown of a rollout, None for
+    nothing. peers and failed are the texts of the correct and of the failed other rollouts of its
+    problem, other is another problem."""
 
     text: Callable[[Example, list[str], list[str], Problem], str | None]
     needs: tuple[str, ...] = ()  # fields of the problems
-    quoted: int = 0  # completions that the text, or what is asked for it, may quote
+    quoted: int = 0  # completions that the text, or the question for it, may quote
     compares: bool = False  # the text quotes other rollouts of the problem
-    is_bare: bool = False  # no text, and that is meant: the teacher reads the student's prompt
+    is_bare: bool = False  # no text on purpose: the teacher reads the student's prompt
     question: Question | None = None  # about a rollout, before its teacher's prompt is made
 
 
-def _peers(
-    row: Example | None, peers: list[str], failed: list[str], example: Problem | None
-) -> str | None:
+def show_solution(example, *_):
+    return example.problem.solution
+
+
+def show_answer(example, *_):
+    return f"The final answer is \\boxed{{{example.problem.answer}}}."
+
+
+def show_peer(example, peers, *_):
+    return peers[0] if peers else None
+
+
+def show_peers(example, peers, failed, *_):
     """
-    >>> _peers(None, ["b"], ["c", "d"], None)
+    >>> show_peers(None, ["b"], ["c", "d"])
     'Correct attempt:\\nb\\n\\nFailed attempt:\\nc'
     """
-    shown = [f"Correct attempt:\n{text}" for text in peers[:2]] + [
-        f"Failed attempt:\n{text}" for text in failed[:1]
-    ]
-    return "\n\n".join(shown) if peers else None
+    if not peers:
+        return None
+    shown = [f"Correct attempt:\n{text}" for text in peers[:2]]
+    shown += [f"Failed attempt:\n{text}" for text in failed[:1]]
+    return "\n\n".join(shown)
 
 
-def _feedback(row: Example, peers: list[str], *_) -> str:
+def show_feedback(example, peers, *_):
+    shown = peers[0] if peers else example.problem.solution
+    word = "correct" if example.correct else "incorrect"
+    return f"{shown}\n\nYour answer is {word}."
+
+
+def show_other(example, peers, failed, other):
+    return f"Another problem:\n{other.problem}\n\nIts solution:\n{other.solution}"
+
+
+def show_restated(example, *_):
+    return f"The same problem in other words:\n{example.problem.restated}"
+
+
+def show_reflection(example, *_):
+    if example.correct:
+        return f"Correct attempt:\n{example.text}"
+    reflection = example.asked.get("reflection", "")
     return (
-        f"{(peers or [row.problem.solution])[0]}\n\nYour answer is "
-        f"{'correct' if row.correct else 'incorrect'}."
+        f"Failed attempt:\n{example.text}\n\n{verdict(example)}\n\nWhat went wrong:\n{reflection}"
     )
 
 
-def _reflection(row: Example, *_) -> str:
-    if row.correct:
-        return f"Correct attempt:\n{row.text}"
-    return (
-        f"Failed attempt:\n{row.text}\n\n{verdict(row)}\n\nWhat went "
-        f"wrong:\n{row.asked.get('reflection', '')}"
-    )
+def show_label(example, *_):
+    return f"What matters here: {example.label}." if example.label else None
 
 
+def show_nothing(*_):
+    return None
+
+
+SOLUTION = ("solution",)
 CONTEXTS = {
-    "solution": Context(lambda row, *_: row.problem.solution, needs=("solution",)),
-    "answer": Context(lambda row, *_: f"The final answer is \\boxed{{{row.problem.answer}}}."),
-    "peer": Context(lambda row, peers, *_: (peers or [None])[0], quoted=1, compares=True),
-    "peers": Context(_peers, quoted=3, compares=True),
-    "feedback": Context(_feedback, needs=("solution",), quoted=1),
-    "other": Context(
-        lambda row, peers, failed, example: (
-            f"Another problem:\n{example.problem}\n\nIts solution:\n{example.solution}"
-        ),
-        needs=("solution",),
-    ),
-    "restated": Context(
-        lambda row, *_: f"The same problem in other words:\n{row.problem.restated}",
-        needs=("restated",),
-    ),
-    "reflection": Context(_reflection, quoted=2, question=REFLECTION),
-    "label": Context(
-        lambda row, *_: f"What matters here: {row.label}." if row.label else None,
-        needs=("solution",),
-        quoted=3,
-        question=MARKS,
-    ),
-    "none": Context(lambda *_: None, is_bare=True),
+    "solution": Context(show_solution, SOLUTION),
+    "answer": Context(show_answer),
+    "peer": Context(show_peer, quoted=1, compares=True),
+    "peers": Context(show_peers, quoted=3, compares=True),
+    "feedback": Context(show_feedback, SOLUTION, quoted=1),
+    "other": Context(show_other, SOLUTION),
+    "restated": Context(show_restated, needs=("restated",)),
+    "reflection": Context(show_reflection, quoted=2, question=REFLECTION),
+    "label": Context(show_label, SOLUTION, quoted=3, question=MARKS),
+    "none": Context(show_nothing, is_bare=True),
 }

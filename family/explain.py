@@ -10,10 +10,7 @@ from family.contexts import CONTEXTS
 from family.settings import GROUP, FamilySettings
 from support import settings
 from support.flags import flag_name
-from support.run import say
 
-# of forward passes over a text; a backward pass counts two
-PASSES = {"sampling": 1, "reading": 1, "backward": 2}
 LEGEND = """A advantage, d = log p_T(y_t) - log p_S(y_t), c coefficient of -log p_theta(y_t), H entropy of the teacher.
 Grade P: read in the paper or its code, S: in second-hand notes; ours: no source gives it. Means are over tokens."""
 GATES = {
@@ -24,75 +21,55 @@ GATES = {
 
 
 def explain(s: FamilySettings) -> None:
-    """Print the formula, its source, the settings that the method brings, a step's texts and
-    passes, and their cost."""
-    method = methods.METHODS.get(s.method)
-    lines = [f"{s.method}: {s.methods()[s.method]}"]
-    for part in formulas(s, method):
-        lines += ["", indent(part, "    ")]
-    lines += ["", LEGEND, ""] if method else [""]
-    brought = method.recipe | method.needs if method else settings.METHODS[s.method][0]
-    brought |= {"rollouts_per_prompt": GROUP} if method and method.groups else {}
+    """Print the formula, its source, the settings that the method brings, and what a step costs."""
+    method = s.entry
+    brought = method.recipe | method.needs
+    if method is methods.EGRSD:
+        brought = settings.METHODS[s.method][0]
+    if method.groups:
+        brought["rollouts_per_prompt"] = GROUP
+    print(f"{s.method}: {s.methods()[s.method]}\n")
+    for part in formulas(s):
+        print(indent(part, "    "), end="\n\n")
+    print(LEGEND, end="\n\n")
     for key, value in brought.items():
-        if key not in s.without_effect():
-            kind = "fixed" if method and key in method.needs else "unless a flag says otherwise"
-            here = f", here {getattr(s, key)}" if getattr(s, key) != value else ""
-            lines.append(f"it sets {flag_name(key)} {value} ({kind}{here})")
-    is_taught = not method or method.teacher or s.source == "teacher"
-    shown = f"the teacher sees: {s.teacher_context}; its weights: {s.teacher_schedule}"
-    counts = passes(s)
-    lines += [
-        f"{shown if is_taught else 'no teacher'}; advantage: {s.advantage}",
-        f"{s.prompts_per_step} problems a step; at most so many texts for each problem:",
-        *(f"    {count:3}  {kind:8}  {what}" for (what, kind), count in counts.items()),
-    ]
-    total = cost(counts)
-    usual = cost(passes(FamilySettings(rollouts_per_prompt=s.rollouts_per_prompt)))
-    lines.append(
-        f"cost: {total} forward passes for each problem (a backward pass counts two), "
-        f"{total / usual:.1f} times EGRSD's {usual}, if all texts are equally long"
+        kind = "fixed" if key in method.needs else "unless a flag says otherwise"
+        print(f"it sets {flag_name(key)} {value} ({kind})")
+    if s.has_teacher:
+        print(f"the teacher sees: {s.teacher_context}; its weights: {s.teacher_schedule}")
+    print(f"advantage: {s.advantage}; problems a step: {s.prompts_per_step}")
+    usual = cost(FamilySettings(rollouts_per_prompt=s.rollouts_per_prompt))
+    print(
+        f"cost: {cost(s)} forward passes for each problem, {cost(s) / usual:.1f} times EGRSD's "
+        f"{usual}: at most, if all texts are equally long; a backward pass counts two"
     )
-    say("\n".join(lines))
 
 
-def formulas(s: FamilySettings, method: methods.Method | None) -> list[str]:
+def formulas(s: FamilySettings) -> list[str]:
     """The docstring of the loss, and those of the functions that it names."""
-    if not method:
-        found = [inspect.getdoc(egrsd)]
-    else:
-        found = [inspect.getdoc(method.loss) or "Its loss has no docstring."]
-        for name in re.findall(r"`(\w+)`", found[0]):
-            if hasattr(methods, name):
-                found.append(f"{name}: {inspect.getdoc(getattr(methods, name))}")
+    found = [inspect.getdoc(s.entry.loss or egrsd) or "Its loss has no docstring."]
+    for name in re.findall(r"`(\w+)`", found[0]):
+        named = getattr(methods, name, None)
+        if named:
+            found.append(f"{name}: {inspect.getdoc(named)}")
     if s.gate:
         formula = inspect.getdoc(GATES[s.gate])
         found.append(f"--gate {s.gate}, in the place of (5) and (6): {formula}")
     return found
 
 
-def cost(counts: dict[tuple[str, str], int]) -> int:
-    """In forward passes."""
-    return sum(count * PASSES[kind] for (_, kind), count in counts.items())
-
-
-def passes(s: FamilySettings) -> dict[tuple[str, str], int]:
-    """How many texts of a problem go through the model, by what they are for and how, at most."""
-    method = methods.METHODS.get(s.method, methods.Method(None, ""))
-    question = CONTEXTS[s.teacher_context].question
-    n, writes = s.rollouts_per_prompt * method.rollouts, s.source == "teacher"
-    learned, asks = n + bool(s.source), bool(question and method.teacher)
-    views = method.views or s.gate == "two-view"
-    counts = {
-        ("rollouts", "sampling"): n,
-        (question and question.name, "sampling"): n * asks,
-        ("the teacher's solutions", "sampling"): s.teacher_rollouts * writes,
-        ("one more, shown the answer", "sampling"): int(method.overlap),
-        ("rollouts, by the student, for its likeliest tokens", "reading"): n * method.overlap,
-        ("by the teacher", "reading"): learned * method.teacher,
-        ("by the teacher, shown nothing", "reading"): learned * views,
-        ("by the student, for the margin", "reading"): learned * method.margin,
-        ("by the student, for which tokens count", "reading"): learned * bool(method.keeps),
-        ("by the student", "reading"): learned,
-        ("what is learned from", "backward"): learned,
-    }
-    return {key: count for key, count in counts.items() if count}
+def cost(s: FamilySettings) -> int:
+    """Forward passes for each problem, at most."""
+    method = s.entry
+    rollouts = s.rollouts_per_prompt * method.rollouts
+    passes = rollouts
+    if method.teacher and CONTEXTS[s.teacher_context].question:
+        passes += rollouts  # answers about them
+    if s.source == "teacher":
+        passes += s.teacher_rollouts
+    if method.overlap:
+        passes += rollouts + 1  # read for the likeliest tokens; a solution with the answer shown
+    # by the student, which counts three with the backward pass; by the teacher, and once more
+    # without a text; by the student beforehand
+    readings = 3 + method.teacher + s.two_views + (method.margin or bool(method.keeps))
+    return passes + readings * (rollouts + bool(s.source))

@@ -1,23 +1,23 @@
-r"""EGRSD's neighbours: each method is one short function over the same rollouts and the same
-teacher pass.
+r"""EGRSD's neighbours. Each method is one short function over the same rollouts and the same teacher
+pass.
 
     python -m family --method rlsd             python -m family --help lists the names
 
-A method turns a micro-batch into a loss per token [B, T]; the step takes the mean over its tokens,
-or over those that a method keeps, and drops what stands outside the mask. Two shapes occur, and
+A method turns a micro-batch into a loss per token [B, T]. The step takes the mean over its tokens,
+or over the tokens that a method keeps. Losses outside the mask are dropped. Two shapes occur, and
 they add up:
 
     policy(batch, c)         -c_t log p_theta(y_t)           policy gradient with a coefficient c, a constant
     batch.divergence(f)      f(log p_T, log p_S) per token   a function of both full distributions, with its gradient
 
 A_i is the advantage, d_t = log p_T(y_t) - log p_S(y_t) without gradient, H_t the teacher's entropy
-in nats, t counts from 1. A completion whose teacher has nothing to be shown has d = H = 0 and no
-divergence. `finite` bounds log 0.
+in nats. t counts from 1. Where the teacher has nothing to be shown, d = H = 0 and divergences are 0.
+`finite` bounds log 0.
 
-Grade of evidence in every docstring: P read in the paper or its authors' code, S second-hand notes
-that quote the equations. What no source gives is called ours. Optimizer, LoRA, sampling and length
-reward are those of the run, not of each source, and there is never an importance ratio or a PPO
-clip: rollouts are used once, so the ratio is 1. docs/family.md says what is left out.
+Every docstring has a grade of evidence. P: read in the paper or in its authors' code. S: second-hand
+notes that quote the equations. What no source gives is called ours. Optimizer, LoRA, sampling and
+length reward are those of the run, not of each source. There is no importance ratio and no PPO clip:
+rollouts are used once, so the ratio is 1. docs/family.md says what is left out.
 """
 
 import math
@@ -55,24 +55,21 @@ class Batch:
     mask: Tensor  # bool [B, T]
     advantage: Tensor  # [B]
     correct: Tensor  # bool [B], the verifier's word
-    is_reference: Tensor  # bool [B]: no rollout: the reference solution, or what the teacher wrote
+    # bool [B]: not a rollout, but the reference solution or what the teacher wrote
+    is_reference: Tensor
     # f(log p_T [n, V], log p_S [n, V]) -> [n], at every token: [B, T]
     divergence: Callable[[Callable], Tensor]
-    max_entropy: float  # the largest H of the step
     num_tokens: float  # of the step's rollouts that its mean counts, over all ranks
     num_completions: float  # rollouts of the step, over all ranks
     step: int  # steps done before this one
     median_entropies: Sequence[float]  # of H in every step so far, this one included
-    gamma: float = 0.3
-    window: int = 3
-    eps: float = 0.2
-    floor: float = 0.1
-    # [B, T]: a loss may leave its weights here, which are reported as `gate`
-    weight: Tensor | None = None
-    # tokens of the step that are no rollouts', over all ranks; None: no such rows
+    eps: float = 0.2  # --eps
+    # tokens of the step's other examples, over all ranks; None: there are none
     num_reference: float | None = None
     success_rate: float = 0.0  # share of the step's rollouts that are correct
-    # what only methods have that ask for it, see `Method`
+    # [B, T]: a loss may leave its weights here; they are reported as `gate`
+    weight: Tensor | None = None
+    # only for methods that ask for them, see `Method`
     kept: Tensor | None = None  # bool [B, T]
     # [B]: log (p_S / p_T) of the teacher's solution minus that of the rollout, sums
     margin: Tensor | None = None
@@ -103,31 +100,35 @@ class Batch:
 class Method:
     """A loss, and what the training step has to provide for it."""
 
-    loss: Callable[[Batch], Tensor]
+    loss: Callable[[Batch], Tensor] | None
     summary: str
-    # settings it is defined by: other values are refused
+    # settings that define the method: other values are refused
     needs: dict = field(default_factory=dict)
-    recipe: dict = field(default_factory=dict)  # settings its source uses: flags may change them
-    # which of advantage, eps, gamma, window, floor, rows its formula reads
+    recipe: dict = field(default_factory=dict)  # settings of its source: flags may change them
+    # "eps": the formula has the magnitude, "gamma": the gate; both are then reported
     uses: tuple[str, ...] = ()
     teacher: bool = True  # the teacher's pass is made
     full_distributions: bool = False  # batch.divergence is available
     groups: bool = False  # several rollouts per problem
     rollouts: bool = True  # the student samples
-    # reference, teacher: for every problem its solution, or one of the teacher's, is one more row
+    # every problem brings one more example, its solution in the data ("reference") or one of the
+    # teacher's ("teacher")
     rows: str = ""
-    # of the teacher's solutions the one most like the student's own next tokens is taken
+    # the teacher's solution that is most like the student's own next tokens is taken
     overlap: bool = False
     margin: bool = False  # batch.margin is available: one more reading by the student
     # (d, entropy of the student, mask, step) -> bool [N, T], the tokens of rollouts that the mean
-    # counts, batch.kept: one more reading by the student
+    # counts: batch.kept. One more reading by the student
     keeps: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
     # (correct, step): is a rollout marked? batch.marked
     marks: Callable[[bool, int], bool] | None = None
-    views: bool = False  # batch.views and batch.anchor are: one more reading by the teacher
+    # batch.views and batch.anchor are available: one more reading by the teacher
+    views: bool = False
 
 
 METHODS: dict[str, Method] = {}
+# EGRSD with a flag of the family; its loss is that of train.EGRSD
+EGRSD = Method(None, "EGRSD with a flag of the family", uses=("gamma", "eps"))
 
 
 def method(name: str, summary: str, **declared):
@@ -141,11 +142,16 @@ def method(name: str, summary: str, **declared):
 
 
 def policy(batch: Batch, coefficient: Tensor) -> Tensor:
-    """-c_t log p_theta(y_t): [B, T], 0 outside the mask; c [B, T] or [B, 1] is held constant.
+    """-c_t log p_theta(y_t): [B, T], 0 outside the mask. c, [B, T] or [B, 1], is held constant.
     2605.13255 eq. (7)."""
-    return egrsd.policy_loss(
-        batch.logp, coefficient.expand_as(batch.logp), batch.mask, reduction="none"
-    )
+    coefficient = coefficient.expand_as(batch.logp)
+    return egrsd.policy_loss(batch.logp, coefficient, batch.mask, reduction="none")
+
+
+def mean_of_completions(batch: Batch, losses: Tensor) -> Tensor:
+    """[B, T] -> [B, T], scaled so that the step takes the mean per completion, then over
+    completions."""
+    return losses * batch.per_completion / batch.mask.sum(1, keepdim=True)
 
 
 @method(
@@ -153,7 +159,6 @@ def policy(batch: Batch, coefficient: Tensor) -> Tensor:
     "supervised: log-likelihood of solutions, no rollouts",
     rollouts=False,
     rows="reference",
-    uses=("rows",),
     teacher=False,
 )
 def sft(batch: Batch) -> Tensor:
@@ -166,16 +171,14 @@ def sft(batch: Batch) -> Tensor:
 @method(
     "grpo-group",
     "policy gradient with group advantages, no teacher",
-    needs=dict(advantage="group"),
-    uses=("advantage",),
+    needs={"advantage": "group"},
     groups=True,
     teacher=False,
 )
 @method(
     "grpo",
     "policy gradient with the running baseline of the EGRSD paper, no teacher",
-    needs=dict(advantage="running"),
-    uses=("advantage",),
+    needs={"advantage": "running"},
     teacher=False,
 )
 def grpo(batch: Batch) -> Tensor:
@@ -189,17 +192,16 @@ def grpo(batch: Batch) -> Tensor:
     "rlsd",
     "RLSD: magnitude mixed in at a weight that falls to 0, teacher sees the answer",
     groups=True,
-    needs=dict(advantage="group"),
-    uses=("advantage",),
-    recipe=dict(teacher_context="answer", teacher_schedule="copy", teacher_every=10),
+    needs={"advantage": "group"},
+    recipe={"teacher_context": "answer", "teacher_schedule": "copy", "teacher_every": 10},
 )
-def rlsd(batch: Batch, lam: float = 0.5, decay_steps: int = 50) -> Tensor:
-    """c = A * ((1 - lam) + lam * clip(exp(sign(A) d), 0.8, 1.2)), lam from 0.5 to 0 linearly,
-    2604.03128. Grade P.
+def rlsd(batch: Batch, lam: float = 0.5) -> Tensor:
+    """c = A * ((1 - lam) + lam * clip(exp(sign(A) d), 0.8, 1.2)), lam from 0.5 to 0 in 50
+    steps, 2604.03128. Grade P.
 
     Equal to direction-aware, 2605.13255 eq. (3), at lam = 1.
     """
-    lam *= max(0.0, 1 - batch.step / decay_steps)
+    lam *= max(0.0, 1 - batch.step / 50)
     weight = egrsd.magnitude(batch.teacher_logp, batch.logp, batch.advantage, 0.2)
     return policy(batch, batch.A * ((1 - lam) + lam * weight))
 
@@ -209,59 +211,59 @@ def rlsd(batch: Batch, lam: float = 0.5, decay_steps: int = 50) -> Tensor:
     "RLRT: on correct rollouts, more weight where the teacher disagrees; teacher sees a "
     "correct peer",
     groups=True,
-    needs=dict(advantage="group"),
-    uses=("advantage",),
-    recipe=dict(teacher_context="peer", beta_length=0.0),
+    needs={"advantage": "group"},
+    recipe={"teacher_context": "peer", "beta_length": 0.0},
 )
-def rlrt(batch: Batch, lam: float = 0.5, eps: float = 0.2) -> Tensor:
-    """Correct: c = A * ((1 - lam) + lam * clip(exp(-sign(A) d), 1 - eps, 1 + eps)); wrong: c = A;
-    rewards 0 and 1. 2605.10781. Grade S. Without a correct peer d = 0, so c = A."""
-    # the roles exchanged: -d
-    reversed_weight = egrsd.magnitude(batch.logp, batch.teacher_logp, batch.advantage, eps)
-    return policy(
-        batch,
-        batch.A * torch.where(batch.correct.unsqueeze(-1), (1 - lam) + lam * reversed_weight, 1.0),
-    )
+def rlrt(batch: Batch) -> Tensor:
+    """Correct: c = A * (0.5 + 0.5 * clip(exp(-sign(A) d), 0.8, 1.2)); wrong: c = A; rewards 0 and 1.
+    2605.10781. Grade S. Without a correct peer d = 0, so c = A."""
+    # teacher and student change places: -d
+    reversed_weight = egrsd.magnitude(batch.logp, batch.teacher_logp, batch.advantage, 0.2)
+    weight = torch.where(batch.correct.unsqueeze(-1), 0.5 + 0.5 * reversed_weight, 1.0)
+    return policy(batch, batch.A * weight)
 
 
 @method(
     "antisd",
     "AntiSD: an advantage bonus that ascends the divergence from the teacher",
     groups=True,
-    needs=dict(advantage="group"),
-    uses=("advantage",),
-    recipe=dict(teacher_context="feedback"),
+    needs={"advantage": "group"},
+    recipe={"teacher_context": "feedback"},
 )
-def antisd(batch: Batch, weight: float = 0.5, warmup: int = 5) -> Tensor:
-    """c = A - g * weight * 0.5 * (softplus(d) - log 2), 2605.11609. Grade P. Its expectation
-    ascends weight * JSD.
+def antisd(batch: Batch) -> Tensor:
+    """c = A - g * 0.25 * (softplus(d) - log 2), 2605.11609. Grade P. Its expectation ascends half
+    the JSD.
 
-    g, a Schmitt trigger, is 0 in the warm-up steps and after them; 1 once the median of H is at or
-    above its warm-up value, 0 again once it is below 0.93 of that value; between the two it stays
-    as it is. Simplified: the warm-up value is the median of its steps, the median of a step that
-    over completions of their median H.
+    g, a Schmitt trigger, is 0 in the first 5 steps, the warm-up. After them it becomes 1 once the
+    median of H reaches its warm-up value, and 0 again once the median is below 0.93 of that value.
+    In between it stays as it is. Simplified: the warm-up value is the median over the warm-up steps,
+    and the median of a step is the one over its completions' medians.
     """
+    medians = batch.median_entropies
+    reference = sorted(medians[:5])[len(medians[:5]) // 2]
     g = 0.0
-    if len(batch.median_entropies) > warmup:
-        reference = sorted(batch.median_entropies[:warmup])[warmup // 2]
-        for median in batch.median_entropies[warmup:]:
-            g = 0.0 if median < 0.93 * reference else 1.0 if median >= reference else g
-    return policy(
-        batch, batch.A - g * weight * 0.5 * (torch.nn.functional.softplus(batch.d) - math.log(2))
-    )
+    for median in medians[5:]:
+        if median >= reference:
+            g = 1.0
+        elif median < 0.93 * reference:
+            g = 0.0
+    bonus = torch.nn.functional.softplus(batch.d) - math.log(2)
+    return policy(batch, batch.A - g * 0.25 * bonus)
 
 
 REOPOLD_BOUND = math.log(0.1) / 0.9  # of d, nats
 
 
-def keeps(d: Tensor, H: Tensor, mask: Tensor, step: int, switch=50, share=0.2) -> Tensor:
-    """Before step `switch` the tokens with d above the bound, later the `share` of each completion
-    where the student's entropy H is highest: d, H, mask [N, T] -> bool [N, T]. 2603.11137."""
-    if step < switch:
+def keeps(d: Tensor, H: Tensor, mask: Tensor, step: int) -> Tensor:
+    """Before step 50 the tokens with d above the bound. From then on the 20 % of each completion
+    where the student's entropy H is highest. d, H, mask [N, T] -> bool [N, T]. 2603.11137."""
+    if step < 50:
         return (d > REOPOLD_BOUND) & mask
     H = H.masked_fill(~mask, -math.inf)
-    rank = H.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the most uncertain
-    return (rank < (share * mask.sum(1, keepdim=True)).ceil()) & mask
+    by_entropy = H.argsort(dim=1, descending=True, stable=True)
+    rank = by_entropy.argsort(dim=1)  # 0: the most uncertain
+    count = (0.2 * mask.sum(1, keepdim=True)).ceil()
+    return (rank < count) & mask
 
 
 @method(
@@ -290,12 +292,11 @@ def vopd(batch: Batch) -> Tensor:
     "EOPD: the log-ratio, plus forward KL where the teacher is uncertain",
     full_distributions=True,
 )
-def eopd(batch: Batch, nats: float = 0.8) -> Tensor:
+def eopd(batch: Batch) -> Tensor:
     """c = d, plus 1[H > 0.8] * KL(p_T || p_S) on the teacher's top 16, only p_T renormalised.
     2603.07079. Grade S."""
-    return policy(batch, batch.d) + (batch.entropy > nats) * batch.divergence(
-        partial(forward_kl_top, k=16)
-    )
+    forward = batch.divergence(forward_kl_top)
+    return policy(batch, batch.d) + (batch.entropy > 0.8) * forward
 
 
 @method(
@@ -304,23 +305,23 @@ def eopd(batch: Batch, nats: float = 0.8) -> Tensor:
     "solution",
     full_distributions=True,
     rows="reference",
-    needs=dict(teacher_context="none", teacher_schedule="frozen"),
+    needs={"teacher_context": "none", "teacher_schedule": "frozen"},
 )
-def stable_opd(batch: Batch, sft_weight: float = 0.1, kl_weight: float = 0.1) -> Tensor:
+def stable_opd(batch: Batch) -> Tensor:
     """c = d, plus SFT on s*, plus reverse KL to the base model. 2604.08527. Grade S.
 
-    Its coefficients are not published: 0.1 and 0.1 are our choice. Its teacher is another, larger
-    model; here a teacher that sees no solution is the base model itself, so that only the SFT term
-    teaches and the others hold back.
+    The coefficients are not published: 0.1 and 0.1 are ours. The source's teacher is another, larger
+    model. Here a teacher that sees no solution is the base model itself: only the SFT term teaches,
+    and the other terms hold back.
     """
-    rollouts = policy(batch, batch.d) + kl_weight * batch.divergence(reverse_kl)
-    return torch.where(batch.is_reference.unsqueeze(-1), -sft_weight * batch.logp, rollouts)
+    on_rollouts = policy(batch, batch.d) + 0.1 * batch.divergence(reverse_kl)
+    return torch.where(batch.is_reference.unsqueeze(-1), -0.1 * batch.logp, on_rollouts)
 
 
 @method("opsd", "OPSD: clipped forward KL to the teacher", full_distributions=True)
 def opsd(batch: Batch) -> Tensor:
-    """sum_v min(p_T log(p_T / p_S), 0.05), 2601.18734. Grade P. Clipped per vocabulary entry, from
-    above only, so that it can be negative."""
+    """sum_v min(p_T log(p_T / p_S), 0.05), 2601.18734. Grade P. Every vocabulary entry is clipped
+    from above only, so that the sum can be negative."""
     return batch.divergence(clipped_forward_kl)
 
 
@@ -328,9 +329,8 @@ def opsd(batch: Batch) -> Tensor:
 def pw_opsd(batch: Batch) -> Tensor:
     """`clipped_forward_kl` times `position_weight`, mean per completion, then over completions.
     2605.21606. Grade P."""
-    return position_weight(batch.mask) * mean_of_completions(
-        batch, batch.divergence(clipped_forward_kl)
-    )
+    divergence = batch.divergence(clipped_forward_kl)
+    return position_weight(batch.mask) * mean_of_completions(batch, divergence)
 
 
 @method(
@@ -341,7 +341,7 @@ def pw_opsd(batch: Batch) -> Tensor:
 def topk_opd(batch: Batch) -> Tensor:
     """-c log p_S on the student's top 16, c = q log(p_T / p_S), q = p_S renormalised. 2604.13016.
     Grade P (code)."""
-    return batch.divergence(partial(policy_top, k=16))
+    return batch.divergence(policy_top)
 
 
 @method(
@@ -349,20 +349,20 @@ def topk_opd(batch: Batch) -> Tensor:
     "MOPD: SDPO's divergence to a teacher that sees two correct peers and a failed one",
     full_distributions=True,
     groups=True,
-    recipe=dict(teacher_context="peers"),
+    recipe={"teacher_context": "peers"},
 )
 @method(
     "sdpo",
     "SDPO: Jensen-Shannon divergence to a teacher that sees a correct peer",
     full_distributions=True,
     groups=True,
-    recipe=dict(teacher_context="peer"),
+    recipe={"teacher_context": "peer"},
 )
 def sdpo(batch: Batch) -> Tensor:
     """JSD on the student's top 100 tokens and one bucket for the rest; nothing without a correct
-    peer. Grade P. SDPO, 2601.20802, of whose two divergences (JSD, reverse KL) it is the first;
+    peer. Grade P. SDPO, 2601.20802, has two divergences, JSD and reverse KL; this is the first.
     MOPD, 2605.12652. Simplified: the mean is over all tokens of the step, also those left out."""
-    return batch.divergence(partial(jensen_shannon_top, k=100))
+    return batch.divergence(jensen_shannon_top)
 
 
 @method(
@@ -370,7 +370,7 @@ def sdpo(batch: Batch) -> Tensor:
     "MSD: reverse KL where the teacher is sure and the student doubts; teacher sees another "
     "wording",
     full_distributions=True,
-    recipe=dict(teacher_context="restated"),
+    recipe={"teacher_context": "restated"},
 )
 def msd(batch: Batch) -> Tensor:
     """Per completion sum_t w KL(p_S || p_T) / sum_t w, w = `dual_weight` held constant. 2605.02971.
@@ -380,7 +380,8 @@ def msd(batch: Batch) -> Tensor:
     a completion are 0.
     """
     batch.weight = batch.divergence(dual_weight).detach()
-    share = batch.weight / batch.weight.sum(1, keepdim=True).clamp(min=1e-30)
+    total = batch.weight.sum(1, keepdim=True)
+    share = batch.weight / total.clamp(min=1e-30)
     return share * batch.per_completion * batch.divergence(reverse_kl)
 
 
@@ -390,30 +391,32 @@ def msd(batch: Batch) -> Tensor:
     "elsewhere",
     full_distributions=True,
     views=True,
-    needs=dict(teacher_schedule="frozen"),
+    needs={"teacher_schedule": "frozen"},
 )
 def rp_opsd(batch: Batch) -> Tensor:
     """g KL(q+ || p) + 0.2 (1 - g) KL(ref || p), g = `two_view_gate` of KL(q+ || q-), q+ and q- the
     model with and without the solution. 2608.06347. Grade S. Ours: q+ and q- are the frozen base
-    model, not the current weights, so that q- and ref are one reading; mean and deviation are those
+    model, not the current weights, so that q- and ref are one reading. Mean and deviation are those
     of all tokens so far, this step's included."""
-    batch.weight = g = two_view_gate(batch.views)
+    g = two_view_gate(batch.views)
+    batch.weight = g
     return g * batch.divergence(forward_kl) + 0.2 * (1 - g) * batch.anchor(forward_kl)
 
 
 @method(
     "pbsd",
     "PBSD: prefers the teacher's solution to the student's, whatever the verifier says",
-    needs=dict(rollouts_per_prompt=1, teacher_rollouts=1),
+    needs={"rollouts_per_prompt": 1, "teacher_rollouts": 1},
     rows="teacher",
     margin=True,
 )
-def pbsd(batch: Batch, beta: float = 0.1) -> Tensor:
+def pbsd(batch: Batch) -> Tensor:
     """-log sigma(m), m = beta (log [p_theta(y+) / p_T(y+)] - log [p_theta(y-) / p_T(y-)]), y+ the
     teacher's solution, y- the rollout, sums over tokens, mean over problems. 2605.05040. Grade S.
-    Written as the policy gradient it is: c = beta sigma(-m) on y+ and -beta sigma(-m) on y-, so
-    that `loss` is not -log sigma(m). Ours: beta = 0.1, and one pair for each problem."""
-    c = beta * torch.sigmoid(-beta * batch.margin) * torch.where(batch.is_reference, 1.0, -1.0)
+    Written as a policy gradient with the same gradient: c = beta sigma(-m) on y+, -beta sigma(-m)
+    on y-. So `loss` is not -log sigma(m). Ours: beta = 0.1, and one pair for each problem."""
+    sign = torch.where(batch.is_reference, 1.0, -1.0)
+    c = 0.1 * torch.sigmoid(-0.1 * batch.margin) * sign
     return policy(batch, c.unsqueeze(-1) * batch.per_completion)
 
 
@@ -421,25 +424,25 @@ def pbsd(batch: Batch, beta: float = 0.1) -> Tensor:
     "brts",
     "BRTS: top-k OPD, plus forward KL on the best of the teacher's solutions",
     full_distributions=True,
-    needs=dict(rollouts_per_prompt=1),
+    needs={"rollouts_per_prompt": 1},
     rows="teacher",
     overlap=True,
-    recipe=dict(teacher_rollouts=4, ask_temperature=0.7, ask_top_p=0.95),
+    recipe={"teacher_rollouts": 4, "ask_temperature": 0.7, "ask_top_p": 0.95},
 )
-def brts(batch: Batch, weight: float = 10.0) -> Tensor:
-    """On the rollout `policy_top`, whose gradient is that of the code's PPO surrogate for KL(p_S ||
-    p_T) on the student's top 16; plus 10 KL(p_T || p_S) on the teacher's top 16, weights softmax
-    over the 16, log-probs not renormalised, on one of 4 solutions of the teacher's; token means.
-    2605.09725. Grade P (code; no script of theirs switches the second term on).
+def brts(batch: Batch) -> Tensor:
+    """On the rollout `policy_top`. Its gradient is that of the code's PPO surrogate for KL(p_S ||
+    p_T) on the student's top 16. On one of 4 solutions of the teacher's: 10 KL(p_T || p_S) on the
+    teacher's top 16, weights softmax over the 16, log-probs not renormalised. Token means.
+    2605.09725. Grade P (code; no script of the authors' switches the second term on).
 
-    That one is correct, if any is, and of these has the largest share of tokens among the student's
-    top 16 at the same positions of its rollout (as far as both reach). If none is correct: one
-    more, by a teacher that sees the answer, if that is correct, else the most alike of the 4. Ours:
-    the teacher is the same model, shown the solution."""
-    rows = weight * batch.divergence(partial(forward_kl_top, k=16, renormalised=False))
-    return torch.where(
-        batch.is_reference.unsqueeze(-1), rows, batch.divergence(partial(policy_top, k=16))
-    )
+    A correct solution is taken, if there is one. Among correct ones it is the one with the largest
+    share of tokens that are among the student's top 16 at the same positions of its rollout (as far
+    as both reach). If none is correct, a teacher that sees the answer writes one more. If that is
+    wrong too, the most alike of the 4 is taken. Ours: the teacher is the same model, shown the
+    solution."""
+    on_rollouts = batch.divergence(policy_top)
+    on_solutions = batch.divergence(partial(forward_kl_top, renormalised=False))
+    return torch.where(batch.is_reference.unsqueeze(-1), 10 * on_solutions, on_rollouts)
 
 
 @method(
@@ -447,18 +450,20 @@ def brts(batch: Batch, weight: float = 10.0) -> Tensor:
     "RESD: clipped reverse KL to a teacher that sees the attempt and what the student says "
     "went wrong",
     full_distributions=True,
-    recipe=dict(teacher_context="reflection", teacher_schedule="ema", teacher_decay=0.9999),
+    recipe={"teacher_context": "reflection", "teacher_schedule": "ema", "teacher_decay": 0.9999},
 )
 def resd(batch: Batch) -> Tensor:
-    """Per completion the mean of `clipped_reverse_kl_top`, times 1 - s if solved and s if not, s
-    the step's share of solved ones, scaled to a mean of 1. 2605.12741. Grade P. Where all or none
-    are solved the weight is 1, as the authors' clamp makes it. The paper sums over the tokens of a
-    completion: this mean is that sum divided by its length. Ours: the wording. Left out: playbook,
-    buffer of solutions, inner updates; the verifier says only right or wrong."""
-    s, weight = batch.success_rate, torch.ones_like(batch.advantage)
+    """Per completion the mean of `clipped_reverse_kl_top`, times 1 - s if solved and s if not. s is
+    the share of solved completions in the step; the weights are scaled to a mean of 1. 2605.12741.
+    Grade P. Where all or none are solved the weight is 1, as the authors' clamp makes it. The paper
+    sums over the tokens of a completion; this mean is that sum divided by the length. Ours: the
+    wording. Left out: playbook, buffer of solutions, inner updates. The verifier says only right or
+    wrong."""
+    s = batch.success_rate
+    weight = torch.ones_like(batch.advantage)
     if 0 < s < 1:
         weight = torch.where(batch.correct, 1 - s, s) / (2 * s * (1 - s))
-    divergence = batch.divergence(partial(clipped_reverse_kl_top, k=100))
+    divergence = batch.divergence(clipped_reverse_kl_top)
     return weight.unsqueeze(-1) * mean_of_completions(batch, divergence)
 
 
@@ -467,22 +472,22 @@ def resd(batch: Batch) -> Tensor:
     "TRACE: group GRPO, at first clipped forward KL on the decisive segments of correct rollouts",
     full_distributions=True,
     groups=True,
-    needs=dict(advantage="group", teacher_context="label"),
-    uses=("advantage",),
+    needs={"advantage": "group", "teacher_context": "label"},
     marks=lambda correct, step: correct and step < 40,
-    recipe=dict(teacher_schedule="copy", teacher_every=10),
+    recipe={"teacher_schedule": "copy", "teacher_every": 10},
 )
-def trace(batch: Batch, errors: bool = False, warmup: int = 10, decay_steps: int = 30) -> Tensor:
+def trace(batch: Batch, errors: bool = False) -> Tensor:
     """c = A, but (1 - lam / 0.5) A on the marked segments S of correct rollouts; plus lam
     `clipped_forward_kl`, summed over S, divided by the completion's length, mean over completions;
     lam = 0.5 for 10 steps, then to 0 in 30. 2605.10194. Grade S. Ours: the mean of c log p_theta is
     over tokens, as in grpo-group; the student itself marks (a variant of the source); wording,
-    kinds and segments (contexts.py). Unmarked rollouts are those of grpo-group."""
-    lam = 0.5 * min(1.0, max(0.0, 1 - (batch.step - warmup) / decay_steps))
+    kinds and segments (contexts.py). Rollouts without marks are treated as in grpo-group."""
+    lam = 0.5 * min(1.0, max(0.0, 1 - (batch.step - 10) / 30))
     marked = batch.marked & (batch.correct != errors).unsqueeze(-1)
+    weight = torch.where(marked, 1 - lam / 0.5, 1.0)
     divergence = batch.divergence(clipped_reverse_kl if errors else clipped_forward_kl)
     kl = mean_of_completions(batch, divergence)
-    return policy(batch, batch.A * torch.where(marked, 1 - lam / 0.5, 1.0)) + lam * marked * kl
+    return policy(batch, batch.A * weight) + lam * marked * kl
 
 
 @method(
@@ -490,18 +495,11 @@ def trace(batch: Batch, errors: bool = False, warmup: int = 10, decay_steps: int
     "TRACE for weaker models: group GRPO, at first reverse KL on the mistakes of wrong rollouts",
     full_distributions=True,
     groups=True,
-    needs=dict(advantage="group", teacher_context="label"),
-    uses=("advantage",),
+    needs={"advantage": "group", "teacher_context": "label"},
     marks=lambda correct, step: not correct and step < 40,
-    recipe=dict(teacher_schedule="copy", teacher_every=10),
+    recipe={"teacher_schedule": "copy", "teacher_every": 10},
 )
 def trace_errors(batch: Batch) -> Tensor:
     """`trace` with `clipped_reverse_kl` on the marked segments of wrong rollouts, a variant of the
     source. Grade S."""
     return trace(batch, errors=True)
-
-
-def mean_of_completions(batch: Batch, losses: Tensor) -> Tensor:
-    """[B, T] -> [B, T], scaled so that the step takes the mean per completion, and of
-    completions."""
-    return losses * batch.per_completion / batch.mask.sum(1, keepdim=True)

@@ -1,10 +1,10 @@
-"""The flags of the family, for its methods and for ablations of EGRSD, and what does not go
-together with them."""
+"""The flags of the family, for its methods and for ablations of EGRSD, and which contradictions are
+refused."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from family.contexts import CONTEXTS, Context
-from family.methods import METHODS, Method
+from family.contexts import CONTEXTS
+from family.methods import EGRSD, METHODS, Method
 from support.errors import InputError
 from support.flags import environment_number, flag, flag_name
 from support.settings import METHODS as CORE
@@ -67,96 +67,69 @@ class FamilySettings(Settings):
             return super().bring(name, preset, given)
         if name not in METHODS:
             raise InputError(f"--method {name}: not known; --help lists the methods")
-        method, brought = METHODS[name], METHODS[name].recipe | METHODS[name].needs
-        if method.groups and "rollouts_per_prompt" not in preset | given:
+        method = METHODS[name]
+        brought = method.recipe | method.needs
+        chosen = preset | given
+        if method.groups and "rollouts_per_prompt" not in chosen:
             world = environment_number("WORLD_SIZE", 1)
-            prompts = (preset | given).get("prompts_per_step", cls.prompts_per_step)
+            prompts = chosen.get("prompts_per_step", cls.prompts_per_step)
             brought["rollouts_per_prompt"] = GROUP
             brought["prompts_per_step"] = max(1, round(prompts / GROUP / world)) * world
         return brought
 
     @property
+    def entry(self) -> Method:
+        """The entry of --method in METHODS, or `EGRSD`."""
+        return METHODS.get(self.method, EGRSD)
+
+    @property
     def source(self) -> str:
         """Which solutions stand beside the rollouts: reference, teacher or none."""
-        return self.rows or (METHODS[self.method].rows if self.method in METHODS else "")
+        return self.rows or self.entry.rows
 
-    def is_core(self) -> bool:
-        """Whether train.py does all that these settings ask for."""
-        own = fields(FamilySettings)[len(fields(Settings)) :]
-        return self.method in CORE and all(getattr(self, f.name) == f.default for f in own)
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher reads or writes."""
+        return self.entry.teacher or self.source == "teacher"
 
-    def without_effect(self) -> dict[str, str]:
-        found, method = super().without_effect(), METHODS.get(self.method)
-        writes = self.source == "teacher"
-        if not writes:
-            found["teacher_rollouts"] = "no solution of the teacher's is asked for"
-        if not writes and not CONTEXTS[self.teacher_context].question:
-            reason = "no text is asked for besides the rollouts"
-            found |= dict.fromkeys(("ask_temperature", "ask_top_p"), reason)
-        if self.teacher_schedule != "ema":
-            found["teacher_decay"] = "it belongs to --teacher-schedule ema"
-        if self.teacher_schedule != "copy":
-            found["teacher_every"] = "it belongs to --teacher-schedule copy"
-        if self.gate:
-            reason = f"--gate {self.gate} takes the place of the entropy's gate"
-            found |= dict.fromkeys(("gamma", "window", "floor"), reason)
-        if not method:
-            return found | {"rows": f"--method {self.method} learns from rollouts only"}
-        reason = f"--method {self.method} makes no use of it"
-        return found | dict.fromkeys(self._unused(method), reason)
-
-    def _unused(self, method: Method) -> set[str]:
-        """Settings of which the method makes no use."""
-        unused = {"advantage", "gate", "gamma", "window", "eps", "floor", "rows"}
-        unused -= {*method.uses, *method.needs}
-        if "advantage" not in method.uses:
-            unused.add("beta_length")
-        if not method.rollouts:
-            unused |= {"rollouts_per_prompt", "temperature", "top_p", "top_k"}
-        if not method.teacher and self.source != "teacher":
-            unused |= {f.name for f in fields(self) if f.name.startswith("teacher_")}
-        return unused
+    @property
+    def two_views(self) -> bool:
+        """Whether the teacher reads again without a text."""
+        return self.entry.views or self.gate == "two-view"
 
     def check(self) -> None:
-        """Also what a method or a flag of the family needs and does not find."""
+        """Also refuse what would silently give another method than the one named."""
         super().check()
-        method = METHODS.get(self.method)
-        for key, value in (method.needs if method else {}).items():
+        for key, value in self.entry.needs.items():
             if getattr(self, key) != value:
                 raise InputError(
                     f"--method {self.method} needs {flag_name(key)} {value}, got "
                     f"{getattr(self, key)}: leave the flag out, or choose another method"
                 )
-        if self.gate and self.method != "egrsd":
-            raise InputError(
-                f"--gate {self.gate} takes the place of EGRSD's gate: use it with --method egrsd"
-            )
-        self._check_context(method, CONTEXTS[self.teacher_context])
+        for key, owner in (("gate", "egrsd"), ("rows", "sft")):
+            if getattr(self, key) and self.method != owner:
+                raise InputError(f"--{key} {getattr(self, key)}: use it with --method {owner}")
+        self.check_context()
 
-    def _check_context(self, method: Method | None, context: Context) -> None:
+    def check_context(self) -> None:
+        """Refuse a --teacher-context that finds nothing to show."""
+        context = CONTEXTS[self.teacher_context]
         shown = f"--teacher-context {self.teacher_context}"
-        if method and not method.rollouts and context.quoted:
-            raise InputError(
-                f"{shown} is about rollouts, which --method {self.method} has none of: choose another"
-            )
+        if context.quoted and not self.entry.rollouts:
+            raise InputError(f"{shown} is about rollouts, --method {self.method} has none")
         if self.source == "teacher" and self.teacher_context == "label":
             raise InputError(
                 f"--method {self.method} needs a text for every problem, {shown} has none where "
                 "nothing is marked: choose another"
             )
-        if (self.gate == "two-view" or method and method.views) and context.is_bare:
+        if self.two_views and context.is_bare:
             raise InputError(
                 f"{shown} leaves no difference between the teacher's two views: choose another"
             )
-        compare = {
-            f"--method {self.method}": method and method.groups,
-            "--advantage group": self.advantage == "group",
-            shown: context.compares,
-        }
-        is_fixed = method and "rollouts_per_prompt" in method.needs
-        for what, compares in compare.items():
-            if compares and self.rollouts_per_prompt < 2:
-                remedy = "choose another" if is_fixed else "set --rollouts-per-prompt to 2 or more"
-                raise InputError(
-                    f"{what} compares completions of one problem, --rollouts-per-prompt is 1: {remedy}"
-                )
+        compares = self.entry.groups or self.advantage == "group" or context.compares
+        if compares and self.rollouts_per_prompt < 2:
+            raise InputError(
+                f"--method {self.method} with --advantage {self.advantage} and {shown} compares "
+                "completions of one problem, --rollouts-per-prompt is 1: set --rollouts-per-prompt "
+                "to 2 or more, or choose another"
+            )

@@ -38,7 +38,7 @@ def shown(context, texts, correct, i, step=0, **changes):
     ]
     t = SimpleNamespace(
         step=step,
-        ranks=SimpleNamespace(rank=0, world=1),
+        ranks=SimpleNamespace(share=range),
         problems=PROBLEMS,
         teacher_prompt=lambda problem, text: text,
     )
@@ -46,7 +46,7 @@ def shown(context, texts, correct, i, step=0, **changes):
     flags += ["--rollouts-per-prompt", max(2, len(rows)), "--prompts-per-step", 1]
     s, _, n = lab.parse_arguments(["--model", "m", "--data", "d", *map(str, flags)])
     s.rollouts_per_prompt = len(rows)
-    n.context, n.longest, n.is_ready = CONTEXTS[context], PROBLEMS[0], True
+    n.context = CONTEXTS[context]
     asked = n.teacher_prompts(t, rows)
     assert n.teacher_prompts(t, rows) == asked
     return None if asked[i] == [3] and not rows[i].has_context else asked[i]
@@ -251,6 +251,11 @@ def test_the_chosen_solution(tokenizer, monkeypatch, overlap, texts, hint, chose
         found = texts if what == "solutions" else [hint]
         return [text and rollout.Completion(tokenizer.encode(text), [], True) for text in found]
 
+    def prompts_of(t, rows):
+        for row in rows:
+            row.teacher_prompt = "shown " + row.problem.solution
+        return [row.teacher_prompt for row in rows]
+
     monkeypatch.setattr(asking, "ask", answers)
     b = tokenizer.encode("b")
     monkeypatch.setattr(asking, "top_tokens", lambda t, rows: [torch.tensor([b] * 50)])
@@ -259,8 +264,8 @@ def test_the_chosen_solution(tokenizer, monkeypatch, overlap, texts, hint, chose
         s=SimpleNamespace(teacher_rollouts=3),
         objective=SimpleNamespace(
             method=SimpleNamespace(overlap=overlap),
-            note=notes.__setitem__,
-            prompt_of=lambda t, row, group, i: "shown " + row.problem.solution,
+            note=lambda t, name, values: notes.update({name: values}),
+            teacher_prompts=prompts_of,
         ),
         tokenizer=tokenizer,
         teacher_prompt=lambda problem, text: "shown " + text,
@@ -483,24 +488,29 @@ def test_the_two_view_gate_uses_running_statistics(tiny_toy, tmp_path):
     """Those of all tokens so far, this step's included, over the whole run."""
     t = trainer(tiny_toy, tmp_path / "run", "egrsd", gate="two-view")
     t.log.bar = SimpleNamespace(set_postfix_str=lambda *_, **__: None, update=lambda *_: None)
-    seen = []
+    seen, kept = [], []
     t.out.mkdir()
-    n, rows, read = t.objective, [], t.read_as_student
+    n, read, make = t.objective, t.read_as_student, t.make_rollouts
 
     def watched(*arguments):
-        rows.append([replace(row) for row in n.rollouts])
-        return read(*arguments)
+        kept[:] = [(row, n.view_kl[row.place, : len(row.token_ids)].tolist()) for row in n.rollouts]
+        batches.append(read(*arguments))
+        return batches[-1]
 
-    t.read_as_student = watched
+    def while_sampling(problems):
+        assert n.bare is None and not n.rollouts  # not kept while the next step samples
+        return make(problems)
+
+    t.read_as_student, t.make_rollouts = watched, while_sampling
     for _ in range(2):
+        batches = []
         t.train_step()
-        seen += [value for row in rows[-1] for value in row.views.tolist()]
+        seen += [value for _, values in kept for value in values]
     assert n.numbers["view_sums"] == pytest.approx([len(seen), sum(seen), sum(x**2 for x in seen)])
-    expected = (torch.tensor(rows[-1][0].views.tolist()) - np.mean(seen)) / np.std(seen)
-    found = n.views(rows[-1][:2])[0, : len(expected)]
+    own = kept[batches[0].examples[0].place][1]
+    expected = (torch.tensor(own) - np.mean(seen)) / np.std(seen)
+    found = n.views(batches[0])[0, : len(expected)]
     torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
-    # not kept while the next step samples
-    assert all(row.views is row.bare_hidden is None for row in n.rollouts)
     tensors, numbers = t.state()
     n.numbers["view_sums"] = [0.0] * 3
     t.load_state(tensors, json.loads(json.dumps(numbers)))
@@ -517,7 +527,8 @@ def test_a_row_without_context_is_no_part_of_the_two_views_statistics(tiny_toy, 
     views, read = [], t.read_as_student
 
     def watched(*arguments):
-        views.append([row.views.tolist() for row in n.rollouts if row.has_context])
+        shown = [row for row in n.rollouts if row.has_context]
+        views.append([n.view_kl[row.place, : len(row.token_ids)].tolist() for row in shown])
         return read(*arguments)
 
     t.read_as_student = watched
@@ -549,22 +560,6 @@ def test_a_second_wording_comes_from_the_data(tiny_toy, tmp_path):
     family_here(
         *arguments(tiny_toy, tmp_path / "run", "opsd", steps=1, data=tiny_toy / "train.jsonl")
     )
-
-
-def test_another_problem_needs_two(tiny_toy, tmp_path):
-    (tmp_path / "one.jsonl").write_text(
-        (tiny_toy / "train.jsonl").read_text().splitlines(keepends=True)[0]
-    )
-    with pytest.raises(InputError, match="one problem, --teacher-context other needs two"):
-        family_here(
-            *arguments(
-                tiny_toy,
-                tmp_path / "run",
-                "egrsd",
-                data=tmp_path / "one.jsonl",
-                **{"teacher-context": "other"},
-            )
-        )
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,6 @@ def make_batch(teacher_logits=None, student_logits=None, **changes):
         correct=torch.tensor([True, False, False, True]),
         is_reference=torch.tensor([False, False, False, True]),
         divergence=lambda f: f(log_t.flatten(0, 1), log_s.flatten(0, 1)).view(B, T) * mask,
-        max_entropy=entropy.max().item(),
         num_tokens=float(sum(LENGTHS)),
         num_completions=4.0,
         step=10,
@@ -823,9 +822,6 @@ def test_methods_bring_their_settings():
         "solution",
         1,
     )
-    assert s.is_core() and settings("--method", "egrsd").is_core()
-    assert not settings("--method", "opsd").is_core()
-    assert not settings("--teacher-context", "answer").is_core()
     s = settings("--method", "rlsd")
     assert (s.advantage, s.teacher_context, s.teacher_schedule, s.teacher_every) == (
         "group",
@@ -871,12 +867,6 @@ def test_groups_are_shared_by_all_processes(monkeypatch):
 @pytest.mark.parametrize(
     "flags,complaint",
     [
-        (["--method", "grpo", "--gamma", "0.5"], "--gamma: --method grpo makes no use of it"),
-        (
-            ["--method", "opsd", "--advantage", "group", "--rollouts-per-prompt", "8"],
-            "--advantage: --method opsd",
-        ),
-        (["--method", "grpo", "--teacher-context", "answer"], "--method grpo makes no use of it"),
         (["--method", "grpo-group", "--rollouts-per-prompt", "1"], "--rollouts-per-prompt"),
         (["--method", "grpo", "--advantage", "group"], "needs --advantage running"),
         (["--method", "cl-egrsd", "--gate", "none"], "--gate"),
@@ -887,32 +877,13 @@ def test_groups_are_shared_by_all_processes(monkeypatch):
         (["--method", "cl-egrsd", "--window", "0"], "which is egrsd"),
         (["--method", "egrsd", "--gamma", "0"], "which is direction"),
         (["--method", "direction-aware", "--gamma", "1"], "which is cl-egrsd"),
-        (["--gamma", "0", "--window", "5"], "--window: there is no gate with --gamma 0"),
-        (["--gamma", "0", "--floor", "0.5"], "--floor: there is no gate"),
-        (
-            ["--method", "egrsd", "--gate", "position", "--gamma", "1"],
-            "--gamma: --gate position takes the place",
-        ),
         (["--gate", "position"], "use it with --method egrsd"),
-        (
-            ["--method", "opsd", "--beta-length", "0.9"],
-            "--beta-length: --method opsd makes no use of it",
-        ),
-        (
-            ["--method", "sft", "--temperature", "0.5"],
-            "--temperature: --method sft makes no use of it",
-        ),
-        (
-            ["--method", "sft", "--rollouts-per-prompt", "8"],
-            "--rollouts-per-prompt: --method sft makes no use",
-        ),
-        (["--advantage", "group"], "--advantage group compares completions"),
+        (["--advantage", "group"], "--advantage group .* compares completions"),
         (
             ["--method", "pbsd", "--teacher-context", "peer"],
             "peer compares completions of one problem, .* choose another",
         ),
         (["--teacher-context", "peer"], "--rollouts-per-prompt"),
-        (["--teacher-every", "5"], "--teacher-every: it belongs to --teacher-schedule copy"),
         (
             ["--method", "stable-opd", "--teacher-context", "solution"],
             "needs --teacher-context none",
@@ -920,16 +891,8 @@ def test_groups_are_shared_by_all_processes(monkeypatch):
         (["--method", "pbsd", "--rollouts-per-prompt", "2"], "needs --rollouts-per-prompt 1"),
         (["--method", "rp-opsd", "--teacher-schedule", "ema"], "needs --teacher-schedule frozen"),
         (["--method", "trace", "--teacher-context", "solution"], "needs --teacher-context label"),
-        (["--method", "brts", "--rows", "reference"], "--rows: --method brts makes no use of it"),
-        (["--rows", "teacher"], "--rows: --method cl-egrsd learns from rollouts only"),
-        (
-            ["--method", "sft", "--teacher-rollouts", "2"],
-            "--teacher-rollouts: --method sft makes no use of it",
-        ),
-        (
-            ["--method", "msd", "--ask-temperature", "0.5"],
-            "--ask-temperature: no text is asked for",
-        ),
+        (["--method", "brts", "--rows", "reference"], "use it with --method sft"),
+        (["--rows", "teacher"], "use it with --method sft"),
         (
             ["--method", "sft", "--rows", "teacher", "--teacher-context", "reflection"],
             "is about rollouts",
@@ -946,10 +909,6 @@ def test_groups_are_shared_by_all_processes(monkeypatch):
         (
             ["--method", "egrsd", "--gate", "two-view", "--teacher-context", "none"],
             "leaves no difference",
-        ),
-        (
-            ["--method", "egrsd", "--gate", "dual", "--floor", "0.5"],
-            "--floor: --gate dual takes the place",
         ),
         (["--gate", "two-view"], "use it with --method egrsd"),
         (["--method", "egrds"], "--method"),
@@ -981,11 +940,7 @@ def arguments(tiny_toy, out, name, **changes):
     method = METHODS.get(name)
     groups = {"prompts-per-step": 2, "rollouts-per-prompt": 4} if method and method.groups else {}
     settings = {"method": name, "gradient-checkpointing": False, "lr": 1e-3} | groups | changes
-    flags = train_arguments(tiny_toy, out, **settings)
-    if method and not method.rollouts:  # which refuses what nobody would sample with
-        for flag in ("--temperature", "--top-p", "--top-k"):
-            del flags[flags.index(flag) : flags.index(flag) + 2]
-    return flags
+    return train_arguments(tiny_toy, out, **settings)
 
 
 @pytest.mark.parametrize(
@@ -1195,9 +1150,6 @@ def test_group_advantage():
     found = group.advantage(torch.tensor([1.0, 0.0, 1.0, 1.0])).tolist()
     assert found == pytest.approx([0.5 / (std + 1e-4), -0.5 / (std + 1e-4), 0, 0])
     assert GROUP_STATE <= group.state_dict().keys()
-    for size in (0, 1):
-        with pytest.raises(ValueError, match=f"group must be >= 2, .* got {size}"):
-            neighbour.GroupAdvantage(size)
 
 
 # what a checkpoint holds, whatever the baseline
@@ -1249,12 +1201,12 @@ def test_other_gates_are_one_without_context_and_keep_eps(tiny_toy, tmp_path, mo
     for parameter in t.parameters:
         torch.nn.init.normal_(parameter, std=0.3)
     t.out.mkdir()
-    t.log.bar, calls, real = tqdm(disable=True), [], egrsd.token_advantages
+    t.log.bar, calls, real = tqdm(disable=True), [], egrsd.magnitude
     batches, gates, metrics = [], [], objective.token_metrics
 
-    def watched(*arguments, **how):
-        calls.append((how["eps"], how["gamma"], real(*arguments, **how)))
-        return calls[-1][-1]
+    def watched(*arguments):
+        calls.append(arguments[3])
+        return real(*arguments)
 
     def noted(t, batch):
         batches.append(batch)
@@ -1267,10 +1219,10 @@ def test_other_gates_are_one_without_context_and_keep_eps(tiny_toy, tmp_path, mo
         return rows
 
     monkeypatch.setattr(train, "grade_rollouts", first_is_correct)
-    monkeypatch.setattr(egrsd, "token_advantages", watched)
+    monkeypatch.setattr(egrsd, "magnitude", watched)
     objective.token_metrics = noted
     t.train_step()
-    assert calls and all(call[:2] == (0.7, 0) for call in calls)
+    assert calls and set(calls) == {0.7}
     without = 0
     for batch, gate in zip(batches, gates, strict=True):
         for i, row in enumerate(batch.examples):
@@ -1332,9 +1284,8 @@ def test_the_command_that_started_a_run_resumes_it(tmp_path, flags):
     started, *_ = lab.parse_arguments(command)
     write_config(tmp_path, started)
     for again in (command, ["--out", str(tmp_path), *flags]):
-        resumed, resume, objective = lab.parse_arguments([*again, "--resume"])
+        resumed, resume, _ = lab.parse_arguments([*again, "--resume"])
         assert resume and resumed == started
-        assert isinstance(objective, neighbour.Neighbour) != started.is_core()
     with pytest.raises(InputError, match="--resume with changed settings .--seed was 0."):
         lab.parse_arguments([*command, "--resume", "--seed", "3"])
 

@@ -1,7 +1,7 @@
 """EGRSD's neighbours: methods on the same rollouts and the same teacher pass, and flags for
 ablations.
 
-The core works without this package, and does not know it; __main__.py is its command.
+The core works without this package. __main__.py is its command.
 """
 
 from family.methods import METHODS

@@ -6,7 +6,8 @@ of EGRSD.
     python -m family --method opsd --explain                                what it is, brings and costs
     python -m family --method egrsd --teacher-context answer                EGRSD with another teacher
 
-The step is train.py's, and so are all other flags; docs/family.md has a table of the methods.
+The training step and all other flags are those of train.py. docs/family.md has a table of the
+methods.
 """
 
 import sys
@@ -35,8 +36,9 @@ def parse_arguments(argv: list[str]) -> tuple[FamilySettings, bool, Neighbour]:
 
 
 def main() -> None:
-    nothing = "interrupted before training began, nothing was written"
-    with run.one_line_errors("python -m family", nothing):
+    with run.one_line_errors(
+        "python -m family", "interrupted before training began, nothing was written"
+    ):
         train.train(*parse_arguments(sys.argv[1:]))
 
 

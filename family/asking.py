@@ -1,19 +1,18 @@
 """Sampling besides the rollouts: what the student says about them, and solutions that the teacher
 writes.
 
-`t` is the Trainer whose step it is, `t.objective` its Neighbour. What is sampled depends on seed,
-step and the place of the prompt, not on the number of ranks.
+`t` is the Trainer whose step it is, `t.objective` its Neighbour. Rollouts, `firsts` and candidates
+are lists of Example. What is sampled depends on the seed, the step and the place of the prompt, not
+on the number of ranks.
 """
 
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
 
 import rollout
 import teacher
 from family.contexts import Example, show_answer
-from support.data import Problem
 from support.sampling import progress
 
 SEEDS = {  # the rollouts have 0
@@ -28,11 +27,9 @@ SEEDS = {  # the rollouts have 0
 TOP = 16
 
 
-def ask(
-    t, prompts: list[list[int] | None], what: str, by_teacher: bool = False
-) -> list[rollout.Completion | None]:
-    """A completion of each prompt, by the student or by the teacher; None for None. All ranks ask
-    equally often, each for equally many prompts."""
+def ask(t, prompts, what, by_teacher=False):
+    """A completion of each prompt (token ids), by the student or by the teacher; None for None. All
+    ranks ask equally often, each for equally many prompts."""
     s = t.s
     t.log.begin("ask")
     places = [i for i, prompt in enumerate(prompts) if prompt is not None]
@@ -55,12 +52,13 @@ def ask(
         )
     lengths = [len(completion.token_ids) for completion in completions]
     (asked,) = t.ranks.sum([sum(lengths)])
-    t.objective.figures["asked_tokens"] += asked
+    figures = t.objective.figures
+    figures["asked_tokens"] = figures.get("asked_tokens", 0) + asked
     found = dict(zip(places, completions, strict=True))
     return [found.get(i) for i in range(len(prompts))]
 
 
-def encode(t, text: str) -> list[int]:
+def encode(t, text):
     """Token ids of a question."""
     return teacher.encode(t.tokenizer, [{"role": "user", "content": text}], t.s.thinking)
 
@@ -76,11 +74,12 @@ def question_prompt(t, example):
     return prompt if len(prompt) <= room else None
 
 
-def ask_about(t, rollouts: list[Example]) -> None:
+def ask_about(t, rollouts):
     """Ask the question of --teacher-context about the rollouts for which the method has a use."""
     question = t.objective.context.question
     marks = t.objective.method.marks
-    asked, prompts = [], []
+    asked = []
+    prompts = []
     for example in rollouts:
         prompt = None
         if not marks or marks(example.correct, t.step):
@@ -100,16 +99,12 @@ def empty_example(t, problem):
     return Example([], [], False, problem, t.student_prompt(problem))
 
 
-def hinted(t, example):
-    """The prompt of a teacher that is shown the answer."""
-    return t.teacher_prompt(example.problem, show_answer(example))
-
-
-def solutions(t, problems: list[Problem], rollouts: list[Example]) -> list[Example]:
-    """One solution of each problem by the teacher, chosen among --teacher-rollouts of them: a
-    correct one, if there is one. Among equals a method with `overlap` takes the one most like the
-    rollout, others take the first."""
+def solutions(t, problems, rollouts):
+    """One solution of each problem by the teacher, chosen among --teacher-rollouts of them. Correct
+    ones come first. Among equals a method with `overlap` takes the one most like the rollout, other
+    methods take the first."""
     objective = t.objective
+    # with the problem, its prompts and, if the method samples, a rollout
     firsts = rollouts or [empty_example(t, problem) for problem in problems]
     n = t.s.teacher_rollouts
     prompts = []
@@ -126,8 +121,8 @@ def solutions(t, problems: list[Problem], rollouts: list[Example]) -> list[Examp
                 example.likeness = likeness(example, top)
     chosen = []
     for first, candidates in zip(firsts, written, strict=True):
-        ranks = [(example.correct, example.likeness) for example in candidates]
-        best = ranks.index(max(ranks))
+        scores = [(example.correct, example.likeness) for example in candidates]
+        best = scores.index(max(scores))  # the first among equals
         chosen.append(candidates[best])
         in_samples = first if rollouts else candidates[best]  # what samples.jsonl will show
         in_samples.asked |= {
@@ -143,10 +138,11 @@ def solutions(t, problems: list[Problem], rollouts: list[Example]) -> list[Examp
 
 
 def graded(t, first, completion):
-    """A teacher's solution of the problem of `first` as an example."""
+    """A solution that the teacher wrote for the problem of `first`, as an example."""
     example = Example(**vars(completion), problem=first.problem, prompt=first.prompt)
     example.is_reference = True
-    example.teacher_prompt, example.has_context = first.teacher_prompt, first.has_context
+    example.teacher_prompt = first.teacher_prompt
+    example.has_context = first.has_context
     example.text = t.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
     return example.grade()
 
@@ -156,8 +152,10 @@ def add_hinted(t, firsts, written):
     if it is correct."""
     prompts = []
     for first, candidates in zip(firsts, written, strict=True):
-        is_solved = any(example.correct for example in candidates)
-        prompts.append(None if is_solved else hinted(t, first))
+        prompt = None
+        if not any(example.correct for example in candidates):
+            prompt = t.teacher_prompt(first.problem, show_answer(first))
+        prompts.append(prompt)
     completions = ask(t, prompts, "solutions, shown the answer", by_teacher=True)
     for first, candidates, completion in zip(firsts, written, completions, strict=True):
         example = graded(t, first, completion) if completion else None
@@ -165,7 +163,7 @@ def add_hinted(t, firsts, written):
             candidates.append(example)
 
 
-def likeness(example: Example, top: Tensor) -> float:
+def likeness(example, top):
     """Share of a solution's tokens that are among `top` [T, k] at the same position. Behind the end
     of the rollout none is. 2605.09725."""
     hits = 0

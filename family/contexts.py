@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from support.data import Problem
 from support.sampling import Rollout
 
 LEAST_SEGMENT = 5  # tokens
@@ -64,12 +63,12 @@ class Example(Rollout):
 
 @dataclass(frozen=True)
 class Question:
-    """text(example, tokenizer) is what is asked about a rollout, None for nothing. take(example,
-    answer, tokenizer) keeps the answer."""
+    """text(example, tokenizer) -> str is what is asked about a rollout, None for nothing.
+    take(example, answer, tokenizer) keeps the answer."""
 
     name: str  # of the answer, also in the progress line
-    text: Callable[[Example, object], str | None]
-    take: Callable[[Example, str, object], None]
+    text: Callable
+    take: Callable
 
 
 def verdict(example: Example) -> str:
@@ -107,11 +106,12 @@ def segments(example: Example, tokenizer) -> list[range]:
     ids = example.token_ids
     texts = []
     for i in range(len(ids)):
+        pair = ids[max(0, i - 1) : i + 1]
         # what a token adds to the one before it: decoded alone, some lose the space before them
-        before = tokenizer.decode(ids[max(0, i - 1) : i])
-        both = tokenizer.decode(ids[max(0, i - 1) : i + 1])
-        texts.append(both[len(before) :])
-    found, start = [], 0
+        before = tokenizer.decode(pair[:-1])
+        texts.append(tokenizer.decode(pair)[len(before) :])
+    found = []
+    start = 0
     for end, text in enumerate(texts, 1):
         is_last = end == len(texts)
         after = "" if is_last else texts[end][:1]
@@ -172,11 +172,11 @@ MARKS = Question("marks", marks_question, take_marks)
 
 @dataclass(frozen=True)
 class Context:
-    """text(example, peers, failed, other) is what the teacher is shown of a rollout, None for
+    """text(example, peers, failed, other) -> str is what the teacher is shown of a rollout, None for
     nothing. peers and failed are the texts of the correct and of the failed other rollouts of its
     problem, other is another problem."""
 
-    text: Callable[[Example, list[str], list[str], Problem], str | None]
+    text: Callable
     needs: tuple[str, ...] = ()  # fields of the problems
     quoted: int = 0  # completions that the text, or the question for it, may quote
     compares: bool = False  # the text quotes other rollouts of the problem

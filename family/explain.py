@@ -7,33 +7,26 @@ from textwrap import indent
 import egrsd
 from family import methods
 from family.contexts import CONTEXTS
-from family.settings import GROUP, FamilySettings
-from support import settings
+from family.settings import FamilySettings
 from support.flags import flag_name
 
 LEGEND = """A advantage, d = log p_T(y_t) - log p_S(y_t), c coefficient of -log p_theta(y_t), H entropy of the teacher.
 Grade P: read in the paper or its code, S: in second-hand notes; ours: no source gives it. Means are over tokens."""
-GATES = {
-    "position": methods.position_weight,
-    "two-view": methods.two_view_gate,
-    "dual": methods.dual_weight,
-}
 
 
 def explain(s: FamilySettings) -> None:
     """Print the formula, its source, the settings that the method brings, and what a step costs."""
-    method = s.entry
-    brought = method.recipe | method.needs
-    if method is methods.EGRSD:
-        brought = settings.METHODS[s.method][0]
-    if method.groups:
-        brought["rollouts_per_prompt"] = GROUP
+    brought = s.bring(s.method, {}, {"method": s.method})
     print(f"{s.method}: {s.methods()[s.method]}\n")
     for part in formulas(s):
         print(indent(part, "    "), end="\n\n")
+    if s.gate:
+        print(
+            f"--gate {s.gate}: the weight of another method, see --help, in place of (5) and (6)\n"
+        )
     print(LEGEND, end="\n\n")
     for key, value in brought.items():
-        kind = "fixed" if key in method.needs else "unless a flag says otherwise"
+        kind = "fixed" if key in s.entry.needs else "unless a flag says otherwise"
         print(f"it sets {flag_name(key)} {value} ({kind})")
     if s.has_teacher:
         print(f"the teacher sees: {s.teacher_context}; its weights: {s.teacher_schedule}")
@@ -47,14 +40,11 @@ def explain(s: FamilySettings) -> None:
 
 def formulas(s: FamilySettings) -> list[str]:
     """The docstring of the loss, and those of the functions that it names."""
-    found = [inspect.getdoc(s.entry.loss or egrsd) or "Its loss has no docstring."]
+    found = [inspect.getdoc(s.entry.loss or egrsd)]
     for name in re.findall(r"`(\w+)`", found[0]):
         named = getattr(methods, name, None)
         if named:
             found.append(f"{name}: {inspect.getdoc(named)}")
-    if s.gate:
-        formula = inspect.getdoc(GATES[s.gate])
-        found.append(f"--gate {s.gate}, in the place of (5) and (6): {formula}")
     return found
 
 

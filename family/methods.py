@@ -58,7 +58,7 @@ class Batch:
     # bool [B]: not a rollout, but the reference solution or what the teacher wrote
     is_reference: Tensor
     # f(log p_T [n, V], log p_S [n, V]) -> [n], at every token: [B, T]
-    divergence: Callable[[Callable], Tensor]
+    divergence: Callable
     num_tokens: float  # of the step's rollouts that its mean counts, over all ranks
     num_completions: float  # rollouts of the step, over all ranks
     step: int  # steps done before this one
@@ -76,8 +76,7 @@ class Batch:
     marked: Tensor | None = None  # bool [B, T]: tokens of the segments that the student marked
     # [B, T]: KL(p_T || the teacher without a text), normalised by running mean and std
     views: Tensor | None = None
-    # as `divergence`, with the teacher without a text for p_T
-    anchor: Callable[[Callable], Tensor] | None = None
+    anchor: Callable | None = None  # as `divergence`, with the teacher without a text for p_T
 
     @property
     def per_completion(self) -> Tensor:
@@ -100,7 +99,7 @@ class Batch:
 class Method:
     """A loss, and what the training step has to provide for it."""
 
-    loss: Callable[[Batch], Tensor] | None
+    loss: Callable | None  # Batch -> [B, T]
     summary: str
     # settings that define the method: other values are refused
     needs: dict = field(default_factory=dict)
@@ -119,9 +118,8 @@ class Method:
     margin: bool = False  # batch.margin is available: one more reading by the student
     # (d, entropy of the student, mask, step) -> bool [N, T], the tokens of rollouts that the mean
     # counts: batch.kept. One more reading by the student
-    keeps: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
-    # (correct, step): is a rollout marked? batch.marked
-    marks: Callable[[bool, int], bool] | None = None
+    keeps: Callable | None = None
+    marks: Callable | None = None  # (correct, step) -> bool: is a rollout marked? batch.marked
     # batch.views and batch.anchor are available: one more reading by the teacher
     views: bool = False
 
@@ -134,7 +132,7 @@ EGRSD = Method(None, "EGRSD with a flag of the family", uses=("gamma", "eps"))
 def method(name: str, summary: str, **declared):
     """Register the decorated function as `--method name`; `declared` are fields of `Method`."""
 
-    def register(loss: Callable[[Batch], Tensor]):
+    def register(loss):
         METHODS[name] = Method(loss, summary, **declared)
         return loss
 
@@ -195,13 +193,13 @@ def grpo(batch: Batch) -> Tensor:
     needs={"advantage": "group"},
     recipe={"teacher_context": "answer", "teacher_schedule": "copy", "teacher_every": 10},
 )
-def rlsd(batch: Batch, lam: float = 0.5) -> Tensor:
+def rlsd(batch: Batch) -> Tensor:
     """c = A * ((1 - lam) + lam * clip(exp(sign(A) d), 0.8, 1.2)), lam from 0.5 to 0 in 50
     steps, 2604.03128. Grade P.
 
     Equal to direction-aware, 2605.13255 eq. (3), at lam = 1.
     """
-    lam *= max(0.0, 1 - batch.step / 50)
+    lam = 0.5 * max(0.0, 1 - batch.step / 50)
     weight = egrsd.magnitude(batch.teacher_logp, batch.logp, batch.advantage, 0.2)
     return policy(batch, batch.A * ((1 - lam) + lam * weight))
 

@@ -1,8 +1,6 @@
 """What a method, a teacher or a gate of the family changes in the training step: the object that
 train.Trainer asks in place of train.EGRSD."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,7 +14,7 @@ import rollout
 import teacher
 import train
 from family import asking
-from family.contexts import CONTEXTS, Example
+from family.contexts import CONTEXTS, Example, show_answer
 from family.divergences import (
     dual_weight,
     finite,
@@ -32,8 +30,6 @@ from support.data import InputError
 from support.run import SAMPLES_PER_STEP
 from support.sampling import check_window
 from teacher import Reading
-
-pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)  # [T_i] each -> [B, T]
 
 
 class GroupAdvantage(egrsd.RunningAdvantage):
@@ -56,13 +52,13 @@ class GroupAdvantage(egrsd.RunningAdvantage):
         return scaled.flatten().to(rewards.dtype)
 
 
-def swap(parameters, tensors) -> None:
+def swap(parameters, tensors):
     for parameter, tensor in zip(parameters, tensors, strict=True):
         parameter.data, tensor.data = tensor.data, parameter.data
 
 
 @contextmanager
-def replaced(model: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
+def replaced(model, tensors):
     """Inside, `tensors` are the adapter's weights, in the order and shapes of `lora_parameters`:
     those of an older or an averaged student."""
     parameters = lora.lora_parameters(model)
@@ -88,11 +84,12 @@ class Neighbour(train.EGRSD):
         self.keeps_states = self.method.full_distributions or s.gate in ("two-view", "dual")
         if s.advantage == "group":
             self.baseline = GroupAdvantage(s.rollouts_per_prompt)
-        self.num_completions = s.prompts_per_step * s.rollouts_per_prompt
+        self.group = s.rollouts_per_prompt if self.method.rollouts else 1  # of one problem
+        self.num_completions = s.prompts_per_step * self.group
         self.tensors = {"teacher": []}  # the adapter of a teacher that is not frozen
         self.numbers = {
             "median_entropies": [],  # of H over the rollouts of every step so far
-            # over all tokens so far: their number, sum of `view_kl`, sum of squares
+            # KL of the two views of all tokens so far: their number, sum, sum of squares
             "view_sums": [0.0, 0.0, 0.0],
         }
 
@@ -114,7 +111,8 @@ class Neighbour(train.EGRSD):
 
     def check_data(self, t):
         """InputError if a problem lacks a field, or a prompt, quotations included, is too long."""
-        data, context = t.files["--data"], self.context
+        data = t.files["--data"]
+        context = self.context
         longest = max(t.problems, key=lambda p: len((p.problem + p.solution).encode()))
 
         def prompts(problem):
@@ -126,18 +124,17 @@ class Neighbour(train.EGRSD):
             if context.question:
                 found.append(asking.encode(t, context.question.text(example, t.tokenizer)))
             if self.method.overlap:
-                found.append(asking.hinted(t, example))
+                found.append(t.teacher_prompt(problem, show_answer(example)))
             return found
 
         most = (1 + context.quoted) * self.s.max_new_tokens
         check_window(t.model, data, t.problems, most, prompts)
         for problem in t.problems:
-            for name in context.needs:
-                if not getattr(problem, name):
-                    raise InputError(
-                        f"{data}: line {problem.line}: field '{name}' is missing: add it, or choose "
-                        "another --teacher-context"
-                    )
+            if "restated" in context.needs and not problem.restated:
+                raise InputError(
+                    f"{data}: line {problem.line}: field 'restated' is missing: add it, or choose "
+                    "another --teacher-context"
+                )
 
     def note(self, t, name, values):
         """metrics.jsonl gets the mean of these values of all ranks. Every rank calls it."""
@@ -148,11 +145,13 @@ class Neighbour(train.EGRSD):
     # ---- the examples, and what the teacher is shown
 
     def examples(self, t, problems):
-        """Rollouts, after the student was asked what the teacher's prompts need. And solutions to
-        learn from: those of the data, or one of the teacher's for each problem."""
-        self.figures = Counter()
+        """The step's rollouts, after the student was asked what the teacher's prompts need. And
+        solutions to learn from: those of the data, or one of the teacher's for each problem."""
+        self.figures = {}
         # what the last step read need not stay in memory while this one samples
-        self.rollouts, self.others, self.bare = [], [], None
+        self.rollouts = []
+        self.others = []
+        self.bare = None
         if self.method.rollouts:
             self.rollouts = [Example(**vars(row)) for row in t.make_rollouts(problems)]
         if self.context.question:
@@ -192,7 +191,7 @@ class Neighbour(train.EGRSD):
 
     def teacher_prompts(self, t, rows):
         """What --teacher-context says; the student's prompt if there is nothing to show."""
-        n = self.s.rollouts_per_prompt
+        n = self.group
         examples = [row if isinstance(row, Example) else Example(**vars(row)) for row in rows]
         for i, example in enumerate(examples):
             if example.teacher_prompt is None:
@@ -208,9 +207,11 @@ class Neighbour(train.EGRSD):
         """The text that the teacher of this rollout is shown. `group` has all rollouts of the
         problem; `number` counts the rollouts of this rank."""
         s = self.s
-        number += t.ranks.share(s.prompts_per_step).start * s.rollouts_per_prompt
+        number += t.ranks.share(s.prompts_per_step).start * self.group
         rng = np.random.default_rng((s.seed, t.step, number, asking.SEEDS["contexts"]))
-        peers, failed, other = [], [], None
+        peers = []
+        failed = []
+        other = None
         for i in rng.permutation(len(group)):
             if group[i] is not example:
                 (peers if group[i].correct else failed).append(group[i].text)
@@ -230,9 +231,9 @@ class Neighbour(train.EGRSD):
         return replaced(t.model, own) if own else lora.disabled(t.model)
 
     def read_as_teacher(self, t, examples):
-        """log p_T and H, with a mask that leaves out examples whose teacher has nothing to be
-        shown. Also finds what else a method needs before the first backward."""
-        device, n = t.ranks.device, len(self.rollouts)  # rollouts come first
+        """log p_T and H. The mask leaves out examples whose teacher has nothing to be shown. Also
+        finds what else a method needs before the first backward pass."""
+        device = t.ranks.device
         if not self.method.teacher:
             longest = max(len(example.token_ids) for example in examples)
             nothing = torch.zeros(len(examples), longest, device=device)
@@ -244,7 +245,8 @@ class Neighbour(train.EGRSD):
         reading.mask &= torch.tensor(has_context, device=device)
         reading.entropy *= reading.mask
         entropy = reading.entropy.masked_fill(~reading.mask, torch.nan)
-        medians = t.ranks.gather(entropy[:n].nanmedian(1).values)
+        # rollouts come first
+        medians = t.ranks.gather(entropy[: len(self.rollouts)].nanmedian(1).values)
         self.numbers["median_entropies"].append(medians.nanmedian().nan_to_num().item())
         if self.s.two_views:
             self.compare_views(t, examples, reading)
@@ -254,22 +256,26 @@ class Neighbour(train.EGRSD):
 
     @torch.no_grad()
     def compare_views(self, t, examples, reading):
-        """The teacher reads again without a text: KL(p_T || that), its mean and deviation over all
-        tokens so far of rollouts whose teacher had something to be shown."""
+        """The teacher reads again without a text. The KL between its two views is normalised by mean
+        and deviation over all tokens so far of rollouts whose teacher had something to be shown."""
         n = len(self.rollouts)
         with self.as_teacher(t):
             self.bare = t.read([example.prompt for example in examples], examples, hidden=True)
-        self.view_kl = self.divergence(t, self.bare, reading.hidden, forward_kl)  # [N, T]
-        counted = self.view_kl[:n][reading.mask[:n]].tolist()
+        kl = self.divergence(t, self.bare, reading.hidden, forward_kl)  # [N, T]
+        counted = kl[:n][reading.mask[:n]].tolist()
         squares = [value**2 for value in counted]
         new = t.ranks.sum([len(counted), sum(counted), sum(squares)])
-        before = self.numbers["view_sums"]
-        self.numbers["view_sums"] = [a + b for a, b in zip(before, new, strict=True)]
+        sums = [a + b for a, b in zip(self.numbers["view_sums"], new, strict=True)]
+        self.numbers["view_sums"] = sums
+        count, total, squares = sums
+        mean = total / max(1, count)
+        deviation = max(0.0, squares / max(1, count) - mean**2) ** 0.5
+        self.views = (kl - mean) / (deviation + 1e-6)  # [N, T], Batch.views
         self.note(t, "view_kl", counted)
 
     def read_ahead(self, t, examples, reading):
-        """The student reads before the first backward: for PBSD's margins (every problem has a
-        rollout and a solution of the teacher's), or for the tokens that a method keeps."""
+        """The student reads before the first backward pass. PBSD needs that for its margins (every
+        problem has a rollout and a solution of the teacher's), others for the tokens they keep."""
         student = t.read([example.prompt for example in examples], examples)
         d = torch.where(reading.mask, finite(reading.logp) - finite(student.logp), 0.0)
         if self.method.keeps:
@@ -285,9 +291,10 @@ class Neighbour(train.EGRSD):
     # ---- the loss of a micro-batch
 
     def loss(self, t, micro):
-        """The method's loss: means over the step's tokens, of rollouts and of other examples
-        apart."""
-        by_teacher, own = micro.by_teacher, micro.by_student.logp.detach()
+        """The method's loss: the mean over the tokens of the step's rollouts, plus the mean over the
+        tokens of its other examples."""
+        by_teacher = micro.by_teacher
+        own = micro.by_student.logp.detach()
         # d = 0 where the teacher has nothing to be shown
         by_teacher.logp = torch.where(by_teacher.mask, by_teacher.logp, own)
         self.gate = None
@@ -306,11 +313,12 @@ class Neighbour(train.EGRSD):
     def gated_loss(self, t, micro):
         """EGRSD's loss with --gate in place of its gate. two-view and dual are 1 where the teacher
         had nothing to be shown."""
-        student, by_teacher = micro.by_student, micro.by_teacher
+        student = micro.by_student
+        by_teacher = micro.by_teacher
         if self.s.gate == "position":
             gate = position_weight(student.mask)
         elif self.s.gate == "two-view":
-            gate = two_view_gate(self.views(micro))
+            gate = two_view_gate(self.views[places_of(micro)])
         else:
             gate = self.divergence(t, student, by_teacher.hidden, dual_weight).detach()
         if self.s.gate != "position":
@@ -322,8 +330,10 @@ class Neighbour(train.EGRSD):
 
     def batch(self, t, micro):
         """What the methods read."""
-        s, examples, device = self.s, micro.examples, t.ranks.device
-        student, by_teacher = micro.by_student, micro.by_teacher
+        examples = micro.examples
+        device = t.ranks.device
+        student = micro.by_student
+        by_teacher = micro.by_teacher
         own = partial(self.divergence, t, student)
         batch = Batch(
             logp=student.logp,
@@ -338,39 +348,35 @@ class Neighbour(train.EGRSD):
             num_completions=self.num_completions,
             step=t.step,
             median_entropies=self.numbers["median_entropies"],
-            eps=s.eps,
+            eps=self.s.eps,
             num_reference=self.num_reference,
             success_rate=self.success_rate,
         )
-        places, width = places_of(micro)
+        places = places_of(micro)
         if self.method.keeps:
-            batch.kept = self.kept[places, :width]
+            batch.kept = self.kept[places]
             batch.num_tokens = self.num_kept
         if self.method.marks:
-            batch.marked = pad([example.marked for example in examples]).to(device)
+            marked = [example.marked for example in examples]
+            batch.marked = nn.utils.rnn.pad_sequence(marked, batch_first=True).to(device)
         if self.method.margin:
-            batch.margin = self.margins[places]
+            batch.margin = self.margins[places[0]]
         if self.method.views:
-            batch.views = self.views(micro)
-            batch.anchor = partial(own, self.bare.select(places, width).hidden)
+            batch.views = self.views[places]
+            batch.anchor = partial(own, [self.bare.hidden[place] for place in places[0]])
         return batch
 
     def divergence(self, t, student, theirs, f):
         """f of the distributions behind the states `theirs` and of the student's: [B, T]."""
-        head, temperature = teacher.output_head(t.model), self.s.score_temperature
+        head = teacher.output_head(t.model)
         with t.autocast():
-            return per_token_divergence(head, student.hidden, theirs, student.mask, f, temperature)
-
-    def views(self, micro):
-        """Batch.views."""
-        count, total, squares = self.numbers["view_sums"]
-        mean = total / max(1, count)
-        deviation = max(0.0, squares / max(1, count) - mean**2) ** 0.5
-        places, width = places_of(micro)
-        return (self.view_kl[places, :width] - mean) / (deviation + 1e-6)
+            return per_token_divergence(
+                head, student.hidden, theirs, student.mask, f, self.s.score_temperature
+            )
 
     def token_metrics(self, t, micro):
-        """Those of train.EGRSD that the method makes use of, 0 at examples that are no rollouts."""
+        """The metrics of train.EGRSD that the method uses. They are 0 at examples that are not
+        rollouts."""
         unused = []
         if not self.method.teacher:
             unused += ["entropy", "delta"]
@@ -389,9 +395,9 @@ class Neighbour(train.EGRSD):
     # ---- after the update
 
     def after_update(self, t):
-        """What --teacher-schedule says. An average is one of the matrices A and of the B, not of
-        their product. Returns what was noted in the step on all ranks."""
-        # of a frozen teacher the first is empty
+        """Update the teacher as --teacher-schedule says. An average is one of the matrices A and of
+        the matrices B, not of their product. Returns what was noted in the step."""
+        # for a frozen teacher the first list is empty
         for old, new in zip(self.tensors["teacher"], t.parameters, strict=False):
             if self.s.teacher_schedule == "ema":
                 old.lerp_(new.detach(), 1 - self.s.teacher_decay)
@@ -404,14 +410,15 @@ class Neighbour(train.EGRSD):
             checkpoint.append_jsonl(t.out / "samples.jsonl", lines)
         if "asked_tokens" in self.figures:
             self.figures["ask_s"] = t.log.seconds["ask"]
-        return dict(self.figures)
+        return self.figures
 
 
 def places_of(micro):
-    """Where the examples of a micro-batch stand in the step, and how long the longest is."""
-    return [example.place for example in micro.examples], micro.by_student.mask.shape[1]
+    """What selects a micro-batch, [B, T], from a tensor of the whole step."""
+    places = [example.place for example in micro.examples]
+    return places, slice(micro.by_student.mask.shape[1])
 
 
 def is_reference(examples, device):
-    """bool [B]: what the student did not write."""
+    """bool [B]: the student did not write it."""
     return torch.tensor([example.is_reference for example in examples], device=device)

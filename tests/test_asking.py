@@ -488,28 +488,34 @@ def test_the_two_view_gate_uses_running_statistics(tiny_toy, tmp_path):
     """Those of all tokens so far, this step's included, over the whole run."""
     t = trainer(tiny_toy, tmp_path / "run", "egrsd", gate="two-view")
     t.log.bar = SimpleNamespace(set_postfix_str=lambda *_, **__: None, update=lambda *_: None)
-    seen, kept = [], []
+    seen, steps = [], []
     t.out.mkdir()
-    n, read, make = t.objective, t.read_as_student, t.make_rollouts
+    n, read, make, note = t.objective, t.read_as_student, t.make_rollouts, t.objective.note
 
     def watched(*arguments):
-        kept[:] = [(row, n.view_kl[row.place, : len(row.token_ids)].tolist()) for row in n.rollouts]
-        batches.append(read(*arguments))
-        return batches[-1]
+        steps[-1].append(read(*arguments))
+        return steps[-1][-1]
 
     def while_sampling(problems):
         assert n.bare is None and not n.rollouts  # not kept while the next step samples
+        steps.append([])
         return make(problems)
 
-    t.read_as_student, t.make_rollouts = watched, while_sampling
+    def noted(t, name, values):
+        assert len(values) == sum(len(row.token_ids) for row in n.rollouts)
+        seen.extend(values)
+        kept[:] = values
+        note(t, name, values)
+
+    t.read_as_student, t.make_rollouts, n.note, kept = watched, while_sampling, noted, []
     for _ in range(2):
-        batches = []
         t.train_step()
-        seen += [value for _, values in kept for value in values]
     assert n.numbers["view_sums"] == pytest.approx([len(seen), sum(seen), sum(x**2 for x in seen)])
-    own = kept[batches[0].examples[0].place][1]
+    own = kept[: len(n.rollouts[0].token_ids)]
     expected = (torch.tensor(own) - np.mean(seen)) / np.std(seen)
-    found = n.views(batches[0])[0, : len(expected)]
+    (batch,) = steps[-1]
+    place = [row.place for row in batch.examples].index(0)
+    found = n.views[neighbour.places_of(batch)][place, : len(expected)]
     torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
     tensors, numbers = t.state()
     n.numbers["view_sums"] = [0.0] * 3
@@ -524,18 +530,18 @@ def test_a_row_without_context_is_no_part_of_the_two_views_statistics(tiny_toy, 
     t = trainer(tiny_toy, tmp_path / "run", "egrsd", **changes)
     t.out.mkdir()
     t.log.bar, n = tqdm(disable=True), t.objective
-    views, read = [], t.read_as_student
+    views, note = [], n.note
 
-    def watched(*arguments):
-        shown = [row for row in n.rollouts if row.has_context]
-        views.append([n.view_kl[row.place, : len(row.token_ids)].tolist() for row in shown])
-        return read(*arguments)
+    def noted(t, name, values):
+        views.append(values)
+        note(t, name, values)
 
-    t.read_as_student = watched
+    n.note = noted
     t.train_step()
     without = [row for row in n.rollouts if not row.has_context]
     assert 0 < len(without) < 8
-    counted = [value for values in views[0] for value in values]
+    (counted,) = views
+    assert len(counted) == sum(len(row.token_ids) for row in n.rollouts if row.has_context)
     assert n.numbers["view_sums"] == pytest.approx(
         [len(counted), sum(counted), sum(x**2 for x in counted)]
     )

@@ -644,12 +644,12 @@ def test_antisd_switch(medians, g):
 
 def test_rlsd_at_lam_1_is_egrsd_without_a_gate():
     s, _, _ = make_batch()
-    s.step = 0
+    s.step = -50  # twice the lam of step 0
     weights = egrsd.token_advantages(
         s.advantage, s.teacher_logp, s.logp, s.entropy, s.mask, gamma=0
     )
     assert torch.equal(
-        methods.rlsd(s, lam=1.0), egrsd.policy_loss(s.logp, weights, s.mask, reduction="none")
+        methods.rlsd(s), egrsd.policy_loss(s.logp, weights, s.mask, reduction="none")
     )
 
 
@@ -918,6 +918,18 @@ def test_contradictions_are_refused(flags, complaint):
     with pytest.raises(InputError, match=complaint) as error:
         settings(*flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "grpo", "--gamma", "0.5", "--teacher-context", "label"],
+        ["--method", "sft", "--temperature", "0.5", "--rollouts-per-prompt", "8"],
+        ["--method", "egrsd", "--gate", "dual", "--floor", "0.5", "--teacher-every", "5"],
+    ],
+)
+def test_flags_without_effect_are_taken(flags):
+    assert settings(*flags).method == flags[1]
 
 
 @pytest.mark.parametrize(

@@ -653,8 +653,6 @@ def test_stop_ids_are_the_union(model):
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -1),
-        ("samples_per_prompt", 0),
-        ("slots", 0),
         ("max_new_tokens", 250),
     ],
 )

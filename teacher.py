@@ -9,12 +9,13 @@ token,
     logp     log p(y_t | prompt, y_<t)
     entropy  H_t = - sum_v p(v) log p(v) of the whole next-token distribution, in nats            eq. (4)
 
-The logits of a whole batch would be B x T x V floats, 20 GB for 32 completions of 1,024 tokens and
-Qwen3's vocabulary of 151,936. They never exist. The head is applied to completion positions only, a
-chunk of tokens at a time. For a frozen head (LoRA) the backward pass is done on the spot: the
-gradient of log p(y) with respect to the hidden state is W[y] - p W, and p is at hand. For a head
-that is trained the chunk is recomputed in the backward pass instead of kept. Some models scale or
-cap their logits after the head (`Head`): that is part of the distribution, and of its gradient.
+The logits of a whole batch would be B x T x V floats: 20 GB for 32 completions of 1,024 tokens and
+Qwen3's vocabulary of 151,936. They never exist. The head, the last layer, makes the logits of a
+chunk of completion tokens at a time. What the backward pass needs depends on the head. A frozen
+head (LoRA) does it on the spot: the gradient of log p(y) with respect to the hidden state is
+W[y] - p W, and the probabilities p are at hand. For a head that is trained the chunk is computed
+again in the backward pass. Some models scale or cap their logits after the head (`Head`): this is
+part of the distribution, and of its gradient.
 
 Prompts and completions stay token ids from end to end; nothing is decoded and encoded again.
 
@@ -23,15 +24,20 @@ Copy this file: it needs torch, and a transformers model and tokenizer to work o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 INSTRUCTION = "Reason step by step and put the final answer in \\boxed{}."
-# what configs call it
+# how configs name the cap, two factors, and a divisor of the logits
 AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "lm_head_multiplier", "logits_scaling")
-CHUNK_LOGITS = 2**25  # logits held at a time: 128 MiB in float32
+CHUNK_LOGITS = 2**25  # logits of a chunk: 128 MiB in float32
+
+# tensors of different lengths -> one tensor [B, longest, ...], with 0 on the right
+pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+TokenLists = Sequence[Sequence[int]]  # token ids, one list for each row
 
 
 @dataclass
@@ -49,10 +55,11 @@ class Reading:
     hidden: list[Tensor] | None = None
 
     def select(self, indices: list[int], width: int) -> "Reading":
-        """Some of the completions, the longest of which has `width` tokens."""
+        """Some of the completions; `width` is the length of the longest of them. It needs
+        entropies."""
+        tensors = [x[indices, :width] for x in (self.logp, self.entropy, self.mask)]
         hidden = [self.hidden[i] for i in indices] if self.hidden else None
-        values = (x[indices, :width] for x in (self.logp, self.entropy, self.mask))
-        return Reading(*values, hidden)
+        return Reading(*tensors, hidden)
 
 
 @dataclass(frozen=True)
@@ -66,17 +73,20 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.linear(hidden).float()
-        logits = logits if self.scale == 1 else logits * self.scale
-        return self.cap * (logits / self.cap).tanh() if self.cap else logits
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.cap:
+            logits = self.cap * (logits / self.cap).tanh()
+        return logits
 
 
 def output_head(model) -> Head:
-    """How the model makes logits of its last hidden states, as its config says: scaled (Granite,
-    Cohere, Falcon-H1) or capped (Gemma). `check_head` finds out whether there is more to it."""
+    """How the model makes logits of its last hidden states, according to its config: scaled
+    (Granite, Cohere, Falcon-H1) or capped (Gemma). `check_head` finds out whether it does more."""
     config = model.config.get_text_config()
     cap, scale, multiplier, divisor = (getattr(config, name, None) for name in AFTER_HEAD)
     scale = (scale or 1.0) * (multiplier or 1.0)
-    if divisor:  # what all others divide by, HyperCLOVA X multiplies by
+    if divisor:  # only HyperCLOVA X multiplies by it
         scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
     return Head(model.get_output_embeddings(), scale, cap)
 
@@ -89,16 +99,12 @@ def student_messages(problem: str) -> list[dict]:
 def teacher_messages(problem: str, solution: str) -> list[dict]:
     """The privileged prompt: the problem, then the reference solution. Both texts go in as they
     are, braces and all."""
-    return [
-        {
-            "role": "user",
-            "content": problem
-            + "\n\n[Reference solution]\n"
-            + solution
-            + "\n[End of reference solution]\n\nMake sure you understand the reference solution, "
-            "then solve the problem anew in your own words. " + INSTRUCTION,
-        }
-    ]
+    content = (
+        f"{problem}\n\n[Reference solution]\n{solution}\n[End of reference solution]\n\n"
+        "Make sure you understand the reference solution, then solve the problem anew in your own "
+        f"words. {INSTRUCTION}"
+    )
+    return [{"role": "user", "content": content}]
 
 
 def encode(
@@ -127,8 +133,8 @@ def encode(
 
 def read(
     model,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
+    prompts: TokenLists,
+    completions: TokenLists,
     *,
     temperature: float = 1.0,
     entropy: bool = False,
@@ -143,60 +149,52 @@ def read(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    if (
-        len(prompts) != len(completions)
-        or not prompts
-        or not all(map(len, prompts))
-        or not all(map(len, completions))
-    ):
+    all_filled = all(map(len, [*prompts, *completions]))
+    if len(prompts) != len(completions) or not prompts or not all_filled:
         raise ValueError(
             "prompts and completions must be equally many, at least one, and none of them empty"
         )
 
     device = model.device
-    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    width = max(map(len, rows))
-    # padding goes on the right
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    column = torch.arange(width, device=device)
+    rows = [torch.tensor([*p, *c]) for p, c in zip(prompts, completions, strict=True)]
+    ids = pad(rows).to(device)  # [B, width]
+    lengths = [len(completion) for completion in completions]
     starts = torch.tensor([[len(prompt)] for prompt in prompts], device=device)  # [B, 1]
-    ends = torch.tensor([[len(row)] for row in rows], device=device)
-    # No token sees the padding behind it: a mask changes nothing, and keeps CUDA from flash
-    # attention. That one needs half precision; in float32 a mask keeps transformers from the plain
-    # kernel, which is slow and large.
+    ends = starts + torch.tensor(lengths, device=device).unsqueeze(1)
+    column = torch.arange(ids.shape[1], device=device)
+    # Padding is on the right, so no mask is needed. In bfloat16 a mask would turn flash attention
+    # off. In float32 we pass one, to avoid a slow kernel.
     is_half = model.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
-    states = model.base_model(
-        input_ids=ids, attention_mask=None if is_half else (column < ends).long(), use_cache=False
-    ).last_hidden_state
+    attention_mask = None if is_half else (column < ends).long()
+    output = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
     # The state at column c predicts the token at c + 1. Prompt ab, completion CD, padding 0: row a
     # b C D 0, the states at b and C predict the targets C and D.
     predicts = (column >= starts - 1) & (column < ends - 1)
-    # [N, D], [N]: completion tokens, row after row
-    states, targets = states[predicts], ids.roll(-1, 1)[predicts]
-
-    lengths = ends - starts  # [B, 1]
-    mask = torch.arange(lengths.max(), device=device) < lengths  # [B, T]
+    states = output.last_hidden_state[predicts]  # [N, D]: completion tokens, row after row
+    targets = ids.roll(-1, 1)[predicts]  # [N]
     logp, entropies = score(output_head(model), states, targets, temperature, entropy)
-    outside = torch.zeros(mask.shape, device=device)
-    logp = outside.masked_scatter(mask, logp)  # [N] -> [B, T]
-    entropies = outside.masked_scatter(mask, entropies) if entropy else None
-    by_row = list(states.split(list(map(len, completions)))) if hidden else None
-    return Reading(logp, entropies, mask, by_row)
+    return Reading(
+        logp=pad(logp.split(lengths)),
+        entropy=pad(entropies.split(lengths)) if entropy else None,
+        mask=torch.arange(max(lengths), device=device) < ends - starts,
+        hidden=list(states.split(lengths)) if hidden else None,
+    )
 
 
 def reading_mode(model) -> None:
-    """Switch off what a model does in training only (dropout, noise in routers, kernels that pass
-    adapters by): the student is read as it samples. Gradient checkpointing works in layers that are
-    in training; nothing else is."""
+    """Switch off what a model does in training only (dropout, noise in routers, kernels that leave
+    adapters out): the student is read as it samples. Only layers with gradient checkpointing stay
+    in training mode, because checkpointing works in this mode only."""
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
 
 
 @torch.no_grad()
 def check_head(model) -> None:
-    """ValueError if the model does more after its last hidden states than `output_head` knows: its
-    own logits of a few tokens differ. For a model in eval mode."""
-    ids, head = torch.arange(4, device=model.device).unsqueeze(0), output_head(model)
+    """ValueError if the model does more after its last hidden states than `output_head` knows: then
+    its own logits of a few tokens differ. For a model in eval mode."""
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    head = output_head(model)
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps) * theirs.abs().max()
@@ -210,8 +208,8 @@ def check_head(model) -> None:
 @torch.no_grad()
 def read_in_batches(
     model,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
+    prompts: TokenLists,
+    completions: TokenLists,
     most_tokens: int,
     *,
     temperature: float = 1.0,
@@ -220,16 +218,13 @@ def read_in_batches(
     """`read` with entropies and without gradients, for as many completions as you like:
     `micro_batches` of at most `most_tokens` tokens each, put together to one `Reading` of all B
     completions in their order."""
-    # [B, T] each
-    logp, entropy = torch.zeros(
-        2, len(completions), max(map(len, completions)), device=model.device
-    )
-    mask, states = torch.zeros_like(logp, dtype=torch.bool), [None] * len(completions)
-    rows = [
-        len(prompt) + len(completion)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    for batch in micro_batches(rows, most_tokens):
+    longest = max(map(len, completions))
+    logp = torch.zeros(len(completions), longest, device=model.device)
+    entropy = torch.zeros_like(logp)
+    mask = torch.zeros_like(logp, dtype=torch.bool)
+    states = [None] * len(completions)
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    for batch in micro_batches(lengths, most_tokens):
         reading = read(
             model,
             [prompts[i] for i in batch],
@@ -242,8 +237,9 @@ def read_in_batches(
         logp[batch, :width] = reading.logp
         entropy[batch, :width] = reading.entropy
         mask[batch, :width] = reading.mask
-        for place, i in enumerate(batch if hidden else []):
-            states[i] = reading.hidden[place]
+        if hidden:
+            for i, state in zip(batch, reading.hidden, strict=True):
+                states[i] = state
     return Reading(logp, entropy, mask, states if hidden else None)
 
 
@@ -259,48 +255,46 @@ def micro_batches(
     >>> micro_batches([30, 100, 95, 31, 29], most_tokens=300)
     [[1, 2], [3, 0, 4]]
     """
-    batches, tokens = [], 0
+    batches = []
+    tokens = 0  # of the last batch, without padding
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        tokens += lengths[i]
-        padded = (len(batches[-1]) + 1) * lengths[batches[-1][0]] if batches else 0
-        if not batches or padded > most_tokens or tokens < (1 - most_padding) * padded:
-            batches.append([])
-            tokens = lengths[i]
-        batches[-1].append(i)
+        if batches:
+            batch = batches[-1]
+            padded = (len(batch) + 1) * lengths[batch[0]]
+            tokens += lengths[i]
+            if padded <= most_tokens and tokens >= (1 - most_padding) * padded:
+                batch.append(i)
+                continue
+        batches.append([i])
+        tokens = lengths[i]
     return batches
 
 
 def score(
     head: Head | nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """hidden [N, D], targets [N] -> log-probs [N] and entropies [N] (or None), with CHUNK_LOGITS
-    logits at a time. `head` may be a linear layer, if nothing comes after it."""
-    head = head if isinstance(head, Head) else Head(head)
+    """hidden [N, D], targets [N] -> log-probs [N] and entropies [N] (or None), float32, with
+    CHUNK_LOGITS logits at a time. `head` may be a linear layer, if nothing comes after it."""
+    if not isinstance(head, Head):
+        head = Head(head)
     size = max(1, CHUNK_LOGITS // head.linear.out_features)
-    if (
-        hidden.requires_grad
-        and not entropy
-        and not any(p.requires_grad for p in head.linear.parameters())
-    ):
+    is_trained = any(parameter.requires_grad for parameter in head.linear.parameters())
+    if hidden.requires_grad and not is_trained and not entropy:
         return _FrozenHead.apply(hidden, head, targets, temperature, size), None
-    chunks = [
-        checkpoint(
-            _score_chunk,
-            head,
-            h,
-            t,
-            temperature,
-            entropy,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for h, t in zip(hidden.split(size), targets.split(size), strict=True)
-    ]
-    logp, entropies = zip(*chunks, strict=True)
+    function = partial(_score_chunk, head, temperature, entropy)
+    # its logits are not kept for the backward pass, but computed again
+    function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    logp, entropies = _by_chunks(function, hidden, targets, size)
     return torch.cat(logp), torch.cat(entropies) if entropy else None
 
 
-def _score_chunk(head, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool):
+def _by_chunks(function, hidden, targets, size):
+    """function(hidden, targets) -> (a, b) of `size` tokens at a time; returns all a and all b."""
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    return zip(*[function(*chunk) for chunk in chunks], strict=True)
+
+
+def _score_chunk(head, temperature, entropy, hidden, targets):
     logprobs = (head(hidden) / temperature).log_softmax(-1)  # [n, V]
     logp = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     entropies = torch.special.entr(logprobs.exp()).sum(-1) if entropy else None  # (4)
@@ -308,29 +302,40 @@ def _score_chunk(head, hidden: Tensor, targets: Tensor, temperature: float, entr
 
 
 class _FrozenHead(torch.autograd.Function):
-    """log p(y) [N] and, from the same logits, its derivative by the hidden state: (W[y] - p W) /
-    temperature for a plain head; a scale is a factor of it, a cap one of each logit's share, 1 -
-    (logit / cap)^2."""
+    """log p(y) [N] and, from the same logits, its derivative by the hidden states."""
 
     @staticmethod
-    def forward(
-        ctx, hidden: Tensor, head, targets: Tensor, temperature: float, size: int
-    ) -> Tensor:
-        logp, slopes = [], []
-        for h, y in zip(hidden.split(size), targets.unsqueeze(-1).split(size), strict=True):
-            logits = head(h)  # [n, V]
-            logprobs = (logits / temperature).log_softmax(-1)
-            logp.append(logprobs.gather(-1, y).squeeze(-1))
-            # onehot(y) - p, in float32 before it is rounded to the head's dtype
-            slope = logprobs.exp_().neg_()
-            slope.scatter_add_(-1, y, torch.ones_like(y, dtype=slope.dtype))
-            slope = slope * (1 - (logits / head.cap).square()) if head.cap else slope
-            weight = head.linear.weight
-            slopes.append(slope.to(weight.dtype) @ weight * head.scale / temperature)
+    def forward(ctx, hidden, head, targets, temperature, size):
+        function = partial(_score_and_differentiate, head, temperature)
+        logp, slopes = _by_chunks(function, hidden, targets, size)
         ctx.save_for_backward(torch.cat(slopes))  # [N, D]
         ctx.dtype = hidden.dtype
         return torch.cat(logp)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        return (grad.unsqueeze(-1) * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None, None
+    def backward(ctx, grad):
+        (slopes,) = ctx.saved_tensors
+        return (grad.unsqueeze(-1) * slopes).to(ctx.dtype), None, None, None, None
+
+
+def _score_and_differentiate(head, temperature, hidden, targets):
+    """hidden [n, D], targets [n] -> log p(y) [n] and its derivative by the hidden state [n, D].
+
+    It is (W[y] - p W) / temperature for a plain head. A scale is one more factor. A cap multiplies
+    the part of each logit by 1 - (logit / cap)^2, the derivative of cap * tanh(x / cap). Tensors
+    [n, V] are large: what can be done in place is done in place, so that there are never more than
+    two, or three with a cap.
+    """
+    logits = head(hidden)
+    cap_slope = 1 - (logits / head.cap).square() if head.cap else None
+    logprobs = logits.div_(temperature).log_softmax(-1)
+    del logits
+    y = targets.unsqueeze(-1)
+    logp = logprobs.gather(-1, y).squeeze(-1)
+    # onehot(y) - p, in float32 before it is rounded to the head's dtype
+    slope = logprobs.exp_().neg_()
+    slope.scatter_add_(-1, y, torch.ones_like(y, dtype=slope.dtype))
+    if head.cap:
+        slope.mul_(cap_slope)
+    weight = head.linear.weight
+    return logp, slope.to(weight.dtype) @ weight * head.scale / temperature

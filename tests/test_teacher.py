@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_ids, tiny_qwen3
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Gemma3Config
 
 import lora
@@ -168,6 +171,47 @@ def test_frozen_head_runs_once_per_chunk(monkeypatch, chunk_tokens, temperature,
     )
     torch.testing.assert_close(logp.double(), exact, atol=tolerance, rtol=0)
     torch.testing.assert_close(ours.grad.double(), plain_hidden.grad, atol=tolerance, rtol=0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Watches the memory of the tensors that operations inside make: `peak` is the most bytes that
+    were alive after an operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if torch.is_tensor(t)}
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in given:
+                storage = tensor.untyped_storage()
+                self.sizes[StorageWeakRef(storage)] = storage.nbytes()
+        self.sizes = {ref: size for ref, size in self.sizes.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("cap, chunks", [(None, 2), (3.0, 3)])
+def test_a_frozen_head_keeps_two_chunks_of_logits_or_three_with_a_cap(
+    monkeypatch, dtype, temperature, cap, chunks
+):
+    """Chunks in float32, whatever the dtype of the head; beside them there are only tensors without
+    a side of V."""
+    vocabulary, tokens = 4096, 64
+    monkeypatch.setattr(teacher, "CHUNK_LOGITS", tokens * vocabulary)
+    linear = torch.nn.Linear(4, vocabulary, bias=False, dtype=dtype).requires_grad_(False)
+    hidden = torch.randn(4 * tokens, 4, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocabulary, (len(hidden),))
+    with LiveBytes() as live:
+        head = teacher.Head(linear, cap=cap)
+        logp, _ = teacher.score(head, hidden, targets, temperature, entropy=False)
+        logp.sum().backward()
+    assert chunks - 0.5 < live.peak / (4 * tokens * vocabulary) < chunks + 0.1
 
 
 def test_frozen_and_trained_head_give_the_adapter_the_same_gradient(model):

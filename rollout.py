@@ -281,9 +281,8 @@ class Decoder:
         with model.device:  # where torch makes these tensors
             self.every_slot = torch.arange(slots)
             self.stops = torch.tensor(self.stop_ids, dtype=torch.long)
-            self.token = torch.zeros_like(self.every_slot)  # the last one
-            self.position = torch.zeros_like(self.every_slot)  # its column
-            self.age = torch.zeros_like(self.every_slot)  # how many were drawn
+            # the last token, its column, and how many were drawn
+            self.token, self.position, self.age = torch.zeros(3, slots, dtype=torch.long)
             # it has not ended, it is below max_new_tokens, and its log-probs are finite
             self.alive = torch.zeros(slots, dtype=torch.bool)
             self.token_ids = torch.zeros(slots, places, dtype=torch.long)
@@ -345,9 +344,9 @@ class Decoder:
 
     def memory(self) -> list[Tensor]:
         """Everything that a step reads or writes, except for the model: [slots, ...] each."""
-        found = [self.token, self.position, self.age, self.alive]
-        found += [self.token_ids, self.logprobs, self.uniforms]
-        return found + (self.cache.memory() if self.cache else [])
+        counts = [self.token, self.position, self.age, self.alive]
+        cached = self.cache.memory() if self.cache else []
+        return [*counts, self.token_ids, self.logprobs, self.uniforms, *cached]
 
     def poll(self, rows: int):
         """Of the first `rows` slots: a list of 0 or 1 (alive), and one of the tokens drawn."""

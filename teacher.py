@@ -149,16 +149,13 @@ def read(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    all_filled = all(map(len, [*prompts, *completions]))
-    if len(prompts) != len(completions) or not prompts or not all_filled:
-        raise ValueError(
-            "prompts and completions must be equally many, at least one, and none of them empty"
-        )
+    if not prompts or not all(map(len, [*prompts, *completions])):
+        raise ValueError("prompts and completions: at least one, and none of them empty")
 
     device = model.device
     rows = [torch.tensor([*p, *c]) for p, c in zip(prompts, completions, strict=True)]
     ids = pad(rows).to(device)  # [B, width]
-    lengths = [len(completion) for completion in completions]
+    lengths = list(map(len, completions))
     starts = torch.tensor([[len(prompt)] for prompt in prompts], device=device)  # [B, 1]
     ends = starts + torch.tensor(lengths, device=device).unsqueeze(1)
     column = torch.arange(ids.shape[1], device=device)
@@ -173,12 +170,11 @@ def read(
     states = output.last_hidden_state[predicts]  # [N, D]: completion tokens, row after row
     targets = ids.roll(-1, 1)[predicts]  # [N]
     logp, entropies = score(output_head(model), states, targets, temperature, entropy)
-    return Reading(
-        logp=pad(logp.split(lengths)),
-        entropy=pad(entropies.split(lengths)) if entropy else None,
-        mask=torch.arange(max(lengths), device=device) < ends - starts,
-        hidden=list(states.split(lengths)) if hidden else None,
-    )
+    logp = pad(logp.split(lengths))  # [N] -> [B, T]
+    if entropy:
+        entropies = pad(entropies.split(lengths))
+    mask = torch.arange(max(lengths), device=device) < ends - starts
+    return Reading(logp, entropies, mask, list(states.split(lengths)) if hidden else None)
 
 
 def reading_mode(model) -> None:

@@ -1,19 +1,20 @@
 """Decoding with CUDA graphs: the step of rollout.Decoder is recorded once per shape, and replayed.
 
-A decode step of a model of 36 layers is thousands of small kernels. Launched one by one by the
-host, they take longer than the device needs to run them; a CUDA graph launches all of them at once.
-What it repeats are addresses and shapes, so these must be few and must stay:
+A decode step of a model of 36 layers is thousands of small kernels. If the CPU launches them one by
+one, this takes longer than the GPU needs to run them. A CUDA graph launches all of them at once. It
+is a recording of kernels with fixed shapes and fixed addresses in memory. So there must be few of
+both, and they must stay:
 
     shapes      rows and columns are rounded up to buckets, which lie about a quarter apart
     addresses   the memory of all slots is taken once, at its full size, and serves many calls of rollout.sample
     decisions   what Python decided while recording (how to draw, adapters on or off, autocast) stays as it was: if any
                 of it changes, everything is made anew
 
-No GPU has run this yet. What a recording needs is tested on the CPU, with torch.fx in the place of
-CUDA (tests/test_graphs.py).
+No GPU has run this yet. What a recording needs is tested on the CPU, with torch.fx instead of CUDA
+(tests/test_graphs.py).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
@@ -21,7 +22,7 @@ import lora
 import rollout
 from support.errors import InputError
 
-MOST_GRAPHS = 32  # recordings kept; of more, the one that was not used for the longest time goes
+MOST_GRAPHS = 32  # recordings kept; beyond that, the one that was used longest ago is dropped
 
 
 def bucket(n: int, unit: int) -> int:
@@ -38,32 +39,30 @@ def bucket(n: int, unit: int) -> int:
 
 
 class RecordedDecoder(rollout.Decoder):
-    """A Decoder whose steps are recorded, each shape at its second use: the first one warms up what
+    """A Decoder whose steps are recorded, each shape at its second use. The first use warms up what
     CUDA needs."""
 
     def __init__(self, *arguments, **how):
         super().__init__(*arguments, **how)
-        # by (rows, width), the latest last
-        self.recordings: dict[tuple[int, int], Callable | None] = {}
+        # (rows, width) -> replay, or None before the second use; the last one used is the last
+        self.recordings = {}
         self.pool = None  # memory that all graphs share: no two of them run at the same time
 
-    def run(self, rows: int, columns: int) -> None:
+    def run(self, rows: int, columns: int):
         self.cache.reserve(self.columns)
-        shape = (
-            min(bucket(rows, 1), self.slots),
-            min(bucket(columns, rollout.COLUMNS), self.columns),
-        )
-        replay = None  # of a new shape, which runs as it is and is recorded at its second use
+        width = min(bucket(columns, rollout.COLUMNS), self.columns)
+        shape = min(bucket(rows, 1), self.slots), width
+        replay = None
         if shape not in self.recordings:
             self.warm_up(*shape)
         else:
             replay = self.recordings.pop(shape) or self.record(*shape)
             replay()
-        self.recordings[shape] = replay  # at the end: the latest
+        self.recordings[shape] = replay  # behind all others
         if len(self.recordings) > MOST_GRAPHS:
-            self.recordings.pop(next(iter(self.recordings)))
+            del self.recordings[next(iter(self.recordings))]  # the first one
 
-    def warm_up(self, rows: int, width: int) -> None:
+    def warm_up(self, rows: int, width: int):
         """A step as it is, on a stream of its own, as CUDA wants it before a capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -71,7 +70,7 @@ class RecordedDecoder(rollout.Decoder):
             self.step(rows, width)
         torch.cuda.current_stream().wait_stream(stream)
 
-    def record(self, rows: int, width: int) -> Callable[[], None]:
+    def record(self, rows: int, width: int):
         """A function that does what `step` does with these numbers."""
         graph = torch.cuda.CUDAGraph()
         # nccl has threads of its own
@@ -82,42 +81,46 @@ class RecordedDecoder(rollout.Decoder):
 
 
 class Graphs:
-    """A `make_decoder` for rollout.sample, to be kept: gives the same decoder while its recordings
-    hold. It serves one call at a time."""
+    """A `make_decoder` for rollout.sample, to be kept: it returns the same decoder as long as its
+    recordings hold. It serves one call at a time."""
 
     kind = RecordedDecoder
 
     def __init__(self):
-        self.decoder, self.recorded_for = None, None
+        self.decoder = None
+        self.recorded_for = None
 
     def __call__(
         self, model, slots: int, columns: int, max_new_tokens: int, stop_ids: Iterable[int], **how
     ) -> rollout.Decoder:
-        stop_ids, device = sorted(stop_ids), model.device.type
-        adapters = [layer for layer in model.modules() if isinstance(layer, lora.LoRALinear)]
-        weights = [
-            *model.parameters(),
-            *model.buffers(),
-            *(copy for layer in adapters for copy in layer.copies or []),
-        ]
+        stop_ids = sorted(stop_ids)
+        device = model.device.type
+        weights = [*model.parameters(), *model.buffers()]
+        enabled = []
+        for layer in model.modules():
+            if isinstance(layer, lora.LoRALinear):
+                enabled.append(layer.enabled)
+                weights += layer.copies or []
+        # all that a recording depends on
         wanted = (
             model,
             slots,
             max_new_tokens,
             stop_ids,
             how,
-            [layer.enabled for layer in adapters],
+            enabled,
             [(tensor.data_ptr(), tensor.dtype) for tensor in weights],
             model.config._attn_implementation,
             torch.is_autocast_enabled(device),
             torch.get_autocast_dtype(device),
         )
-        if wanted != self.recorded_for or columns > self.decoder.columns:
-            # if prompts get longer, then with some to spare
-            exact = -(-columns // rollout.COLUMNS) * rollout.COLUMNS
-            columns = bucket(columns, rollout.COLUMNS) if wanted == self.recorded_for else exact
-            # the old memory is free before the new one is taken
-            self.decoder = self.recorded_for = None
+        is_same = wanted == self.recorded_for
+        if not is_same or columns > self.decoder.columns:
+            if is_same:  # prompts get longer: take some columns to spare
+                columns = bucket(columns, rollout.COLUMNS)
+            columns = -(-columns // rollout.COLUMNS) * rollout.COLUMNS  # rounded up
+            self.decoder = None  # the old memory is freed before the new one is taken
+            self.recorded_for = None  # in case that fails
             self.decoder = self.kind(model, slots, columns, max_new_tokens, stop_ids, **how)
             self.recorded_for = wanted
         for tensor in self.decoder.memory():  # nothing of an earlier call is left, not even nan

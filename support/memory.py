@@ -1,4 +1,4 @@
-"""How many rows can be decoded together: what the cache takes for each, and what is free."""
+"""How many rows can be decoded together: free memory, divided by what the cache takes for a row."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,17 +18,20 @@ MEMORY_SHARE = 0.9  # of the free memory for the cache; the rest is for prefill 
 def slots_that_fit(
     model, tokenizer, problems: Sequence[Problem], sampling: Sampling
 ) -> tuple[int, str]:
-    """(rows to decode together, at most `sampling.slots`, why): their cache, at full length, takes
-    no more than MEMORY_SHARE of the free memory."""
-    longest = max(
-        (len(student_prompt(tokenizer, problem, sampling.thinking)) for problem in problems),
-        default=0,
-    )
-    columns, slots = longest + sampling.max_new_tokens, sampling.slots
-    free, (column, states) = free_memory(model.device), rollout.row_size(model)
-    row = columns * column + states
-    fitting = slots if free is None else max(1, min(slots, int(MEMORY_SHARE * free / row)))
-    known = "unknown" if free is None else f"{free / 2**30:.1f} GiB"
+    """(rows to decode together, why). There are at most `sampling.slots`, and at full length their
+    cache takes no more than MEMORY_SHARE of the free memory."""
+    prompts = [student_prompt(tokenizer, problem, sampling.thinking) for problem in problems]
+    columns = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    column, states = rollout.row_size(model)
+    row = columns * column + states  # bytes
+    slots = sampling.slots
+    free = free_memory(model.device)
+    if free is None:
+        fitting = slots
+        known = "unknown"
+    else:
+        fitting = max(1, min(slots, int(MEMORY_SHARE * free / row)))
+        known = f"{free / 2**30:.1f} GiB"
     return fitting, (
         f"the cache of {slots} rows of {columns:,} tokens takes up to {slots * row / 2**30:.1f} "
         f"GiB, free memory is {known}: {fitting} rows are decoded together"
@@ -36,12 +39,13 @@ def slots_that_fit(
 
 
 def free_memory(device: torch.device) -> int | None:
-    """In bytes, for this process; None where nobody says."""
-    with suppress(AssertionError, AttributeError, OSError, RuntimeError, StopIteration):
+    """In bytes, for this process; None if the system does not say."""
+    with suppress(AssertionError, OSError, RuntimeError):
         if device.type == "cuda":
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             return torch.cuda.mem_get_info(device)[0] + unused
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        # the processes share it
-        return 1024 * available // environment_number("LOCAL_WORLD_SIZE", 1)
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                # in KiB; the processes share it
+                return 1024 * int(line.split()[1]) // environment_number("LOCAL_WORLD_SIZE", 1)
+    return None

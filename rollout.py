@@ -2,8 +2,8 @@
 
 The naive way is three lines: run the model on prompt + completion so far, draw a token from the
 last logits, repeat (see tests/test_rollout.py). Each step computes all earlier tokens again. This
-file keeps what the model computed for them (the KV cache). And when a completion ends, the next one
-takes its place at once (continuous batching). Its words:
+file keeps what later tokens need of them: the keys and values of attention (the KV cache). And when
+a completion ends, the next one takes its place (continuous batching). Its words:
 
     row       one sample of one prompt: the tokens of the prompt, then those of the completion
     slot      the room for one row in the cache. Memory grows with the number of slots, not with that of the rows
@@ -21,7 +21,7 @@ states of all slots. `sample` repeats four steps:
     close     The rows in the last slots move into slots that are still free, so the batch gets smaller
     decode    Every row gets one token, at its own position. A row that has ended stands still: what is drawn for it is
               dropped. There are POLL_EVERY of these steps. In them the CPU never waits for the GPU
-    poll      The CPU asks which rows have ended. It fetches their tokens, and their slots are free
+    poll      The CPU asks which rows have ended, and fetches their tokens. Their slots are free then
 
 Every row has random numbers of its own. So its tokens do not depend on the rows decoded beside it:
 the same generator gives the same completions for any number of slots, and for one process or many
@@ -344,9 +344,9 @@ class Decoder:
 
     def memory(self) -> list[Tensor]:
         """Everything that a step reads or writes, except for the model: [slots, ...] each."""
-        counts = [self.token, self.position, self.age, self.alive]
+        now = [self.token, self.position, self.age, self.alive]
         cached = self.cache.memory() if self.cache else []
-        return [*counts, self.token_ids, self.logprobs, self.uniforms, *cached]
+        return [*now, self.token_ids, self.logprobs, self.uniforms, *cached]
 
     def poll(self, rows: int):
         """Of the first `rows` slots: a list of 0 or 1 (alive), and one of the tokens drawn."""
@@ -375,8 +375,8 @@ class SlotCache(Cache):
         self.most_columns = most_columns
 
     def reserve(self, columns: int):
-        """Have at least this many columns. It grows by half, so that each column is copied only a
-        few times."""
+        """Make room for at least this many columns. The room grows by half, so that all copying
+        together takes time in proportion to the last size."""
         if columns <= self.columns:
             return
         before = self.columns
@@ -500,7 +500,7 @@ def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int)
         hidden = (distance < 0) | (distance >= window)
         mask = torch.zeros_like(hidden, dtype=model.dtype).masked_fill_(hidden, -torch.inf)
         masks[kind] = mask[:, None, None]
-    # Models with several kinds of attention want a mask for each kind of layer, None without one.
+    # Models with several kinds of attention want a mask for each kind of layer, or None.
     if len(masks) > 1:
         masks.update(dict.fromkeys(STATES))
     else:

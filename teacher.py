@@ -13,9 +13,9 @@ The logits of a whole batch would be B x T x V floats: 20 GB for 32 completions 
 Qwen3's vocabulary of 151,936. They never exist. The head, the last layer, makes the logits of a
 chunk of completion tokens at a time. What the backward pass needs depends on the head. A frozen
 head (LoRA) does it on the spot: the gradient of log p(y) with respect to the hidden state is
-W[y] - p W, and the probabilities p are at hand. For a head that is trained the chunk is computed
-again in the backward pass. Some models scale or cap their logits after the head (`Head`): this is
-part of the distribution, and of its gradient.
+W[y] - p W, where W are the head's weights, and the probabilities p are at hand. For a head that is
+trained the chunk is computed again in the backward pass. Some models scale or cap their logits
+after the head (`Head`): this is part of the distribution, and of its gradient.
 
 Prompts and completions stay token ids from end to end; nothing is decoded and encoded again.
 
@@ -86,7 +86,7 @@ def output_head(model) -> Head:
     config = model.config.get_text_config()
     cap, scale, multiplier, divisor = (getattr(config, name, None) for name in AFTER_HEAD)
     scale = (scale or 1.0) * (multiplier or 1.0)
-    if divisor:  # only HyperCLOVA X multiplies by it
+    if divisor:  # all models divide by it, but HyperCLOVA X multiplies
         scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
     return Head(model.get_output_embeddings(), scale, cap)
 
@@ -161,8 +161,9 @@ def read(
     column = torch.arange(ids.shape[1], device=device)
     # Padding is on the right, so no mask is needed. In bfloat16 a mask would turn flash attention
     # off. In float32 we pass one, to avoid a slow kernel.
-    is_half = model.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
-    attention_mask = None if is_half else (column < ends).long()
+    attention_mask = None
+    if model.dtype.itemsize > 2 and not torch.is_autocast_enabled(device.type):
+        attention_mask = (column < ends).long()
     output = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
     # The state at column c predicts the token at c + 1. Prompt ab, completion CD, padding 0: row a
     # b C D 0, the states at b and C predict the targets C and D.
@@ -174,7 +175,8 @@ def read(
     if entropy:
         entropies = pad(entropies.split(lengths))
     mask = torch.arange(max(lengths), device=device) < ends - starts
-    return Reading(logp, entropies, mask, list(states.split(lengths)) if hidden else None)
+    by_row = list(states.split(lengths)) if hidden else None
+    return Reading(logp, entropies, mask, by_row)
 
 
 def reading_mode(model) -> None:
@@ -277,11 +279,13 @@ def score(
     is_trained = any(parameter.requires_grad for parameter in head.linear.parameters())
     if hidden.requires_grad and not is_trained and not entropy:
         return _FrozenHead.apply(hidden, head, targets, temperature, size), None
-    function = partial(_score_chunk, head, temperature, entropy)
-    # its logits are not kept for the backward pass, but computed again
-    function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-    logp, entropies = _by_chunks(function, hidden, targets, size)
-    return torch.cat(logp), torch.cat(entropies) if entropy else None
+    kept = partial(_score_chunk, head, temperature, entropy)
+    # The backward pass needs the logits of a chunk. They are not kept, but computed again.
+    recomputed = partial(checkpoint, kept, use_reentrant=False, preserve_rng_state=False)
+    logp, entropies = _by_chunks(recomputed, hidden, targets, size)
+    if not entropy:
+        return torch.cat(logp), None
+    return torch.cat(logp), torch.cat(entropies)
 
 
 def _by_chunks(function, hidden, targets, size):
@@ -293,8 +297,9 @@ def _by_chunks(function, hidden, targets, size):
 def _score_chunk(head, temperature, entropy, hidden, targets):
     logprobs = (head(hidden) / temperature).log_softmax(-1)  # [n, V]
     logp = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    entropies = torch.special.entr(logprobs.exp()).sum(-1) if entropy else None  # (4)
-    return logp, entropies
+    if not entropy:
+        return logp, None
+    return logp, torch.special.entr(logprobs.exp()).sum(-1)  # (4)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -325,7 +330,7 @@ def _score_and_differentiate(head, temperature, hidden, targets):
     logits = head(hidden)
     cap_slope = 1 - (logits / head.cap).square() if head.cap else None
     logprobs = logits.div_(temperature).log_softmax(-1)
-    del logits
+    del logits  # frees the chunk
     y = targets.unsqueeze(-1)
     logp = logprobs.gather(-1, y).squeeze(-1)
     # onehot(y) - p, in float32 before it is rounded to the head's dtype

@@ -81,7 +81,7 @@ def verdict(example: Example) -> str:
 
 
 def without_thought(answer: str) -> str:
-    """The text after the thinking block; "" if that has no end."""
+    """The text after the thinking block; "" if the block has no end."""
     said = answer.rpartition("</think>")[2]
     return "" if "<think>" in said else said
 
@@ -139,6 +139,7 @@ def marks_question(example: Example, tokenizer) -> str:
     )
 
 
+# such as "Segments: 2, 5. Kind: calculation"
 NUMBERS = r"Segments?:((?:[\d,\s]|and){,200}\d)\s{,9}[.,;]?"
 MARKS_FORM = rf"{NUMBERS}\s{{,9}}Kinds?:\s{{,9}}({'|'.join(LABELS)})s?\b"
 
@@ -177,7 +178,7 @@ class Context:
     problem, other is another problem."""
 
     text: Callable
-    needs: tuple[str, ...] = ()  # fields of the problems
+    needs: tuple[str, ...] = ()  # fields that every problem must have: solution, restated
     quoted: int = 0  # completions that the text, or the question for it, may quote
     compares: bool = False  # the text quotes other rollouts of the problem
     is_bare: bool = False  # no text on purpose: the teacher reads the student's prompt

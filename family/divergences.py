@@ -45,10 +45,9 @@ def per_token_divergence(
     size = max(1, teacher.CHUNK_LOGITS // 4 // head.linear.out_features)
     own_chunks = torch.cat(list(student)).split(size)
     other_chunks = torch.cat(list(theirs)).detach().split(size)
-    how = {"use_reentrant": False, "preserve_rng_state": False}
     values = []
     for own, other in zip(own_chunks, other_chunks, strict=True):
-        values.append(checkpoint(apply, own, other, **how))
+        values.append(checkpoint(apply, own, other, use_reentrant=False, preserve_rng_state=False))
     values = torch.cat(values)
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 

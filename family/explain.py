@@ -11,12 +11,13 @@ from family.settings import FamilySettings
 from support.flags import flag_name
 
 LEGEND = """A advantage, d = log p_T(y_t) - log p_S(y_t), c coefficient of -log p_theta(y_t), H entropy of the teacher.
-Grade P: read in the paper or its code, S: in second-hand notes; ours: no source gives it. Means are over tokens."""
+Grade P: read in the paper or its code, S: in second-hand notes; ours: no source gives it. Means are over tokens.
+"""
 
 
 def explain(s: FamilySettings) -> None:
     """Print the formula, its source, the settings that the method brings, and what a step costs."""
-    brought = s.bring(s.method, {}, {"method": s.method})
+    brought = s.bring(s.method, {}, vars(s))
     print(f"{s.method}: {s.methods()[s.method]}\n")
     for part in formulas(s):
         print(indent(part, "    "), end="\n\n")
@@ -24,13 +25,16 @@ def explain(s: FamilySettings) -> None:
         print(
             f"--gate {s.gate}: the weight of another method, see --help, in place of (5) and (6)\n"
         )
-    print(LEGEND, end="\n\n")
+    print(LEGEND)
     for key, value in brought.items():
         kind = "fixed" if key in s.entry.needs else "unless a flag says otherwise"
         print(f"it sets {flag_name(key)} {value} ({kind})")
     if s.has_teacher:
         print(f"the teacher sees: {s.teacher_context}; its weights: {s.teacher_schedule}")
-    print(f"advantage: {s.advantage}; problems a step: {s.prompts_per_step}")
+    print(
+        f"advantage: {s.advantage}; problems a step: {s.prompts_per_step}, rollouts of each: "
+        f"{s.rollouts_per_prompt}"
+    )
     usual = cost(FamilySettings(rollouts_per_prompt=s.rollouts_per_prompt))
     print(
         f"cost: {cost(s)} forward passes for each problem, {cost(s) / usual:.1f} times EGRSD's "

@@ -209,19 +209,21 @@ class Neighbour(train.EGRSD):
         s = self.s
         number += t.ranks.share(s.prompts_per_step).start * self.group
         rng = np.random.default_rng((s.seed, t.step, number, asking.SEEDS["contexts"]))
-        peers = []
+        correct = []
         failed = []
         other = None
         for i in rng.permutation(len(group)):
-            if group[i] is not example:
-                (peers if group[i].correct else failed).append(group[i].text)
+            peer = group[i]
+            if peer is not example:
+                texts = correct if peer.correct else failed
+                texts.append(peer.text)
         if s.teacher_context == "other":
             place = int(rng.integers(len(t.problems) - 1))
             # any but this one; problems are in the order of their lines
             if t.problems[place].line >= example.problem.line:
                 place += 1
             other = t.problems[place]
-        return self.context.text(example, peers, failed, other)
+        return self.context.text(example, correct, failed, other)
 
     # ---- as whom the teacher reads
 
@@ -403,8 +405,8 @@ class Neighbour(train.EGRSD):
                 old.lerp_(new.detach(), 1 - self.s.teacher_decay)
             elif t.step % self.s.teacher_every == 0:
                 old.copy_(new.detach())
+        # the Trainer writes rollouts down; without any, the teacher's solutions are written here
         if self.has_rollouts and not self.rollouts and t.ranks.rank == 0:
-            # only the teacher writes; rollouts are written by the Trainer
             written = self.others[:SAMPLES_PER_STEP]
             lines = [{"step": t.step} | example.as_json() for example in written]
             checkpoint.append_jsonl(t.out / "samples.jsonl", lines)
@@ -420,5 +422,5 @@ def places_of(micro):
 
 
 def is_reference(examples, device):
-    """bool [B]: the student did not write it."""
+    """bool [B]: the example is not a rollout."""
     return torch.tensor([example.is_reference for example in examples], device=device)

@@ -17,11 +17,12 @@ One step, `Trainer.train_step`:
                a mean over the tokens of all ranks                             egrsd.policy_loss       (7)
     update     clip, AdamW; then the running advantage learns the step's rewards
 
-What it is not: no importance ratio, no KL term, no replay of old rollouts, no separate inference
-engine; only LoRA adapters are trained. `Trainer` is the loop and the state of a run, `EGRSD` is the
-method: an object that the loop asks, in whose place another one may stand.
+What it is not: there is no importance ratio, no KL term, no replay of old rollouts and no separate
+inference engine, and only LoRA adapters are trained. `Trainer` is the loop and the state of a run.
+`EGRSD` is the method, an object that the loop asks. Another object may take its place (family/).
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -63,7 +64,7 @@ EVALUATION_SLOTS = 128
 
 
 class Student(nn.Module):
-    """teacher.read as the forward of a module, which is where DistributedDataParallel hooks in."""
+    """teacher.read as the forward of a module, because DistributedDataParallel hooks in there."""
 
     def __init__(self, model):
         super().__init__()
@@ -79,7 +80,7 @@ class Student(nn.Module):
 class Batch:
     """A micro-batch of the step: B completions of up to T tokens, read twice."""
 
-    examples: list[Rollout]  # that are read
+    examples: list[Rollout]
     by_student: Reading  # logp carries the gradient
     by_teacher: Reading
     advantage: Tensor  # [B]
@@ -90,7 +91,7 @@ class Batch:
 class EGRSD:
     """The method as an object: what `Trainer`, called `t` here, asks in its step.
 
-    Another object with these attributes and functions makes another method of the same loop.
+    Another object with these attributes and functions is another method in the same loop.
     """
 
     needs_solution = True  # in the training problems
@@ -99,64 +100,53 @@ class EGRSD:
 
     def __init__(self):
         self.baseline = egrsd.RunningAdvantage()
-        self.tensors, self.numbers = {}, {}  # become part of every checkpoint
+        self.tensors = {}  # these two become part of every checkpoint
+        self.numbers = {}
 
     def begin(self, t: "Trainer") -> None:
         """Once, before the first step: InputError if a prompt is too long for the model."""
-        check_window(
-            t.model,
-            t.files["--data"],
-            t.problems,
-            t.s.max_new_tokens,
-            lambda p: [t.student_prompt(p), t.teacher_prompt(p, p.solution)],
-        )
+
+        def prompts(problem: Problem) -> list[list[int]]:
+            return [t.student_prompt(problem), t.teacher_prompt(problem, problem.solution)]
+
+        check_window(t.model, t.files["--data"], t.problems, t.s.max_new_tokens, prompts)
 
     def examples(
         self, t: "Trainer", problems: list[Problem]
     ) -> tuple[list[Rollout], list[Rollout]]:
-        """The step's rollouts, and other rows to learn from, of which EGRSD has none."""
+        """The step's rollouts, and other examples to learn from: EGRSD has none."""
         return t.make_rollouts(problems), []
 
-    def teacher_prompts(self, t: "Trainer", rows: list[Rollout]) -> list[list[int]]:
+    def teacher_prompts(self, t: "Trainer", examples: list[Rollout]) -> list[list[int]]:
         """What the teacher is shown: the problem and the reference solution."""
-        return [t.teacher_prompt(row.problem, row.problem.solution) for row in rows]
+        return [t.teacher_prompt(one.problem, one.problem.solution) for one in examples]
 
-    def read_as_teacher(self, t: "Trainer", rows: list[Rollout]) -> Reading:
-        """log p_T and H (4) of every row: the adapter is off, the solution in the prompt."""
+    def read_as_teacher(self, t: "Trainer", examples: list[Rollout]) -> Reading:
+        """log p_T and H (4) of every example: the adapter is off, the solution in the prompt."""
         with lora.disabled(t.model):
-            return t.read(self.teacher_prompts(t, rows), rows)
+            return t.read(self.teacher_prompts(t, examples), examples)
 
     def loss(self, t: "Trainer", batch: Batch) -> Tensor:
         """The micro-batch's share of the step's loss, a scalar."""
-        s, own = t.s, batch.by_student
+        readings, how = self.inputs(t, batch)
         # A-hat = A * w * omega [B, T], from (2), (5), (6) and (8)
-        token_advantages = egrsd.token_advantages(
-            batch.advantage,
-            batch.by_teacher.logp,
-            own.logp,
-            batch.by_teacher.entropy,
-            own.mask,
-            gamma=s.gamma,
-            window=s.window,
-            eps=s.eps,
-            floor=s.floor,
-            max_entropy=batch.max_entropy,
-        )
+        token_advantages = egrsd.token_advantages(*readings, **how)
+        own = batch.by_student
         return egrsd.policy_loss(own.logp, token_advantages, own.mask, batch.num_tokens)  # (7)
 
     def signals(self, t: "Trainer", batch: Batch) -> egrsd.Signals:
         """What the loss is made of, for the log."""
+        readings, how = self.inputs(t, batch)
+        return egrsd.token_signals(*readings, **how)
+
+    def inputs(self, t: "Trainer", batch: Batch) -> tuple[tuple, dict]:
+        """The arguments of egrsd.token_advantages."""
         s = t.s
+        own = batch.by_student
+        teacher = batch.by_teacher
         how = {"gamma": s.gamma, "window": s.window, "eps": s.eps, "floor": s.floor}
-        return egrsd.token_signals(
-            batch.advantage,
-            batch.by_teacher.logp,
-            batch.by_student.logp.detach(),
-            batch.by_teacher.entropy,
-            batch.by_student.mask,
-            max_entropy=batch.max_entropy,
-            **how,
-        )
+        how["max_entropy"] = batch.max_entropy
+        return (batch.advantage, teacher.logp, own.logp, teacher.entropy, own.mask), how
 
     def token_metrics(self, t: "Trainer", batch: Batch) -> dict[str, Tensor]:
         """[B, T] each; metrics.jsonl holds their means. Nothing here goes into the loss.
@@ -165,16 +155,18 @@ class EGRSD:
         entropy       H of the teacher, nats                      delta    log p_T - log p_S
         gate          omega        magnitude  w                   clipped  share of tokens whose w is at a bound
         """
-        logp, A, eps = batch.by_student.logp.detach(), batch.advantage.unsqueeze(-1), t.s.eps
-        drawn = [torch.tensor(row.logprobs, device=logp.device) for row in batch.examples]
         signals = self.signals(t, batch)
-        at_a_bound = (signals.magnitude - 1).abs() >= eps - 1e-6
+        logp = batch.by_student.logp.detach()
+        drawn = [torch.tensor(one.logprobs, device=logp.device) for one in batch.examples]
+        drawn = nn.utils.rnn.pad_sequence(drawn, batch_first=True)  # [B, T]
+        has_magnitude = (batch.advantage.unsqueeze(-1) != 0) & (t.s.eps > 0)
+        at_a_bound = (signals.magnitude - 1).abs() >= t.s.eps - 1e-6
         return {
-            "sampling_gap": (nn.utils.rnn.pad_sequence(drawn, batch_first=True) - logp).abs(),
+            "sampling_gap": (drawn - logp).abs(),
             "entropy": batch.by_teacher.entropy,
             "delta": batch.by_teacher.logp - logp,
             "magnitude": signals.magnitude,
-            "clipped": at_a_bound & (A != 0) & (eps > 0),
+            "clipped": at_a_bound & has_magnitude,
             "gate": signals.gate,
         }
 
@@ -184,26 +176,65 @@ class EGRSD:
 
 
 class Trainer:
-    """The state of a run (model, problems, optimizer, running advantage, steps done), and its
-    step."""
+    """A run: its model, problems, optimizer, running advantage and steps done; and its step."""
 
     def __init__(self, s: Settings, ranks: Ranks, objective: EGRSD | None = None):
         """Load and check everything; nothing is written yet."""
-        self.s, self.ranks, self.objective = s, ranks, objective or EGRSD()
-        self.out, self.step, self.rows_per_problem = Path(s.out), 0, s.rollouts_per_prompt
-        self.stop, self.log, self.results = run.StopRequest(ranks), run.StepLog(self), {}
+        self.s = s
+        self.ranks = ranks
+        self.objective = objective or EGRSD()
+        self.baseline = self.objective.baseline
+        self.out = Path(s.out)
+        self.step = 0  # steps done
+        self.results = {}  # of the evaluations
+        self.rows_per_problem = s.rollouts_per_prompt
+        self.stop = run.StopRequest(ranks)
+        self.log = run.StepLog(self)
         self.make_decoder = graphs.choose(s.cuda_graphs, ranks.device)
         self.load_data()
-        name = ranks.once_per_node(lambda: toy.resolve(s.model, "model"))
-        self.files["--model"] = name
-        self.bf16 = s.bf16 if s.bf16 is not None else ranks.device.type == "cuda"
-        device, dtype = ranks.device, torch.bfloat16 if self.bf16 else torch.float32
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=self.bf16)
-        self.model, self.tokenizer = ranks.once_per_node(lambda: load_model(name, dtype, device))
-        self.student_prompt = partial(student_prompt, self.tokenizer, thinking=s.thinking)
+        self.load_model()
+        self.student = Student(self.model)
+        if ranks.distributed:
+            self.student = DistributedDataParallel(self.student, forward_sync_buffers=False)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=s.lr, betas=(0.9, 0.999), weight_decay=s.weight_decay
+        )
+        if self.held_out:
+            longest = s.eval_max_new_tokens or s.max_new_tokens
+            path = self.files["--eval-data"]
+            check_window(
+                self.model, path, self.held_out, longest, lambda p: [self.student_prompt(p)]
+            )
+        self.objective.begin(self)
 
+    def load_data(self) -> None:
+        """Training and held-out problems, and the files that they stand in."""
+        s = self.s
+        load = partial(self.ranks.together, load_problems)
+        data = toy.resolve(s.data, "train.jsonl")
+        self.problems, self.left_out = load(data, self.objective.needs_solution, s.skip_ungradable)
+        self.files = {"--data": data}
+        self.held_out = []
+        if s.eval_data:
+            data = toy.resolve(s.eval_data, "test.jsonl")
+            self.held_out, _ = load(data, False, s.skip_ungradable)
+            self.files["--eval-data"] = data
+
+    def load_model(self) -> None:
+        """Model, tokenizer and the adapter that is trained."""
+        s = self.s
+        device = self.ranks.device
+        name = self.ranks.once_per_node(lambda: toy.resolve(s.model, "model"))
+        self.files["--model"] = name
+        self.bf16 = s.bf16 if s.bf16 is not None else device.type == "cuda"
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=self.bf16)
+        self.model, self.tokenizer = self.ranks.once_per_node(
+            lambda: load_model(name, dtype, device)
+        )
+        self.student_prompt = partial(student_prompt, self.tokenizer, thinking=s.thinking)
         torch.manual_seed(s.seed)
-        # what it covers, in words
+        # a line that says what the adapter covers
         self.adapter = add_adapter(self.model, s.lora_rank, s.lora_alpha, s.lora_targets)
         self.parameters = lora.lora_parameters(self.model)
         if s.gradient_checkpointing:
@@ -211,87 +242,72 @@ class Trainer:
                 self.model.activation_checkpointing_enable({"use_reentrant": False})
             except ValueError as error:
                 raise InputError(f"{s.model}: {error} Say --no-gradient-checkpointing") from None
-        self.student = Student(self.model)
-        if ranks.distributed:
-            self.student = DistributedDataParallel(self.student, forward_sync_buffers=False)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=s.lr, betas=(0.9, 0.999), weight_decay=s.weight_decay
-        )
-        self.baseline = self.objective.baseline
-        longest = s.eval_max_new_tokens or s.max_new_tokens
-        held_out = (self.files.get("--eval-data"), self.held_out)
-        check_window(self.model, *held_out, longest, lambda p: [self.student_prompt(p)])
-        self.objective.begin(self)
-
-    def load_data(self) -> None:
-        """Training and held-out problems, and the files that they stand in."""
-        s, load = self.s, partial(self.ranks.together, load_problems)
-        data, eval_data = toy.resolve(s.data, "train.jsonl"), toy.resolve(s.eval_data, "test.jsonl")
-        needs_solution = self.objective.needs_solution
-        self.problems, self.left_out = load(data, needs_solution, s.skip_ungradable)
-        self.files, self.held_out = {"--data": data}, []
-        if eval_data:
-            self.held_out, _ = load(eval_data, False, s.skip_ungradable)
-            self.files["--eval-data"] = eval_data
 
     # ---- one step
 
     def train_step(self) -> dict:
         """One optimizer step over all ranks; returns its metrics. Nothing has changed if it raises
         Stop."""
-        s, ranks, log, objective = self.s, self.ranks, self.log, self.objective
+        ranks = self.ranks
+        log = self.log
+        objective = self.objective
         log.begin_step()
         # N rollouts, sampled by the student, graded by the verifier; others: none in EGRSD
         rollouts, others = objective.examples(self, self.next_problems())
-        rewards = torch.tensor([row.reward for row in rollouts])  # [N]
+        rewards = torch.tensor([one.reward for one in rollouts])  # [N]
         advantages = self.baseline.advantage(rewards)  # (9), from the rewards of earlier steps only
-        for row, advantage in zip(rollouts, advantages.tolist(), strict=True):
-            row.advantage = advantage
-        rows = rollouts + others
+        for one, advantage in zip(rollouts, advantages.tolist(), strict=True):
+            one.advantage = advantage
+        examples = rollouts + others
 
         log.begin("teacher")
-        by_teacher = objective.read_as_teacher(self, rows)  # log p_T and H [N, T], (4)
+        by_teacher = objective.read_as_teacher(self, examples)  # log p_T and H [N, T], (4)
         # over all micro-batches and ranks: the largest H for (5), the number of tokens for (7)
         max_entropy = ranks.max(by_teacher.entropy.max().item())
-        num_tokens, all_tokens = ranks.sum(
-            [sum(len(row.token_ids) for row in some) for some in (rollouts, rows)]
-        )
+        counts = [sum(len(one.token_ids) for one in some) for some in (rollouts, examples)]
+        num_tokens, all_tokens = ranks.sum(counts)
 
         log.begin("student")
         teacher.reading_mode(self.model)
-        lengths = [len(row.prompt) + len(row.token_ids) for row in rows]
-        batches = teacher.micro_batches(lengths, self.most_tokens([row.prompt for row in rows]))
+        lengths = [len(one.prompt) + len(one.token_ids) for one in examples]
+        most_tokens = self.most_tokens([one.prompt for one in examples])
+        batches = teacher.micro_batches(lengths, most_tokens)
         for indices in batches:
             if ranks.distributed:  # only the last backward averages the gradients of the ranks
                 self.student.require_backward_grad_sync = indices is batches[-1]
-            batch = self.read_as_student(indices, rows, by_teacher, max_entropy, num_tokens)
+            batch = self.read_as_student(indices, examples, by_teacher, max_entropy, num_tokens)
             loss = objective.loss(self, batch)
-            # a rank's loss is its share of a sum, and averaging divides by world
+            # DDP averages gradients. We want their sum, so multiply by the number of ranks.
             (loss * ranks.world).backward()
             log.add(loss, objective.token_metrics(self, batch), batch)
 
         log.begin("update")
-        norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm).item()  # before clipping
-        self.check_gradient(norm)
+        norm, lr = self.update()
+        self.baseline.update(ranks.gather(rewards).flatten())  # (9), for the steps to come
+        more = objective.after_update(self)
+        figures = {"grad_norm": norm, "lr": lr, "max_entropy": max_entropy}
+        figures["tokens"] = int(all_tokens)
+        return log.finish_step(self.step, rollouts, num_tokens, **figures) | more
+
+    def update(self) -> tuple[float, float]:
+        """Clip the gradient, one step of AdamW. Returns the norm before clipping, and the learning
+        rate. InputError if the gradient, the same on all ranks, is not finite."""
+        s = self.s
+        norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm).item()
+        if not np.isfinite(norm):
+            raise InputError(self.not_finite(f"the gradient's norm {norm}"))
         lr = s.lr * min(1.0, (self.step + 1) / max(1, s.lr_warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self.baseline.update(ranks.gather(rewards).flatten())  # (9), for the steps to come
-        more = objective.after_update(self)
-        figures = {
-            "grad_norm": norm,
-            "lr": lr,
-            "max_entropy": max_entropy,
-            "tokens": int(all_tokens),
-        }
-        return log.finish_step(self.step, rollouts, num_tokens, **figures) | more
+        return norm, lr
 
     def make_rollouts(self, problems: list[Problem]) -> list[Rollout]:
         """The student's completions of these problems, with their rewards."""
-        s, log = self.s, self.log
+        s = self.s
+        log = self.log
         log.begin("rollout")
         sampling = Sampling(
             s.rollouts_per_prompt,
@@ -306,19 +322,21 @@ class Trainer:
         show = progress(log.bar, log.status, counts=False, check=self.stop.interrupt)
         rollouts = self.sample(problems, sampling, self.step, first_row, show)
         log.begin("grade")
-        for row in grade_rollouts(self.tokenizer, rollouts):
-            length = len(row.token_ids)
-            row.reward = reward.shaped_reward(row.correct, length, s.max_new_tokens, s.beta_length)
+        for one in grade_rollouts(self.tokenizer, rollouts):
+            length = len(one.token_ids)
+            one.reward = reward.shaped_reward(one.correct, length, s.max_new_tokens, s.beta_length)
         return rollouts
 
-    def read(self, prompts: list[list[int]], rows: list[Rollout], hidden: bool = False) -> Reading:
-        """log p and H of every row behind these prompts, without gradients."""
+    def read(
+        self, prompts: list[list[int]], examples: list[Rollout], hidden: bool = False
+    ) -> Reading:
+        """log p and H of every example after its prompt, without gradients."""
         self.model.eval()
         with self.autocast():
             return teacher.read_in_batches(
                 self.model,
                 prompts,
-                [row.token_ids for row in rows],
+                [one.token_ids for one in examples],
                 self.most_tokens(prompts),
                 temperature=self.s.score_temperature,
                 hidden=hidden,
@@ -327,28 +345,23 @@ class Trainer:
     def read_as_student(
         self,
         indices: list[int],
-        rows: list[Rollout],
+        examples: list[Rollout],
         by_teacher: Reading,
         max_entropy: float,
         num_tokens: float,
     ) -> Batch:
-        """log p_theta of some rows, beside what the teacher said of them."""
-        some = [rows[i] for i in indices]
+        """log p_theta of some examples, beside what the teacher said of them."""
+        some = [examples[i] for i in indices]
         with self.autocast():
             by_student = self.student(
-                [row.prompt for row in some],
-                [row.token_ids for row in some],
+                [one.prompt for one in some],
+                [one.token_ids for one in some],
                 self.s.score_temperature,
                 self.objective.keeps_states,
             )
         by_teacher = by_teacher.select(indices, by_student.mask.shape[1])
-        advantage = torch.tensor([row.advantage for row in some], device=self.ranks.device)
+        advantage = torch.tensor([one.advantage for one in some], device=self.ranks.device)
         return Batch(some, by_student, by_teacher, advantage, max_entropy, num_tokens)
-
-    def check_gradient(self, norm: float) -> None:
-        """InputError if the gradient, the same on all ranks, is not finite."""
-        if not np.isfinite(norm):
-            raise InputError(self.not_finite(f"the gradient's norm {norm}"))
 
     def not_finite(self, what: str) -> str:
         last = checkpoint.latest(self.out / "checkpoints") or "none yet"
@@ -380,13 +393,16 @@ class Trainer:
     def next_problems(self) -> list[Problem]:
         """This rank's problems of the step: the data in a new random order every epoch, dealt out
         without gaps."""
-        n, share = len(self.problems), self.ranks.share(self.s.prompts_per_step)
-        places = [self.step * self.s.prompts_per_step + i for i in share]
-        order = {
-            epoch: np.random.default_rng((self.s.seed, epoch)).permutation(n)
-            for epoch in {k // n for k in places}
-        }
-        return [self.problems[order[k // n][k % n]] for k in places]
+        n = len(self.problems)
+        first = self.step * self.s.prompts_per_step
+        orders = {}
+        found = []
+        for i in self.ranks.share(self.s.prompts_per_step):
+            epoch, place = divmod(first + i, n)
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng((self.s.seed, epoch)).permutation(n)
+            found.append(self.problems[orders[epoch][place]])
+        return found
 
     def sample(
         self, problems: list[Problem], sampling: Sampling, seed: int, first_row: int, show
@@ -417,13 +433,14 @@ class Trainer:
         return found
 
     def most_tokens(self, prompts: list[list[int]]) -> int:
-        """Of a forward pass: as many as --micro-batch completions of full length have."""
+        """In a forward pass: as many as --micro-batch completions of full length have."""
         return self.s.micro_batch * (max(map(len, prompts)) + self.s.max_new_tokens)
 
     def evaluate(self, name: str) -> None:
-        """Accuracy and length on the held-out problems, of which every rank takes its share, into
-        evaluation.json."""
-        s, self.log.phase = self.s, "evaluation"
+        """Accuracy and length on the held-out problems, into evaluation.json. Every rank takes its
+        share of the problems."""
+        s = self.s
+        self.log.phase = "evaluation"
         sampling = Sampling(
             s.eval_samples,
             s.eval_max_new_tokens or s.max_new_tokens,
@@ -438,18 +455,18 @@ class Trainer:
         def solve(problems, first_row, graded, keep, bar):
             show = progress(bar, check=self.stop.interrupt)
             rollouts = self.sample(problems, sampling, EVALUATION, first_row, show)
-            for number, row in enumerate(grade_rollouts(self.tokenizer, rollouts)):
-                keep(number, row)
+            for number, one in enumerate(grade_rollouts(self.tokenizer, rollouts)):
+                keep(number, one)
 
-        rows = evaluation.evaluate(self.held_out, s.eval_samples, solve, self.ranks, name)
-        found = evaluation.summarise(rows, s.eval_samples)
+        records = evaluation.evaluate(self.held_out, s.eval_samples, solve, self.ranks, name)
+        found = evaluation.summarise(records, s.eval_samples)
         self.results[name] = {
             "accuracy": found["avg"],
             "length": found["length"],
             "efficiency": found["eff"],
             "truncated": found["truncated"],
             "no_answer": found["no_answer"],
-            "completions": len(rows),
+            "completions": len(records),
         }
         if self.ranks.rank == 0:
             checkpoint.write_json(self.out / "evaluation.json", self.results)
@@ -478,8 +495,9 @@ def train(s: Settings, resume: bool, objective: EGRSD | None = None) -> None:
                 return
         if ranks.rank == 0:
             run.write_config(t)
-            for name in ["metrics.jsonl", "samples.jsonl"][: 1 + t.objective.has_rollouts]:
-                checkpoint.drop_later_steps(t.out / name, t.step)
+            checkpoint.drop_later_steps(t.out / "metrics.jsonl", t.step)
+            if t.objective.has_rollouts:
+                checkpoint.drop_later_steps(t.out / "samples.jsonl", t.step)
         with t.stop.checkpointed(t), run.name_lack_of_memory(t.log.advice):
             evaluate_and_train(t)
         if ranks.rank == 0:
@@ -489,17 +507,21 @@ def train(s: Settings, resume: bool, objective: EGRSD | None = None) -> None:
 
 def evaluate_and_train(t: Trainer) -> None:
     """The steps that are left, between the two evaluations; a checkpoint after the last one."""
-    s, rank, watch = t.s, t.ranks.rank, run.Watch(t.parameters)
-    t.results = run.read_results(t.out / "evaluation.json")
+    s = t.s
+    is_first = t.ranks.rank == 0
+    watch = run.Watch(t.parameters)
+    path = t.out / "evaluation.json"
+    if path.exists():  # from an earlier start of the run
+        t.results = json.loads(path.read_text())
     if t.held_out and s.eval_before and "before" not in t.results:
         with lora.disabled(t.model):
             t.evaluate("before")
     with tqdm(
-        total=s.steps, initial=t.step, disable=rank > 0, unit=" steps", desc="train"
+        total=s.steps, initial=t.step, disable=not is_first, unit=" steps", desc="train"
     ) as t.log.bar:
         while t.step < s.steps:
             metrics = t.train_step()
-            if rank == 0:
+            if is_first:
                 checkpoint.append_jsonl(t.out / "metrics.jsonl", [metrics])
                 for warning in watch.warnings(metrics):
                     t.log.bar.write(warning, file=sys.stderr)

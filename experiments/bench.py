@@ -76,8 +76,8 @@ class BenchSettings:
     """The command line."""
 
     device: str = flag("cpu", "where to measure", choices=("cpu", "cuda"))
-    rows: list = flag([1, 2, 3], "rows to measure", "[1, 3]")
-    repeats: int = flag(5, "turns of ours and the peer per row", "[1, inf)")
+    rows: list = flag([1, 2, 3], "rows to measure", least=1, most=3)
+    repeats: int = flag(5, "turns of ours and the peer per row", least=1)
     out: Path = flag(None, "JSON file for the figures of every turn (default: none)")
 
 

@@ -81,13 +81,13 @@ class ReadingSettings(Sampling):
         False, "leave out problems whose gold answer the verifier cannot grade"
     )
     max_new_tokens: int = flag(
-        1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)"
+        1024, "longest completion in tokens, also L_max of the length reward", least=1
     )
-    top_p: float = flag(1.0, "draw from the likeliest tokens of this mass", "(0, 1]")
-    slots: int = flag(128, "rows decoded together; lower it to save memory", "[1, inf)")
+    top_p: float = flag(1.0, "draw from the likeliest tokens of this mass", above=0, most=1)
+    slots: int = flag(128, "rows decoded together; lower it to save memory", least=1)
     thinking: bool = flag(False, "let the chat template open a thinking block")
-    seed: int = flag(0, "seed of sampling and of everything else that is random", SEEDS)
-    floor: float = flag(0.1, "smallest gate", "(0, 1]")
+    seed: int = flag(0, "seed of sampling and of everything else that is random", **SEEDS)
+    floor: float = flag(0.1, "smallest gate", above=0, most=1)
 
 
 @dataclass
@@ -95,21 +95,17 @@ class DiagnosticsSettings(ReadingSettings):
     """The command line: how to sample, and what to look at."""
 
     out: str = flag("runs/diagnostics", "directory for the results")
-    problems: int = flag(64, "how many of the file's problems, from its start", "[1, inf)")
-    gamma: float = flag(0.3, "strength of the gate", "[0, inf)")
+    problems: int = flag(64, "how many of the file's problems, from its start", least=1)
+    gamma: float = flag(0.3, "strength of the gate", least=0)
     window: int = flag(
         egrsd.SOON,
         "lookahead of CL-EGRSD's gate, of pivots and of the lookahead entropy",
-        "[0, inf)",
+        least=0,
     )
-    eps: float = flag(0.2, "clip of the magnitude, for the token advantages", "[0, 1)")
-    high: float = flag(egrsd.HIGH, "H in nats from which a token is a pivot or a fork", "[0, inf)")
-    low: float = flag(
-        egrsd.LOW, "H in nats below which a pivot's continuation is certain", "[0, inf)"
-    )
-    branches: int = flag(
-        100, "positions for branch viability, drawn at random, 0: none", "[0, inf)"
-    )
+    eps: float = flag(0.2, "clip of the magnitude, for the token advantages", least=0, below=1)
+    high: float = flag(egrsd.HIGH, "H in nats from which a token is a pivot or a fork", least=0)
+    low: float = flag(egrsd.LOW, "H in nats below which a pivot's continuation is certain", least=0)
+    branches: int = flag(100, "positions for branch viability, drawn at random, 0: none", least=0)
 
 
 # ---- measures of texts, tokens and scores

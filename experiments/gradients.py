@@ -80,21 +80,21 @@ class GradientsSettings(ReadingSettings):
         "solution", "what the teacher is shown", choices=("solution", "answer")
     )
     batches: int = flag(
-        32, "batches, N; after the last problem of the file comes the first one again", "[3, inf)"
+        32, "batches, N; after the last problem of the file comes the first one again", least=3
     )
-    batch: int = flag(64, "problems per batch", "[1, inf)")
-    samples: int = flag(1, "completions per problem", "[1, inf)")
+    batch: int = flag(64, "problems per batch", least=1)
+    samples: int = flag(1, "completions per problem", least=1)
     gamma: list = flag(
-        [0.0, 0.3, 1.0, 3.0], "strengths of the gate; 0 is always among them", "[0, inf)"
+        [0.0, 0.3, 1.0, 3.0], "strengths of the gate; 0 is always among them", least=0
     )
-    window: list = flag([0, 3, 5], "lookaheads of the gate in tokens", "[0, inf)")
+    window: list = flag([0, 3, 5], "lookaheads of the gate in tokens", least=0)
     eps: list = flag(
-        [0.0, 0.2, 0.4, 0.8], "clips of the magnitude; 0 is always among them", "[0, 1)"
+        [0.0, 0.2, 0.4, 0.8], "clips of the magnitude; 0 is always among them", least=0, below=1
     )
-    sketch: int = flag(2**17, "numbers kept of a gradient", "[1, inf)")
+    sketch: int = flag(2**17, "numbers kept of a gradient", least=1)
     also: list = flag([], "rows of experiments.compare, each with a step of its own")
     pass_tokens: int = flag(
-        2**14, "tokens per pass through the model; lower it to save memory", "[1, inf)"
+        2**14, "tokens per pass through the model; lower it to save memory", least=1
     )
 
 

@@ -32,8 +32,8 @@ class FamilySettings(Settings):
         "the student, or a copy of it from time to time",
         choices=("frozen", "ema", "copy"),
     )
-    teacher_decay: float = flag(0.99, "decay per step of --teacher-schedule ema", "[0, 1]")
-    teacher_every: int = flag(20, "steps between copies of --teacher-schedule copy", "[1, inf)")
+    teacher_decay: float = flag(0.99, "decay per step of --teacher-schedule ema", least=0, most=1)
+    teacher_every: int = flag(20, "steps between copies of --teacher-schedule copy", least=1)
     gate: str = flag(
         "",
         "what takes the place of EGRSD's gate: position, the weight of PW-OPSD; two-view, "
@@ -47,10 +47,10 @@ class FamilySettings(Settings):
         choices=("reference", "teacher"),
     )
     teacher_rollouts: int = flag(
-        1, "solutions that the teacher writes of each problem, to choose from", "[1, 1e4]"
+        1, "solutions that the teacher writes of each problem, to choose from", least=1
     )
-    ask_temperature: float = flag(1.0, "sampling temperature of all texts but rollouts", "[0, inf)")
-    ask_top_p: float = flag(1.0, "top-p of all texts but rollouts", "(0, 1]")
+    ask_temperature: float = flag(1.0, "sampling temperature of all texts but rollouts", least=0)
+    ask_top_p: float = flag(1.0, "top-p of all texts but rollouts", above=0, most=1)
 
     ENTRY = "python -m family"
     OTHERS = "docs/family.md has a table of them; --explain says what one is"

@@ -5,9 +5,10 @@ resume.
                                 state.pt      optimizer, every rank's random state, other tensors of the method
                                 state.json    step, running advantage, other numbers of the method, checksums
 
-A directory is filled under another name, flushed to disk and renamed: a kill at any moment leaves
+A directory is filled under another name, flushed to disk and renamed. A kill at any moment leaves
 the earlier ones as they were. Nothing is unpickled: tensors are read with weights_only, numbers
-from JSON."""
+from JSON.
+"""
 
 import fcntl
 import hashlib
@@ -30,15 +31,12 @@ from support.errors import DAMAGED, InputError, LocalError, reason
 
 @contextmanager
 def locked(path: Path):
-    """Hold the lock file `path`, removed at the end; BlockingIOError if another process holds
-    it."""
+    """Hold the lock file `path`, and remove it. BlockingIOError if another process holds it."""
     while True:
         with path.open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(lock.fileno()).st_nlink:  # its holder removed it after we had opened it
-                continue
-            if os.fstat(lock.fileno()).st_size:
-                raise OSError(f"{path} is not empty, so it is no lock of ours")
+            if not os.fstat(lock.fileno()).st_nlink:
+                continue  # its holder removed it after we had opened it
             try:
                 return (yield)
             finally:
@@ -47,8 +45,10 @@ def locked(path: Path):
 
 @contextmanager
 def writing(path: Path):
-    """LocalError with the path for whatever goes wrong inside: of a full disk alone OSError,
-    RuntimeError (torch) and types of their own (safetensors, tokenizers)."""
+    """Whatever goes wrong inside becomes a LocalError with the path.
+
+    A full disk alone raises OSError, RuntimeError (torch), and types of safetensors and tokenizers.
+    """
     try:
         yield
     except InputError:
@@ -62,29 +62,29 @@ def writing(path: Path):
 
 @contextmanager
 def atomic_directory(path: Path):
-    """A directory to fill; it appears under its name only when complete and on disk, in place of an
-    older one, with the permissions of the umask. If anything goes wrong, nothing is left."""
-    work, older = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old.tmp")
+    """A directory to fill. It takes its name, and the place of an older one, when it is complete
+    and on disk. If anything goes wrong, the older one stays."""
+    work = path.with_name(path.name + ".tmp")
+    older = path.with_name(path.name + ".old.tmp")
     try:
         with writing(path):
             shutil.rmtree(work, ignore_errors=True)
-            # but not what is above it: that was there, and somebody took it away
             path.parent.mkdir(exist_ok=True)
             work.mkdir()
             yield work
-            os.umask(umask := os.umask(0))
+            umask = os.umask(0)
+            os.umask(umask)
             for entry in [*work.rglob("*"), work]:
-                # safetensors writes 0600
-                entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
+                mode = 0o777 if entry.is_dir() else 0o666
+                entry.chmod(mode & ~umask)  # safetensors writes 0600
                 _flush(entry)
             if path.exists():
                 shutil.rmtree(older, ignore_errors=True)  # of an export that was killed
                 os.rename(path, older)
             os.rename(work, path)
             _flush(path.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # only a failure leaves it
     shutil.rmtree(older, ignore_errors=True)
 
 
@@ -107,106 +107,97 @@ def write_text(path: Path, text: str) -> None:
         os.replace(partial, path)
 
 
-def append_jsonl(path: Path, rows: list[dict]) -> None:
+def append_jsonl(path: Path, records: list[dict]) -> None:
     with writing(path), path.open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        for record in records:
+            file.write(json.dumps(record) + "\n")
 
 
-def read_jsonl(path: Path, take: Callable[[dict], None], may_be_cut: bool = True) -> int:
-    """take(row) for every line, the last of which may have been cut off by a kill; returns how many
-    lines there are. InputError for a line that is damaged or that `take` cannot use."""
+def read_jsonl(path: Path, take: Callable[[dict], None], may_be_cut: bool = True) -> None:
+    """take(record) for every line. A kill may have cut the last one off.
+
+    InputError for a line that is damaged, or that `take` cannot use.
+    """
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                take(json.loads(line))
+                take(json.loads(line.decode()))
         except DAMAGED as error:
-            if number < len(lines) or not may_be_cut:
+            is_last = number == len(lines)
+            if not (is_last and may_be_cut):
                 raise InputError(
                     f"{path}: line {number}: cannot be used ({reason(error)}): correct it, or "
                     "remove the line"
                 ) from None
-    return len(lines)
 
 
 def drop_later_steps(path: Path, step: int) -> None:
-    """Forget the rows of steps after the checkpoint that a resumed run starts from: they are made
-    again. Warns of earlier steps that are missing; InputError for a damaged line."""
-    kept, steps = [], set()
+    """Forget the records of steps after the checkpoint that a resumed run starts from: they are
+    made again."""
+    kept = []
 
-    def take(row: dict) -> None:
-        if row["step"] <= step:
-            kept.append(row)
-            steps.add(row["step"])
+    def take(record: dict) -> None:
+        if record["step"] <= step:
+            kept.append(record)
 
-    is_there = path.exists() and read_jsonl(path, take) > 0
-    if is_there and not step:
-        print(
-            f"{path}: warning: there is no checkpoint, the run starts again and drops these lines",
-            file=sys.stderr,
-        )
-    if missing := set(range(1, step + 1)) - steps:
-        print(
-            f"{path}: warning: {len(missing)} of the {step} steps done have no line, first "
-            f"step {min(missing)}",
-            file=sys.stderr,
-        )
-    partial = path.with_name(path.name + ".tmp")
-    partial.unlink(missing_ok=True)
-    append_jsonl(partial, kept)
-    os.replace(partial, path)
+    if path.exists():
+        read_jsonl(path, take)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def save(path: Path, model, optimizer, ranks: Ranks, tensors: dict, numbers: dict) -> None:
-    """Write adapter, optimizer, random states (for dropout; all else is a function of seed and
-    step), `tensors` and `numbers`; a checkpoint that is there is left alone. Every rank calls it,
-    rank 0 writes."""
+    """Write adapter, optimizer, random states, `tensors` and `numbers`. Every rank calls it, rank 0
+    writes.
+
+    The random states are for dropout; all else is a function of seed and step. A checkpoint that is
+    there is left alone.
+    """
     rng = {"cpu": ranks.gather(torch.get_rng_state())}
     if ranks.device.type == "cuda":
         rng["cuda"] = ranks.gather(torch.cuda.get_rng_state())
     if ranks.rank == 0 and not path.exists():
         with atomic_directory(path) as work:
             lora.save_adapter(model, work / "adapter")
-            torch.save(
-                {"optimizer": optimizer.state_dict(), "rng": rng, **tensors}, work / "state.pt"
-            )
+            state = {"optimizer": optimizer.state_dict(), "rng": rng}
+            torch.save(state | tensors, work / "state.pt")
             write_json(work / "state.json", numbers | {"sha256": _checksums(work, numbers)})
     ranks.barrier()
 
 
 def _checksums(path: Path, numbers: dict) -> dict[str, str]:
-    files = [*sorted(path.glob("adapter/*")), path / "state.pt"]
-    return {str(file.relative_to(path)): digest(file) for file in files} | {
-        "state.json": hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
-    }
+    """Of all that a checkpoint holds. Tensors with a flipped bit would load without a word."""
+    found = {"state.json": hashlib.sha256(json.dumps(numbers).encode()).hexdigest()}
+    for file in [*sorted(path.glob("adapter/*")), path / "state.pt"]:
+        found[str(file.relative_to(path))] = digest(file)
+    return found
 
 
 def load_latest(
     directory: Path, model, optimizer, ranks: Ranks, load_state: Callable[[dict, dict], None]
 ) -> None:
     """Put adapter, optimizer and this rank's random state back from the last complete checkpoint,
-    if there is one, and give the tensors and numbers of `save` to `load_state`. InputError if the
+    if there is one. `load_state` gets the tensors and numbers of `save`. InputError if the
     checkpoint is damaged."""
     path = latest(directory)
     if path is None:
-        if os.path.lexists(directory) and not directory.is_dir():
-            raise InputError(
-                f"{directory}: no directory can be seen here: mount its disk, or put it back"
-            )
+        if ranks.rank == 0:
+            print(f"{directory}: no checkpoint is here, the run starts again", file=sys.stderr)
         return
     try:
-        numbers = dict(json.loads((path / "state.json").read_text()))
+        numbers = json.loads((path / "state.json").read_text())
         written = numbers.pop("sha256")
         for name, value in _checksums(path, numbers).items():
-            if value != written.get(name):
+            if value != written[name]:
                 raise ValueError(f"{name} is not as it was written")
         lora.load_adapter(model, path / "adapter")
         tensors = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
         optimizer.load_state_dict(tensors["optimizer"])
-        # torch crashes on a view into a larger tensor
-        torch.set_rng_state(tensors["rng"]["cpu"][ranks.rank].clone())
-        if "cuda" in tensors["rng"]:
-            torch.cuda.set_rng_state(tensors["rng"]["cuda"][ranks.rank].clone())
+        rng = tensors["rng"]
+        # clone: torch crashes on a view into a larger tensor
+        torch.set_rng_state(rng["cpu"][ranks.rank].clone())
+        if "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"][ranks.rank].clone())
         load_state(tensors, numbers)
     except Exception as error:  # torch and safetensors raise a dozen types for a damaged file
         raise InputError(

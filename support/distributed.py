@@ -1,6 +1,8 @@
-"""The processes of a run and their threads: torch.distributed under torchrun, a group of one
-without it; nccl between GPUs, gloo between CPUs. Every method is a collective: all ranks call it,
-in the same order."""
+"""The processes of a run and their threads.
+
+Under torchrun they are a group of torch.distributed: nccl connects GPUs, gloo CPUs. Without it one
+process is a group of one.
+"""
 
 import gc
 import os
@@ -11,66 +13,59 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.errors import InputError, LocalError, reason
+from support.errors import InputError, LocalError
 from support.flags import environment_number
 
-# parameters, up to which a second thread on the CPU costs more than it saves
+# of fewer parameters: a second thread on the CPU costs more than it saves
 SMALL_MODEL = 10_000_000
 DEFAULT_THREADS = torch.get_num_threads()
 
 
 def choose_threads(parameters: int) -> None:
-    """On the CPU: one thread for a small model, torch's own choice for others; OMP_NUM_THREADS wins
-    over both. Threads wait for each other after every operation: with small matrices, or beside a
-    busy process, longer than they work."""
-    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it when it starts several processes
+    """On the CPU: one thread for a small model, torch's own choice for others.
+
+    Threads wait for each other after every operation. With small matrices that takes longer than
+    the work. OMP_NUM_THREADS wins; torchrun sets it when it starts several processes.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if parameters < SMALL_MODEL else DEFAULT_THREADS)
 
 
 class Ranks:
-    """This process among all of them, and its device."""
+    """This process among all of them, and its device.
+
+    Most methods are collectives: all ranks call them, in the same order.
+    """
 
     def __init__(self):
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        self.rank, self.world, self.local_rank = map(environment_number, names, (0, 1, 0))
+        self.rank = environment_number("RANK", 0)
+        self.world = environment_number("WORLD_SIZE", 1)
+        self.local_rank = environment_number("LOCAL_RANK", 0)
         needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in needed if not os.environ.get(name)]
-        self.distributed = "RANK" not in missing
-        # such a process would train on a part of each step
-        if self.rank >= self.world or missing and (self.distributed or self.world > 1):
+        self.distributed = not missing
+        # WORLD_SIZE alone, as SLURM sets it: every process would train on a part of each step.
+        if missing and ("RANK" not in missing or self.world > 1):
             raise LocalError(
                 f"the environment has RANK={os.environ.get('RANK', '')} and "
-                f"WORLD_SIZE={self.world}{', but no ' if missing else ''}{' or '.join(missing)}: "
-                "start with torchrun, which sets what belongs together, or unset RANK and "
-                "WORLD_SIZE for one process"
+                f"WORLD_SIZE={self.world}, but no {' or '.join(missing)}: start with torchrun, or "
+                "unset RANK and WORLD_SIZE"
             )
-        self.device = (
-            torch.device("cuda", self.local_rank)
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
-        try:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-                # Attention by flash, memory-efficient or plain math. cuDNN's makes a plan for every
-                # new shape, and here every micro-batch is one; gradients that are nan under masks
-                # were reported of it, too.
-                torch.backends.cuda.enable_cudnn_sdp(False)
-            if self.distributed:  # hours: ranks wait for each other's longest completion
-                dist.init_process_group(
-                    "nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=4)
-                )
-        # no such GPU, a port in use, an address that is none
-        except (RuntimeError, ValueError) as error:
-            raise LocalError(
-                f"rank {self.rank} cannot join the others ({reason(error)}): check MASTER_ADDR and "
-                "MASTER_PORT, and that every process of a node has a GPU of its own"
-            ) from None
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(self.device)
+            # cuDNN's attention makes a plan for every new shape, and every micro-batch has a new
+            # one. Gradients that are nan under masks were reported of it, too.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        if self.distributed:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # Hours, because ranks wait for each other's longest completion.
+            dist.init_process_group(backend, timeout=timedelta(hours=4))
 
     @classmethod
     def alone(cls) -> "Ranks":
-        """For commands that do not share their work; InputError under a torchrun of several
-        processes."""
+        """For commands that work in one process; InputError if torchrun started several."""
         ranks = cls()
         if ranks.world > 1:
             raise InputError("this command works in one process: start it without torchrun")
@@ -90,8 +85,7 @@ class Ranks:
         return tensor.tolist()
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Tensors of one shape [...], one from each rank -> [world, ...] on every rank, on the
-        CPU."""
+        """Tensors of one shape [...], one from each rank -> [world, ...], on the CPU."""
         if not self.distributed:
             return tensor.cpu().unsqueeze(0)
         tensor = tensor.to(self.device).contiguous()
@@ -103,41 +97,47 @@ class Ranks:
         """The lists of all ranks, one after the other, on every rank."""
         if not self.distributed:
             return items
-        parts: list = [None] * self.world
+        parts = [None] * self.world
         dist.all_gather_object(parts, items)
-        return [item for part in parts for item in part]
+        return sum(parts, [])
 
     def share(self, count: int) -> range:
-        """This rank's part of range(count): contiguous, in the order of ranks, sizes differing by
-        at most one."""
-        return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+        """This rank's part of range(count), in the order of ranks. Sizes differ by at most one."""
+        begin = self.rank * count // self.world
+        end = (self.rank + 1) * count // self.world
+        return range(begin, end)
 
     def barrier(self) -> None:
         self.max(0)
 
     def together(self, make: Callable, *arguments):
-        """make(*arguments); if it raises InputError on some ranks, all raise that of the first of
-        them."""
-        result, problems = None, []
+        """make(*arguments). If some ranks raise InputError, all raise the first one."""
+        result = None
+        problems = []
         try:
             result = make(*arguments)
         except InputError as error:
-            problems = [str(error)]
+            problems.append(str(error))
         for problem in self.gather_lists(problems):
             raise InputError(problem)
         return result
 
+    def on_first(self, make: Callable[[], None]) -> None:
+        """make() on rank 0. If it raises InputError, all ranks do."""
+        self.together(lambda: make() if self.rank == 0 else None)
+
     def once_per_node(self, make: Callable):
-        """make() on one process of every node, then on the others, who find what the first one
-        made."""
+        """make() on one process of every node; then on the others, which find what it made."""
         first = self.together(lambda: make() if self.local_rank == 0 else None)
         return self.together(lambda: first if self.local_rank == 0 else make())
 
 
 def close() -> None:
-    """Leave the group, if there is one. What still refers to it goes first (DistributedDataParallel
-    sits in reference cycles): gloo's threads would otherwise outlive the interpreter, and abort the
-    process at its very end."""
+    """Leave the group, if there is one.
+
+    What refers to it must go first, and DistributedDataParallel sits in reference cycles: gc finds
+    them. Otherwise gloo's threads would outlive the interpreter, and abort the process at its end.
+    """
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()

@@ -1,32 +1,41 @@
 """Command lines from dataclasses: a field is a flag, with its default, its sentence in --help and
-its range."""
+its bounds."""
 
 import argparse
+import math
+import operator
 import os
 from collections.abc import Iterable
 from dataclasses import Field, field, fields
 from pathlib import Path
 
-from support.errors import InputError, LocalError
+from support.errors import InputError
 
-SEEDS = "[0, 1e18]"  # torch takes 64 bits
+BOUNDS = {  # of a number: what the message says, and what must hold
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+SEEDS = {"least": 0, "most": 10**18}  # torch takes 64 bits
 
 
-def flag(default, help: str, interval: str = "", choices: tuple | None = None):
-    """One setting; interval: the numbers that it may be, such as "[0, 1)". A list takes several
-    values at once, all of the type of its first default; one that is empty by default is a flag to
-    be repeated."""
-    keywords = (
-        {"default_factory": lambda: list(default)}
-        if isinstance(default, list)
-        else {"default": default}
-    )
-    return field(**keywords, metadata={"help": help, "interval": interval, "choices": choices})
+def flag(default, help: str, choices: tuple | None = None, **bounds):
+    """One setting. bounds: least, above, most and below, as in BOUNDS; such a number is finite.
+
+    A list takes several values at once, all of the type of its first default. A list that is empty
+    by default is a flag to be repeated.
+    """
+    if bounds:
+        bounds.setdefault("below", math.inf)
+    metadata = {"help": help, "choices": choices, "bounds": bounds}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def nonempty(value: str) -> str:
-    """The type of a flag that must say something: an empty name would mean the current
-    directory."""
+    """The type of a flag that must say something. An empty name would mean the current directory."""
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty: is a variable of the shell not set?")
     return value
@@ -37,12 +46,12 @@ def nonempty_path(value: str) -> Path:
 
 
 def flag_name(key: str) -> str:
-    """The flag of a field."""
-    return "--" + key.rstrip("_").replace("_", "-")  # from_, for a word of Python
+    """The flag of a field. `from_` is --from, which is a word of Python."""
+    return "--" + key.rstrip("_").replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes raise InputError; what is not on the command line is not in the result."""
+    """Mistakes raise InputError. The result holds only what is on the command line."""
 
     def __init__(self, description: str, epilog: str | None = None, prog: str | None = None):
         super().__init__(
@@ -61,32 +70,28 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser, settings: Iterable[Field]) -> None:
     """A flag per field."""
     for f in settings:
-        kind = (
-            nonempty
-            if f.type is str and f.default != ""
-            else nonempty_path
-            if f.type is Path
-            else f.type
-        )
-        many = f.default_factory() if f.type is list else []
-        keywords = {"type": kind, "choices": f.metadata["choices"]}
+        default = f.default
+        keywords = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             keywords = {"action": argparse.BooleanOptionalAction}
         elif f.type is list:
-            keywords = (
-                {"type": type(many[0]), "nargs": "+"}
-                if many
-                else {"type": nonempty, "action": "append"}
-            )
-        default = " ".join(map(str, many)) if f.type is list else f.default
-        shown = f" (default: {default})" if default not in (None, "") else ""
-        parser.add_argument(
-            flag_name(f.name), help=f.metadata["help"] + shown, dest=f.name, **keywords
-        )
+            values = f.default_factory()
+            default = " ".join(map(str, values))
+            keywords = {"type": nonempty, "action": "append"}
+            if values:
+                keywords = {"type": type(values[0]), "nargs": "+"}
+        elif f.type is Path:
+            keywords["type"] = nonempty_path
+        elif f.type is str and default != "":
+            keywords["type"] = nonempty
+        help = f.metadata["help"]
+        if default not in (None, ""):
+            help += f" (default: {default})"
+        parser.add_argument(flag_name(f.name), help=help, dest=f.name, **keywords)
 
 
 def parse(kind: type, argv: list[str], description: str):
-    """A `kind` from the command line, its ranges checked."""
+    """A `kind` from the command line, its bounds checked."""
     parser = Parser(description)
     add_flags(parser, fields(kind))
     settings = kind(**vars(parser.parse_args(argv)))
@@ -95,28 +100,17 @@ def parse(kind: type, argv: list[str], description: str):
 
 
 def check_ranges(settings) -> None:
-    """InputError for the first number that is out of its range."""
+    """InputError for the first number that is out of its bounds."""
     for f in fields(settings):
-        value, interval = getattr(settings, f.name), f.metadata["interval"]
-        for number in (value if f.type is list else [value]) if interval else ():
-            if not is_inside(number, interval):
-                raise InputError(f"{flag_name(f.name)} must be in {interval}, got {number}")
+        value = getattr(settings, f.name)
+        numbers = value if f.type is list else [value]
+        for name, bound in f.metadata["bounds"].items():
+            words, holds = BOUNDS[name]
+            for number in numbers:
+                if not holds(number, bound):
+                    raise InputError(f"{flag_name(f.name)} must be {words} {bound}, got {number}")
 
 
 def environment_number(name: str, default: int) -> int:
-    """Of a variable of the environment, as torchrun sets them."""
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise LocalError(
-            f"{name}={text} in the environment is no number: start with torchrun, or unset it"
-        )
-    return int(text)
-
-
-def is_inside(value: float, interval: str) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    return (
-        low < value < high
-        or (value == low and interval[0] == "[")
-        or (value == high and interval[-1] == "]")
-    )
+    """A variable of the environment, as torchrun sets them."""
+    return int(os.environ.get(name) or default)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from support.checkpoint import append_jsonl, read_jsonl, write_json, write_text
-from support.data import Problem, read_utf8
+from support.data import Problem
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError, reason
 from support.flags import flag_name
@@ -26,6 +26,7 @@ class SampleLog:
         self.settings = settings
         self.ranks = ranks
         self.fingerprint = {}
+        self.found = []  # results of an earlier start
         self.samples = out / "samples.jsonl"
         self.results = out / "results.json"
         self.own = out / f"samples.rank{ranks.rank}.jsonl" if ranks.distributed else self.samples
@@ -47,7 +48,7 @@ class SampleLog:
                     f"{name}: not what it was when the evaluation began: put that back, or "
                     "choose another --out"
                 )
-        self._write_results([])
+        self._write_results(self.found)
 
     def append(self, record: dict) -> None:
         append_jsonl(self.own, [record])
@@ -64,6 +65,7 @@ class SampleLog:
             earlier = json.loads(self.results.read_text())
             before = earlier["settings"]
             self.fingerprint = earlier["fingerprint"]
+            self.found = earlier["results"]
         except (OSError, *DAMAGED) as error:
             raise InputError(
                 f"{self.results}: no evaluation that can be resumed here ({reason(error)}): "
@@ -111,7 +113,6 @@ def read_completions(path: str, data: str, problems: list[Problem], pass_over: b
     over; if the problems do not all have the same number of completions; if the lines are from
     several checkpoints.
     """
-    read_utf8(Path(path))  # names what is wrong with the file as a whole
     known = {}
     for problem in problems:
         known[problem.line] = problem

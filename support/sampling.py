@@ -1,7 +1,6 @@
 """Problems in, graded rollouts out: what training, evaluation and diagnostics have in common."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
@@ -30,11 +29,8 @@ class Rollout(rollout.Completion):
         """Fill in answer and correct, from the text. A truncated completion is wrong whatever it
         says."""
         self.answer = reward.extract_answer(self.text)
-        self.correct = (
-            self.finished
-            and self.answer is not None
-            and reward.is_equal(self.answer, self.problem.answer)
-        )
+        can_be_right = self.finished and self.answer is not None
+        self.correct = can_be_right and reward.is_equal(self.answer, self.problem.answer)
         return self
 
     def as_json(self) -> dict:  # what a samples.jsonl says of it
@@ -69,43 +65,50 @@ def sample(
     on_rollout: Callable[[int, Rollout], None] | None = None,
 ) -> list[Rollout]:
     """`sampling.samples` rollouts of each problem, in the order of the problems, not graded yet.
-    The first one is row `first_row` of all ranks' rows: the result does not depend on how many
-    ranks there are, nor on the rows to be left out, numbers of the result. `on_rollout(number,
-    rollout)` gets each one as soon as it is there."""
+
+    The first one is row `first_row` of all ranks' rows, so that the result does not depend on the
+    number of ranks. The numbers in `leave_out` are not sampled, which changes no other rollout.
+    `on_rollout(number, rollout)` gets each one as soon as it is there.
+    """
     k = sampling.samples
     prompts = [student_prompt(tokenizer, problem, sampling.thinking) for problem in problems]
-    rows = [i for i in range(k * len(problems)) if i not in leave_out]
-    seeds = rollout.row_seeds(rollout.generator_for_rows(seed, first_row), k * len(problems))
-    # if only a part is sampled, every row brings its prompt, which is prefilled more often
-    whole = len(rows) == len(seeds)
+    total = k * len(problems)
+    seeds = rollout.row_seeds(rollout.generator_for_rows(seed, first_row), total)
+    rows = [i for i in range(total) if i not in leave_out]
+    shared = prompts
+    if len(rows) < total:  # every row brings its own prompt, which is prefilled more often
+        shared = [prompts[i // k] for i in rows]
 
     def rollout_of(i: int, c: rollout.Completion) -> Rollout:
         return Rollout(c.token_ids, c.logprobs, c.finished, problems[i // k], prompts[i // k])
 
+    def on_completion(number: int, completion: rollout.Completion) -> None:
+        if on_rollout:
+            on_rollout(rows[number], rollout_of(rows[number], completion))
+
     completions = rollout.sample(
         model,
-        prompts if whole else [prompts[i // k] for i in rows],
+        shared,
         max_new_tokens=sampling.max_new_tokens,
         stop_ids=rollout.stop_ids(model, tokenizer),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        samples_per_prompt=k if whole else 1,
+        samples_per_prompt=k if len(rows) == total else 1,
         slots=sampling.slots,
         seeds=[seeds[i] for i in rows],
         progress=show,
         make_decoder=make_decoder,
-        on_completion=on_rollout
-        and (lambda number, c: on_rollout(rows[number], rollout_of(rows[number], c))),
+        on_completion=on_completion,
     )
     return [rollout_of(i, c) for i, c in zip(rows, completions, strict=True)]
 
 
 def grade_rollouts(tokenizer, rollouts: list[Rollout]) -> list[Rollout]:
     """Fill in text, answer and correct. Returns the same rollouts."""
-    for row in rollouts:
-        row.text = tokenizer.decode(row.token_ids, skip_special_tokens=True)
-        row.grade()
+    for one in rollouts:
+        one.text = tokenizer.decode(one.token_ids, skip_special_tokens=True)
+        one.grade()
     return rollouts
 
 
@@ -116,13 +119,15 @@ def check_window(
     new_tokens: int,
     prompts: Callable[[Problem], list[list[int]]],
 ) -> None:
-    """InputError with the line of the first problem one of whose prompts leaves no room for
-    `new_tokens` tokens."""
+    """InputError with the line of the first problem whose `prompts`, or one of them, leave no room
+    for `new_tokens` tokens."""
     window = rollout.window(model)
-    rest = max(map(len, prompts(Problem("", "", "", 0)))) + new_tokens
+    template = max(map(len, prompts(Problem("", "", "", 0))))
     for p in problems:
-        if len((p.problem + p.solution + p.answer + p.restated).encode()) + rest <= window:
-            continue  # a token has at least one byte
+        # A token has at least one byte, so most problems need no tokenizer here.
+        most = len((p.problem + p.solution + p.answer + p.restated).encode())
+        if most + template + new_tokens <= window:
+            continue
         length = max(map(len, prompts(p)))
         if length + new_tokens > window:
             raise InputError(
@@ -136,16 +141,16 @@ def check_window(
 def progress(
     bar, prefix: str = "", counts: bool = True, check: Callable[[], None] = lambda: None
 ) -> Callable:
-    """A callback for rollout.sample: tokens/s behind `prefix` beside the bar, and finished
-    completions if it counts them: then the rate is that of the whole bar. `check` is called first,
-    and may raise to end the sampling."""
-    counted = vars(bar).setdefault("counted", Counter()) if counts else Counter()
-    start = counted.setdefault("start", time.perf_counter())
+    """A callback for rollout.sample: shows tokens/s behind `prefix` beside the bar, which `counts`
+    finished completions. `check` is called first, and may raise to end the sampling."""
+    start = time.perf_counter()
+    tokens = 0
 
     def show(new_tokens: int, finished: int) -> None:
+        nonlocal tokens
         check()
-        counted["tokens"] += new_tokens
-        rate = counted["tokens"] / (time.perf_counter() - start)
+        tokens += new_tokens
+        rate = tokens / (time.perf_counter() - start)
         bar.set_postfix_str(f"{prefix}{rate:.0f} tokens/s", refresh=False)
         bar.update(finished if counts else 0)
 

@@ -1,11 +1,12 @@
-"""What a run can be told: every setting with its sentence, presets, and what does not go together.
+"""What a run can be told: every setting with its sentence, presets, and what contradicts.
 
-Values come from the defaults, then presets, then the method, then flags; of a resumed run from its
-config.json. Another command may bring more methods and flags, as a subclass of Settings.
+A value comes from the default, over it the preset, over it the method, over it the flag. A resumed
+run takes them from its config.json. Another command may bring more methods and flags, as a subclass
+of Settings.
 """
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from support import flags
@@ -45,7 +46,9 @@ METHODS = {  # names for gamma and window: what each sets, and its line in --hel
 
 def method_name(gamma: float, window: int) -> str:
     """The name in METHODS that these two numbers have."""
-    return "direction-aware" if gamma == 0 else "egrsd" if window == 0 else "cl-egrsd"
+    if gamma == 0:
+        return "direction-aware"
+    return "egrsd" if window == 0 else "cl-egrsd"
 
 
 @dataclass
@@ -68,53 +71,52 @@ class Settings:
     seed: int = flag(
         0,
         "seed of the adapter's initial weights, the order of the problems and all sampling",
-        SEEDS,
+        **SEEDS,
     )
     method: str = flag("cl-egrsd", "what is trained, see the list below")
-    steps: int = flag(100, "optimizer steps of the run", "[1, inf)")
-    prompts_per_step: int = flag(32, "problems per step, over all ranks", "[1, 1e6]")
-    rollouts_per_prompt: int = flag(1, "completions sampled per problem", "[1, 1e6]")
+    steps: int = flag(100, "optimizer steps of the run", least=1)
+    prompts_per_step: int = flag(32, "problems per step, over all ranks", least=1)
+    rollouts_per_prompt: int = flag(1, "completions sampled per problem", least=1)
     micro_batch: int = flag(
-        4, "completions of full length per pass on one rank; lower it to save memory", "[1, inf)"
+        4, "completions of full length per pass on one rank; lower it to save memory", least=1
     )
     slots: int = flag(
-        0, "rows decoded together on one rank, 0: all; lower it to save memory", "[0, inf)"
+        0, "rows decoded together on one rank, 0: all; lower it to save memory", least=0
     )
     max_new_tokens: int = flag(
-        1024, "longest completion in tokens, also L_max of the length reward", "[1, inf)"
+        1024, "longest completion in tokens, also L_max of the length reward", least=1
     )
-    temperature: float = flag(1.1, "sampling temperature of the rollouts", "[0.01, inf)")
+    temperature: float = flag(1.1, "sampling temperature of the rollouts", least=0.01)
     top_p: float = flag(
-        0.95, "rollouts are drawn from the likeliest tokens that make up this mass", "(0, 1]"
+        0.95, "rollouts are drawn from the likeliest tokens that make up this mass", above=0, most=1
     )
-    top_k: int = flag(20, "rollouts are drawn from this many likeliest tokens, 0: all", "[0, inf)")
+    top_k: int = flag(20, "rollouts are drawn from this many likeliest tokens, 0: all", least=0)
     score_temperature: float = flag(
-        1.0, "temperature at which teacher and student score completions", "[0.01, inf)"
+        1.0, "temperature at which teacher and student score completions", least=0.01
     )
     thinking: bool = flag(
         False, "let the chat template open a thinking block, in training and evaluation"
     )
-    lr: float = flag(5e-6, "learning rate of AdamW", "[0, 1e30]")
+    lr: float = flag(5e-6, "learning rate of AdamW", least=0)
     lr_warmup_steps: int = flag(
-        0, "steps of linear warm-up; the rate is constant after them", "[0, inf)"
+        0, "steps of linear warm-up; the rate is constant after them", least=0
     )
-    weight_decay: float = flag(0.0, "weight decay of AdamW", "[0, 1e30]")
-    max_grad_norm: float = flag(0.1, "the gradient is clipped to this norm", "(0, inf)")
-    gamma: float = flag(0.3, "strength of the confidence gate, eq. (6); 0: no gate", "[0, inf)")
-    window: int = flag(
-        3, "lookahead of the gate in tokens, eq. (8): CL-EGRSD; 0: EGRSD", "[0, inf)"
-    )
+    weight_decay: float = flag(0.0, "weight decay of AdamW", least=0)
+    max_grad_norm: float = flag(0.1, "the gradient is clipped to this norm", above=0)
+    gamma: float = flag(0.3, "strength of the confidence gate, eq. (6); 0: no gate", least=0)
+    window: int = flag(3, "lookahead of the gate in tokens, eq. (8): CL-EGRSD; 0: EGRSD", least=0)
     eps: float = flag(
-        0.2, "the magnitude is clipped to [1 - eps, 1 + eps], eq. (2); 0: no magnitude", "[0, 1)"
+        0.2,
+        "the magnitude is clipped to [1 - eps, 1 + eps], eq. (2); 0: no magnitude",
+        least=0,
+        below=1,
     )
-    floor: float = flag(0.1, "smallest value of the gate, eq. (6)", "(0, 1]")
+    floor: float = flag(0.1, "smallest value of the gate, eq. (6)", above=0, most=1)
     beta_length: float = flag(
-        0.5, "largest extra reward of a correct completion for being short", "[0, inf)"
+        0.5, "largest extra reward of a correct completion for being short", least=0
     )
-    lora_rank: int = flag(64, "rank of the adapter", "[1, inf)")
-    lora_alpha: float = flag(
-        128.0, "alpha of the adapter, whose scale is alpha / rank", "(0, 1e30]"
-    )
+    lora_rank: int = flag(64, "rank of the adapter", least=1)
+    lora_alpha: float = flag(128.0, "alpha of the adapter, whose scale is alpha / rank", above=0)
     lora_targets: list = flag(
         TARGETS, "layers to adapt, by the last part of their names, or all-linear"
     )
@@ -125,16 +127,16 @@ class Settings:
     gradient_checkpointing: bool = flag(
         True, "recompute activations in the backward pass to save memory"
     )
-    checkpoint_every: int = flag(25, "steps between checkpoints", "[1, inf)")
+    checkpoint_every: int = flag(25, "steps between checkpoints", least=1)
     eval_before: bool = flag(True, "evaluate before training too")
     eval_samples: int = flag(
-        4, "completions per problem in the evaluations before and after", "[1, inf)"
+        4, "completions per problem in the evaluations before and after", least=1
     )
     eval_max_new_tokens: int = flag(
-        0, "longest completion in evaluation, 0: as in training", "[0, inf)"
+        0, "longest completion in evaluation, 0: as in training", least=0
     )
-    eval_temperature: float = flag(1.0, "sampling temperature in evaluation", "[0, inf)")
-    eval_top_p: float = flag(0.95, "top-p in evaluation", "(0, 1]")
+    eval_temperature: float = flag(1.0, "sampling temperature in evaluation", least=0)
+    eval_top_p: float = flag(0.95, "top-p in evaluation", above=0, most=1)
     skip_ungradable: bool = flag(
         False, "leave out rows whose gold answer the verifier cannot grade"
     )
@@ -154,15 +156,10 @@ class Settings:
             )
         return METHODS[method][0] if "method" in given else {}
 
-    def without_effect(self) -> dict[str, str]:
-        """Settings that change nothing beside the others, with the reason."""
-        no_gate = self.method in METHODS and self.gamma == 0
-        return dict.fromkeys(("window", "floor") * no_gate, "there is no gate with --gamma 0")
-
     def check(self) -> None:
         """Refuse what cannot work, before anything is loaded or written."""
         check_ranges(self)
-        world = max(1, environment_number("WORLD_SIZE", 1))  # Ranks refuses 0
+        world = environment_number("WORLD_SIZE", 1)
         if self.prompts_per_step % world:
             raise InputError(
                 f"--prompts-per-step {self.prompts_per_step} must be a multiple of the {world} "
@@ -179,12 +176,12 @@ class Sampling:
     """How completions are drawn, as flags of a command; the defaults are the evaluation of arXiv
     2605.13255."""
 
-    samples: int = flag(4, "completions per problem", "[1, inf)")
-    max_new_tokens: int = flag(32768, "longest completion in tokens", "[1, inf)")
-    temperature: float = flag(1.0, "sampling temperature, 0: greedy", "[0, inf)")
-    top_p: float = flag(0.95, "draw from the likeliest tokens of this mass", "(0, 1]")
-    top_k: int = flag(0, "draw from this many likeliest tokens, 0: all", "[0, inf)")
-    slots: int = flag(32, "rows decoded together; lower it to save memory", "[1, inf)")
+    samples: int = flag(4, "completions per problem", least=1)
+    max_new_tokens: int = flag(32768, "longest completion in tokens", least=1)
+    temperature: float = flag(1.0, "sampling temperature, 0: greedy", least=0)
+    top_p: float = flag(0.95, "draw from the likeliest tokens of this mass", above=0, most=1)
+    top_k: int = flag(0, "draw from this many likeliest tokens, 0: all", least=0)
+    slots: int = flag(32, "rows decoded together; lower it to save memory", least=1)
     thinking: bool = flag(True, "let the chat template open a thinking block")
 
 
@@ -201,7 +198,7 @@ class EvaluationSettings(Sampling):
     from_: list = flag(
         [], "JSONL file of completions to grade instead of sampling; repeat it to compare several"
     )
-    seed: int = flag(0, "seed of the sampling", SEEDS)
+    seed: int = flag(0, "seed of the sampling", **SEEDS)
     resume: bool = flag(False, "go on in --out: keep the samples that are there, and make the rest")
     cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
     skip_ungradable: bool = flag(
@@ -258,44 +255,26 @@ def make_parser(description: str, kind: type[Settings]) -> Parser:
 
 
 def resolve(given: dict, kind: type[Settings]) -> tuple[Settings, bool]:
-    """(settings, resume) of what is given on the command line; with --resume the settings of the
-    run in --out, which flags may repeat but not change."""
+    """(settings, resume) from what is given on the command line.
+
+    With --resume they are those of the run in --out. Flags may repeat them, but not change them.
+    """
     resume = given.pop("resume", False)
-    implied = [] if resume else ["toy"] if given.get("model", "toy") == "toy" else ["paper-4b"]
-    preset = {
-        key: value for name in given.pop("preset", implied) for key, value in PRESETS[name].items()
-    }
+    names = given.pop("preset", None)
+    if names is None:
+        default = "toy" if given.get("model", "toy") == "toy" else "paper-4b"
+        names = [] if resume else [default]
+    preset = {}
+    for name in names:
+        preset |= PRESETS[name]
     if "data" in given:
         preset.pop("eval_data", None)  # a preset's held-out problems belong to its training data
-    if not resume:
-        return _start(preset, given, kind), False
-    out = given.get("out", Settings.out)
-    stored, world = read_config(Path(out), kind)
-    stored.out = out  # the directory may have been moved or copied
-    brought = kind.bring(given.get("method", stored.method), preset, given)
-    repeated = preset | brought | given
-    keys = [key for key in preset | given if key not in MAY_CHANGE_ON_RESUME]
-    changed = [
-        f"{flag_name(key)} was {getattr(stored, key)}"
-        for key in keys
-        if repeated[key] != getattr(stored, key)
-    ]
-    if changed:
-        raise InputError(
-            f"{stored.out}: --resume with changed settings ({', '.join(changed)}): leave these "
-            "flags out, or start a new run with another --out"
-        )
-    if world != (here := environment_number("WORLD_SIZE", 1)):
-        raise InputError(
-            f"{stored.out}: --resume with another world size: the run was started with {world} "
-            f"processes, this is {here}: set --nproc-per-node to match"
-        )
-    return replace(stored, **{key: given[key] for key in MAY_CHANGE_ON_RESUME & given.keys()}), True
+    make = _stored if resume else _new
+    return make(preset, given, kind), resume
 
 
-def _start(preset: dict, given: dict, kind: type[Settings]) -> Settings:
-    """The defaults, over them the preset, what the method stands for, and flags. Flags that
-    contradict the method or change nothing are refused."""
+def _new(preset: dict, given: dict, kind: type[Settings]) -> Settings:
+    """Settings of a new run; InputError for flags that contradict the method's name."""
     method = given.get("method", Settings.method)
     s = kind(**preset | kind.bring(method, preset, given) | given)
     if method in METHODS:
@@ -305,10 +284,34 @@ def _start(preset: dict, given: dict, kind: type[Settings]) -> Settings:
                 f"--method {method} with --gamma {s.gamma} and --window {s.window}, which is "
                 f"{s.method}: leave --method out, or these flags"
             )
-    without_effect = s.without_effect()
-    for key in given:
-        if key in without_effect:
-            raise InputError(f"{flag_name(key)}: {without_effect[key]}: leave it out")
+    return s
+
+
+def _stored(preset: dict, given: dict, kind: type[Settings]) -> Settings:
+    """Settings of the run in --out; InputError if it is another run than what is given."""
+    out = given.get("out", Settings.out)
+    s, world = read_config(Path(out), kind)
+    s.out = out  # the directory may have been moved or copied
+    brought = kind.bring(given.get("method", s.method), preset, given)
+    repeated = preset | brought | given
+    changed = []
+    for key in preset | given:
+        was = getattr(s, key)
+        if key in MAY_CHANGE_ON_RESUME:
+            setattr(s, key, given.get(key, was))
+        elif repeated[key] != was:
+            changed.append(f"{flag_name(key)} was {was}")
+    if changed:
+        raise InputError(
+            f"{out}: --resume with changed settings ({', '.join(changed)}): leave these flags out, "
+            "or start a new run with another --out"
+        )
+    here = environment_number("WORLD_SIZE", 1)
+    if world != here:
+        raise InputError(
+            f"{out}: --resume with another world size: the run was started with {world} processes, "
+            f"this is {here}: set --nproc-per-node to match"
+        )
     return s
 
 
@@ -334,28 +337,15 @@ def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
 def in_use(out: str | Path) -> bool:
     """Whether something of the user's is in this directory."""
     path = Path(out)
-    return path.is_dir() and not {entry.name for entry in path.iterdir()} <= LEFT_BY_A_KILL
+    return path.is_dir() and any(entry.name not in LEFT_BY_A_KILL for entry in path.iterdir())
 
 
 def check_start(s: Settings, resume: bool) -> None:
     """What can be known of a start before anything is imported or made."""
     s.check()
-    # several processes say it together
-    if not resume and environment_number("WORLD_SIZE", 1) == 1 and in_use(s.out):
+    is_alone = environment_number("WORLD_SIZE", 1) == 1  # several processes say it together, later
+    if is_alone and not resume and in_use(s.out):
         raise InputError(f"{s.out}: output directory in use: {REMEDY}")
-
-
-def _check_type(f, value) -> None:
-    kinds = {bool: (bool, type(f.default)), float: (int, float)}.get(f.type, f.type)
-    choices = f.metadata["choices"]
-    if (
-        not isinstance(value, kinds)
-        or f.type is int
-        and isinstance(value, bool)
-        or (f.type is list and not all(isinstance(item, str) for item in value))
-        or (choices and value != f.default and value not in choices)
-    ):
-        raise ValueError(f"{f.name} is {value!r}")
 
 
 def read_config(run: Path, kind: type[Settings]) -> tuple[Settings, int]:
@@ -363,20 +353,21 @@ def read_config(run: Path, kind: type[Settings]) -> tuple[Settings, int]:
     path = run / "config.json"
     try:
         config = json.loads(path.read_text())
-        if (written := config.get("format", 1)) != FORMAT:
+        written = config.get("format", 1)
+        if written != FORMAT:
             raise InputError(
                 f"{path}: format {written!r}, this version reads {FORMAT}: go on with the version "
                 f"that began the run, or start anew: {kind.ENTRY} --out another directory"
             )
-        if (entry := config["entry"]) != kind.ENTRY:
+        entry = config["entry"]
+        if entry != kind.ENTRY:
             raise InputError(
                 f"{run}: this run was started with {entry}: go on with {entry} --out {run} --resume"
             )
         values = config["settings"]
-        s = kind(**values)
-        for f in fields(kind):
-            _check_type(f, values[f.name])
-        return s, int(config["world_size"])
+        # by name: a setting that is missing must not get its default
+        s = kind(**{f.name: values[f.name] for f in fields(kind)})
+        return s, config["world_size"]
     except (OSError, *DAMAGED) as error:
         raise InputError(
             f"{path}: no run that can be resumed here ({error}): check --out, or leave --resume out"

@@ -685,7 +685,7 @@ def test_costs(flags, cost, capsys):
 @pytest.mark.slow
 def test_rows_of_the_comparison_have_gradients(tiny_toy):
     """By their own training step; EGRSD's are those of the other way to make them."""
-    s = gradients.Settings(
+    s = gradients.GradientsSettings(
         model=str(tiny_toy / "model"),
         data=str(tiny_toy / "train.jsonl"),
         batches=3,
@@ -702,7 +702,7 @@ def test_rows_of_the_comparison_have_gradients(tiny_toy):
 
 
 def test_gradients_of_steps_are_those_of_gradients(tiny_toy, monkeypatch):
-    s = gradients.Settings(
+    s = gradients.GradientsSettings(
         model=str(tiny_toy / "model"),
         data=str(tiny_toy / "train.jsonl"),
         batches=3,

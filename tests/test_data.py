@@ -222,14 +222,9 @@ TEMPLATES = {
         "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant<think>'; --thinking "
         "changes nothing: this chat template has no switch of that name"
     ),
-    "Effort: {{ reasoning_effort | default('medium') }}" + OPEN: (
-        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant'; --thinking changes "
-        "nothing: this chat template has no switch of that name, but reasoning_effort, which is "
-        "left at its default"
-    ),
     "{% if enable_thinking %}/think{% endif %}" + OPEN: (
-        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant'; with --thinking they "
-        "end the same, but the text before differs"
+        "--no-thinking: prompts end in '<|im_end|><|im_start|>assistant'; with --thinking in "
+        "'<|im_end|><|im_start|>assistant'"
     ),
 }
 

@@ -277,7 +277,7 @@ def test_overlap_in_a_reading_is_that_of_full_distributions():
 @pytest.mark.parametrize(
     "flags,complaint",
     [
-        (["--problems", 0], "--problems must be in [1, inf), got 0"),
+        (["--problems", 0], "--problems must be at least 1, got 0"),
         (["--data", ""], "argument --data: it is empty"),
         (["--window"], "expected one argument; see --help"),
         (["--top-p", 0], "--top-p"),

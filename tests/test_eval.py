@@ -136,7 +136,7 @@ def test_two_processes_write_the_samples_of_one(tiny_toy, tmp_path, monkeypatch)
         (["--model", "./nothing"], "./nothing: no such model"),
         (["--samples", "0"], "--samples"),
         (["--adapter", "a", "--adapter", "b"], "--adapter"),
-        (["--adapter", "a"], "a: cannot load"),
+        (["--adapter", "a"], "a/adapter_config.json: cannot be read"),
         (["--model", "toy", "--model", "./nothing"], "./nothing: no such model"),
         (["--max-new-tokens", "5000"], "line 1: field 'problem'"),
         (["--top-p", "2"], "--top-p"),
@@ -195,15 +195,18 @@ def whole(small, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def sigterm():
-    before = signal.getsignal(signal.SIGTERM)
+def handlers():
+    """Those of a command started from a shell; put back at the end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_stopped_evaluation_goes_on(
-    small, whole, tmp_path, monkeypatch, capsys, ranks, number, sigterm
+    small, whole, tmp_path, monkeypatch, capsys, ranks, number, handlers
 ):
     """Samples are on disk as soon as they are graded; --resume keeps them and makes the others."""
     out, append, sample, made = tmp_path / "out", samples.append_jsonl, rollout.sample, []
@@ -379,7 +382,7 @@ def test_completions_of_two_checkpoints_are_not_one(small, whole, tmp_path, monk
         "line 25" in (error := fails(monkeypatch, capsys, "--from", two, *flags))
         and "another checkpoint" in error
     )
-    assert "UTF-8" in fails(monkeypatch, capsys, "--from", utf16(two, whole), *flags)
+    assert "utf-8" in fails(monkeypatch, capsys, "--from", utf16(two, whole), *flags)
 
 
 def utf16(path, text):

@@ -454,7 +454,7 @@ def main_fails(capsys, monkeypatch, *flags):
         ({"model": "no/such/model"}, "no such model directory"),
         ({"model": "nobody/nothing"}, "nobody/nothing: cannot load the model"),
         ({"max-new-tokens": 5000}, "train.jsonl: line 1: field 'problem'"),
-        ({"eps": 1.0}, "--eps must be in [0, 1), got 1.0"),
+        ({"eps": 1.0}, "--eps must be below 1, got 1.0"),
         ({"floor": 0.0}, "--floor"),
         ({"steps": 0}, "--steps"),
         ({"gamma": "inf"}, "--gamma"),
@@ -507,9 +507,8 @@ def test_damaged_model_file(tiny_toy, tmp_path, capsys, monkeypatch):
 
 def test_output_is_a_file(tiny_toy, tmp_path, capsys, monkeypatch):
     (tmp_path / "run").write_text("mine")
-    assert "is a file" in main_fails(
-        capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run")
-    )
+    line = main_fails(capsys, monkeypatch, *train_arguments(tiny_toy, tmp_path / "run"))
+    assert f"{tmp_path / 'run'}: " in line and "File exists" in line
     assert (tmp_path / "run").read_text() == "mine"
 
 

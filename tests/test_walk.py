@@ -182,7 +182,7 @@ def test_the_command_on_a_file(found, monkeypatch, capsys, tmp_path):
         (["--from", stored], "no record of a step"),
         (["--from", tmp_path / "none"], "cannot be read"),
         (["--from", stored, "--gamma", "0"], "leave out"),
-        (["--eps", "2"], "--eps must be in"),
+        (["--eps", "2"], "--eps must be below 1"),
     ):
         with pytest.raises(SystemExit):
             told(monkeypatch, capsys, *flags)

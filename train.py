@@ -1,7 +1,7 @@
 """EGRSD and CL-EGRSD training (arXiv 2605.13255): sample, verify, read twice, update.
 
     python train.py                                  the toy on a laptop CPU, a few minutes
-    torchrun --standalone train.py                   the same on one GPU, or on the CPU
+    torchrun --standalone train.py                   the same through torchrun; both take a GPU if there is one
     torchrun --standalone --nproc-per-node=8 train.py --model Qwen/Qwen3-4B --data openthoughts.jsonl
                                                      the paper's recipe on eight GPUs
     python train.py --out runs/train --resume        go on where a stopped run left off
@@ -94,9 +94,9 @@ class EGRSD:
     Another object with these attributes and functions is another method in the same loop.
     """
 
-    needs_solution = True  # in the training problems
-    has_rollouts = True  # in every step
-    keeps_states = False  # hidden states in both readings, for losses of whole distributions
+    needs_solution = True  # every training problem must have a solution
+    has_rollouts = True  # every step writes samples.jsonl
+    keeps_states = False  # both readings keep hidden states, for losses of whole distributions
 
     def __init__(self):
         self.baseline = egrsd.RunningAdvantage()
@@ -143,17 +143,17 @@ class EGRSD:
         """The arguments of egrsd.token_advantages."""
         s = t.s
         own = batch.by_student
-        teacher = batch.by_teacher
+        theirs = batch.by_teacher
         how = {"gamma": s.gamma, "window": s.window, "eps": s.eps, "floor": s.floor}
         how["max_entropy"] = batch.max_entropy
-        return (batch.advantage, teacher.logp, own.logp, teacher.entropy, own.mask), how
+        return (batch.advantage, theirs.logp, own.logp, theirs.entropy, own.mask), how
 
     def token_metrics(self, t: "Trainer", batch: Batch) -> dict[str, Tensor]:
-        """[B, T] each; metrics.jsonl holds their means. Nothing here goes into the loss.
+        """Tensors [B, T] for the log; metrics.jsonl has their means. The loss computes its own.
 
         sampling_gap  |log-prob under the distribution drawn from - log p_S|
         entropy       H of the teacher, nats                      delta    log p_T - log p_S
-        gate          omega        magnitude  w                   clipped  share of tokens whose w is at a bound
+        gate          omega        magnitude  w                   clipped  1 if w is at a bound, else 0
         """
         signals = self.signals(t, batch)
         logp = batch.by_student.logp.detach()
@@ -292,11 +292,10 @@ class Trainer:
     def update(self) -> tuple[float, float]:
         """Clip the gradient, one step of AdamW. Returns the norm before clipping, and the learning
         rate. InputError if the gradient, the same on all ranks, is not finite."""
-        s = self.s
-        norm = nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm).item()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.s.max_grad_norm).item()
         if not np.isfinite(norm):
             raise InputError(self.not_finite(f"the gradient's norm {norm}"))
-        lr = s.lr * min(1.0, (self.step + 1) / max(1, s.lr_warmup_steps))
+        lr = self.s.lr * min(1.0, (self.step + 1) / max(1, self.s.lr_warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -407,8 +406,8 @@ class Trainer:
     def sample(
         self, problems: list[Problem], sampling: Sampling, seed: int, first_row: int, show
     ) -> list[Rollout]:
-        """Rollouts of this rank's problems, the first of which is row `first_row` of all ranks'
-        rows."""
+        """Rollouts of this rank's problems. The rollouts of all ranks are numbered, and the first one
+        here has the number `first_row`. `seed`, mostly the step, is combined with --seed."""
         return self.until_stopped(
             sample,
             self.model,
@@ -422,7 +421,7 @@ class Trainer:
         )
 
     def until_stopped(self, draw: Callable[..., list], *arguments, **more) -> list:
-        """draw(*arguments, **more), which samples; Stop, if raised, is raised on every rank."""
+        """Call draw(*arguments, **more), which samples. If any rank got a signal, raise Stop on all."""
         found = []
         try:
             with suppress(run.Interrupted), self.autocast():
@@ -433,7 +432,7 @@ class Trainer:
         return found
 
     def most_tokens(self, prompts: list[list[int]]) -> int:
-        """In a forward pass: as many as --micro-batch completions of full length have."""
+        """The most tokens in a forward pass: --micro-batch x (longest prompt + --max-new-tokens)."""
         return self.s.micro_batch * (max(map(len, prompts)) + self.s.max_new_tokens)
 
     def evaluate(self, name: str) -> None:
@@ -479,7 +478,7 @@ class Trainer:
 
 
 def train(s: Settings, resume: bool, objective: EGRSD | None = None) -> None:
-    """The whole run, the same on every rank: evaluate, train, evaluate, export."""
+    """The whole run; every rank calls it. Evaluate, train, evaluate; then rank 0 exports."""
     began = BEGAN if __name__ == "__main__" else time.perf_counter()
     ranks = Ranks()
     s.check()

@@ -6,8 +6,8 @@ resume.
                                 state.json    step, running advantage, other numbers of the method, checksums
 
 A directory is filled under another name, flushed to disk and renamed. A kill at any moment leaves
-the earlier ones as they were. Nothing is unpickled: tensors are read with weights_only, numbers
-from JSON.
+the earlier ones as they were. Loading runs no code from a file: tensors are read with
+weights_only, numbers from JSON.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ def locked(path: Path):
         with path.open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.fstat(lock.fileno()).st_nlink:
-                continue  # its holder removed it after we had opened it
+                continue  # another process deleted it after we opened it: try again
             try:
                 return (yield)
             finally:
@@ -63,7 +63,7 @@ def writing(path: Path):
 @contextmanager
 def atomic_directory(path: Path):
     """A directory to fill. It takes its name, and the place of an older one, when it is complete
-    and on disk. If anything goes wrong, the older one stays."""
+    and on disk. If anything goes wrong before, the older one stays."""
     work = path.with_name(path.name + ".tmp")
     older = path.with_name(path.name + ".old.tmp")
     try:
@@ -79,12 +79,12 @@ def atomic_directory(path: Path):
                 entry.chmod(mode & ~umask)  # safetensors writes 0600
                 _flush(entry)
             if path.exists():
-                shutil.rmtree(older, ignore_errors=True)  # of an export that was killed
+                shutil.rmtree(older, ignore_errors=True)  # a killed export leaves it
                 os.rename(path, older)
             os.rename(work, path)
             _flush(path.parent)
     finally:
-        shutil.rmtree(work, ignore_errors=True)  # only a failure leaves it
+        shutil.rmtree(work, ignore_errors=True)  # it is there only after a failure
     shutil.rmtree(older, ignore_errors=True)
 
 
@@ -114,9 +114,9 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
 
 
 def read_jsonl(path: Path, take: Callable[[dict], None], may_be_cut: bool = True) -> None:
-    """take(record) for every line. A kill may have cut the last one off.
+    """take(record) for every line. InputError for a line that is damaged or that `take` cannot use.
 
-    InputError for a line that is damaged, or that `take` cannot use.
+    A kill may have cut the last line. If it `may_be_cut`, it is passed over in that case.
     """
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
@@ -150,8 +150,8 @@ def save(path: Path, model, optimizer, ranks: Ranks, tensors: dict, numbers: dic
     """Write adapter, optimizer, random states, `tensors` and `numbers`. Every rank calls it, rank 0
     writes.
 
-    The random states are for dropout; all else is a function of seed and step. A checkpoint that is
-    there is left alone.
+    The random states are those of torch, for methods or models that use them. The random numbers of
+    the core depend only on seed and step. A checkpoint that is there is left alone.
     """
     rng = {"cpu": ranks.gather(torch.get_rng_state())}
     if ranks.device.type == "cuda":

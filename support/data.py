@@ -1,7 +1,10 @@
-"""What comes in from outside: problems from JSONL files, models from disk or from the hub.
+r"""What comes in from outside: problems from JSONL files, models from disk or from the hub.
 
-A data file is UTF-8 text with one JSON object per line: {"problem": "2+3?", "solution": "2+3=5.
-\\boxed{5}", "answer": "5"}. `question` or `prompt` may stand for `problem`. Without an `answer` the
+A data file is UTF-8 text with one JSON object per line:
+
+    {"problem": "2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}
+
+`question` or `prompt` may stand for `problem`. Without an `answer` the
 last box of the solution is taken. Evaluation needs no solution. `restated`, the problem in other
 words, is for family/. A user's mistake raises InputError, whose text is one line: file, line,
 field, and what to do.
@@ -28,7 +31,8 @@ from support.errors import InputError, reason
 from support.flags import environment_number
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# in names of its layers; those of MLPs have none of them
+# These words occur in names of attention layers, and of layers in their place (Mamba, convolution).
+# Names of MLP layers have none of them.
 ATTENTION = re.compile("attn|attention|mixer|mamba|conv")
 ADAPTER = f"check --adapter, a directory with {' and '.join(ADAPTER_FILES)}"
 MEBIBYTE = 2**20
@@ -196,7 +200,7 @@ def _without_dropout(name: str, dtype: torch.dtype):
     for key, value in settings.items():
         if "drop" in key and isinstance(value, float):
             rates[key] = value
-    settings |= dict.fromkeys(rates, 0.0)
+    settings |= dict.fromkeys(rates, 0.0)  # `settings` are the attributes of the config itself
     model, found = AutoModelForCausalLM.from_pretrained(
         name,
         config=config,
@@ -229,9 +233,11 @@ def _check_weights(name: str, model, found: dict) -> None:
 
 
 def _check_tokenizer(name: str, model, tokenizer, scored: bool) -> None:
-    """InputError if prompts do not depend on the problem, or have tokens that the model lacks. Also,
-    where it is `scored`, if the template asks the student in another way than the teacher, whatever
-    the length of the solution."""
+    """InputError if prompts do not depend on the problem, or have tokens that the model lacks.
+
+    If `scored`, InputError also if the prompts of student and teacher end differently after the
+    instruction. The teacher's is tried with a short and with a long solution.
+    """
     solutions = ("2", "2 " * 500)
     embeddings = model.get_input_embeddings().num_embeddings
     for thinking in (False, True):
@@ -312,7 +318,7 @@ def _ends(names: Iterable[str]) -> list[str]:
 
 def check_files(models: list[str], adapters: list[str]) -> dict[str, str]:
     """Digests of the adapters' files. InputError if the directory of a model is not there, OSError if
-    a file is not: found now, and not when the models before it were evaluated."""
+    a file of an adapter is not. So the user need not wait until other models are evaluated."""
     for name in models:
         check_place(name)
     files = [f"{path}/{name}" for path in adapters for name in ADAPTER_FILES]

@@ -44,7 +44,7 @@ class Ranks:
         needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in needed if not os.environ.get(name)]
         self.distributed = not missing
-        # WORLD_SIZE alone, as SLURM sets it: every process would train on a part of each step.
+        # With WORLD_SIZE alone every process would be rank 0, and train on the same part of a step.
         if missing and ("RANK" not in missing or self.world > 1):
             raise LocalError(
                 f"the environment has RANK={os.environ.get('RANK', '')} and "
@@ -56,7 +56,7 @@ class Ranks:
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
             # cuDNN's attention makes a plan for every new shape, and every micro-batch has a new
-            # one. Gradients that are nan under masks were reported of it, too.
+            # one. Users also report that it gives gradients of nan when there is a mask.
             torch.backends.cuda.enable_cudnn_sdp(False)
         if self.distributed:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -118,8 +118,9 @@ class Ranks:
             result = make(*arguments)
         except InputError as error:
             problems.append(str(error))
-        for problem in self.gather_lists(problems):
-            raise InputError(problem)
+        problems = self.gather_lists(problems)
+        if problems:
+            raise InputError(problems[0])
         return result
 
     def on_first(self, make: Callable[[], None]) -> None:
@@ -127,7 +128,8 @@ class Ranks:
         self.together(lambda: make() if self.rank == 0 else None)
 
     def once_per_node(self, make: Callable):
-        """make() on one process of every node; then on the others, which find what it made."""
+        """Call make() in one process of every node. Then call it in the others, which may use the
+        files that the first call wrote. Returns each process's own result."""
         first = self.together(lambda: make() if self.local_rank == 0 else None)
         return self.together(lambda: first if self.local_rank == 0 else make())
 
@@ -135,8 +137,9 @@ class Ranks:
 def close() -> None:
     """Leave the group, if there is one.
 
-    What refers to it must go first, and DistributedDataParallel sits in reference cycles: gc finds
-    them. Otherwise gloo's threads would outlive the interpreter, and abort the process at its end.
+    Objects that use the group must be deleted before. DistributedDataParallel is in reference
+    cycles, so that takes gc.collect(). Otherwise gloo's threads would outlive the interpreter, and
+    abort the process at its end.
     """
     if dist.is_initialized():
         gc.collect()

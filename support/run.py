@@ -40,11 +40,11 @@ class Stop(Exception):
 
 @contextmanager
 def hold(out: str | Path, ranks: Ranks, remedy: str | None = "choose another --out"):
-    """Make the directory, and keep other processes out of it until this one ends. If it is empty
-    then, it is removed again.
+    """Make the directory `out` and lock it until the block ends. A new directory that is still empty
+    then is removed.
 
-    InputError if another process is in it. Also if it is in use (not empty, but for what a killed
-    start leaves), unless `remedy` is None.
+    InputError if another process holds the lock. If there is a `remedy`, InputError also if the
+    directory is not empty; files that a killed start left do not count.
     """
 
     def enter() -> None:
@@ -117,8 +117,9 @@ class StopRequest:
 
 @contextmanager
 def one_line_errors(program: str, interrupted: str):
-    """The net around a whole command. A mistake of the user, a file that cannot be read or written,
-    and Ctrl-C end it with one line. Anything else is a bug, and shows where it is."""
+    """The net around a whole command. It ends with one line after a mistake of the user, after a file
+    that cannot be read or written, after logits that are not finite, and after Ctrl-C. Anything else
+    is a bug, and Python shows where."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # tells of every try to connect
@@ -142,8 +143,8 @@ def one_line_errors(program: str, interrupted: str):
 
 @contextmanager
 def name_lack_of_memory(advice: Callable[[], str]):
-    """LocalError with the advice, for what torch raises on the GPU, and for the RuntimeError that it
-    raises on the CPU."""
+    """If memory runs out inside, raise a LocalError with the advice. torch raises OutOfMemoryError on
+    the GPU, and on the CPU a RuntimeError with "allocate memory" in its text."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -223,8 +224,8 @@ class StepLog:
         return f"in the {self.phase or 'first'} phase: lower {flag} or --max-new-tokens"
 
     def add(self, loss: Tensor, values: dict[str, Tensor], batch) -> None:
-        """A micro-batch: its loss, and values [B, T] by token, of which the log has the means over
-        the tokens of rollouts."""
+        """Add a micro-batch: its loss, and values [B, T], one for each token. The log gets the mean of
+        each value over the tokens of rollouts."""
         self.loss += loss.item()
         for name, value in values.items():
             self.token_sums[name] += (value * batch.by_student.mask).sum().double().item()
@@ -236,7 +237,8 @@ class StepLog:
         """Text and values of a rollout's tokens, in the steps that a report may show."""
         s = self.trainer.s
         middle = (s.steps + 1) // 2
-        if step not in (1, middle, s.steps) and step % s.checkpoint_every:
+        is_shown = step in (1, middle, s.steps) or step % s.checkpoint_every == 0
+        if not is_shown:
             return {}
         batch, values, i = self.read[id(rollout)]
         left_out = {"sampling_gap", "clipped"}
@@ -408,7 +410,7 @@ def thinking_line(tokenizer, thinking: bool) -> str:
 
 
 def is_done(trainer) -> bool:
-    """Whether nothing is left to do for a resumed run, which rank 0 says."""
+    """True if a resumed run has no steps left and its model is exported. Then rank 0 says so."""
     exported = read_config(trainer).get("exported")
     is_complete = exported == trainer.step >= trainer.s.steps and (trainer.out / "model").is_dir()
     if is_complete and trainer.ranks.rank == 0:
@@ -424,8 +426,8 @@ def read_config(trainer) -> dict:
 
 
 def export(trainer, began: float) -> None:
-    """Write model/, an ordinary checkpoint with the adapter merged in. Say what came of the run,
-    which `began` at this reading of time.perf_counter, and where to look."""
+    """Write model/, an ordinary checkpoint with the adapter merged in. Print the evaluations, the
+    time since `began`, a reading of time.perf_counter, and where the files are."""
     out = trainer.out
     lora.merge(trainer.model)
     with checkpoint.atomic_directory(out / "model") as work:

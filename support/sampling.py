@@ -47,7 +47,7 @@ class Rollout(rollout.Completion):
 
 
 def student_prompt(tokenizer, problem: Problem, thinking: bool) -> list[int]:
-    """Token ids of the prompt that is trained, and asked at evaluation."""
+    """Token ids of the student's prompt, the same in training and in evaluation."""
     return teacher.encode(tokenizer, teacher.student_messages(problem.problem), thinking)
 
 
@@ -66,9 +66,9 @@ def sample(
 ) -> list[Rollout]:
     """`sampling.samples` rollouts of each problem, in the order of the problems, not graded yet.
 
-    The first one is row `first_row` of all ranks' rows, so that the result does not depend on the
-    number of ranks. The numbers in `leave_out` are not sampled, which changes no other rollout.
-    `on_rollout(number, rollout)` gets each one as soon as it is there.
+    The rollouts of all ranks are numbered, and the first one here has the number `first_row`. So the
+    result does not depend on the number of ranks. The numbers in `leave_out` are not sampled, which
+    changes no other rollout. `on_rollout(number, rollout)` gets each one as soon as it is there.
     """
     k = sampling.samples
     prompts = [student_prompt(tokenizer, problem, sampling.thinking) for problem in problems]
@@ -133,16 +133,17 @@ def check_window(
             raise InputError(
                 f"{path}: line {p.line}: field 'problem' (with 'solution', where it is shown) "
                 f"makes a prompt of {length} tokens, beyond the model's window of {window} "
-                f"together with {new_tokens} new tokens: lower --max-new-tokens, or shorten or "
-                "remove the row"
+                f"together with {new_tokens} new tokens: lower --max-new-tokens (or "
+                "--eval-max-new-tokens), or shorten or remove the line"
             )
 
 
 def progress(
     bar, prefix: str = "", counts: bool = True, check: Callable[[], None] = lambda: None
 ) -> Callable:
-    """A callback for rollout.sample: shows tokens/s behind `prefix` beside the bar, which `counts`
-    finished completions. `check` is called first, and may raise to end the sampling."""
+    """A callback for rollout.sample. It shows `prefix` and the tokens per second beside the bar. If
+    `counts`, the bar also advances by the finished completions. `check` is called first, and may
+    raise to end the sampling."""
     start = time.perf_counter()
     tokens = 0
 

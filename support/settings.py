@@ -1,8 +1,9 @@
-"""What a run can be told: every setting with its sentence, presets, and what contradicts.
+"""The settings of a run with their help texts, the presets, and checks for settings that contradict
+each other.
 
-A value comes from the default, over it the preset, over it the method, over it the flag. A resumed
-run takes them from its config.json. Another command may bring more methods and flags, as a subclass
-of Settings.
+A preset replaces the default of a setting, the method replaces the preset, and a flag replaces all.
+A resumed run takes its settings from its config.json. Another command may bring more methods and
+flags, as a subclass of Settings.
 """
 
 import json
@@ -25,7 +26,7 @@ from support.flags import (
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS += ["qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "c_fc", "c_proj"]
 FORMAT = 2  # of config.json
-# at the start: such a directory is still free
+# Files that a killed start may leave. A directory with only these counts as empty.
 LEFT_BY_A_KILL = {"lock", "config.json.tmp", "results.json.tmp"}
 REMEDY = "go on with --resume, or choose another --out"
 MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every", "cuda_graphs"}
@@ -36,7 +37,10 @@ METHODS = {  # names for gamma and window: what each sets, and its line in --hel
         {},
         "CL-EGRSD, --gamma and --window above 0: the gate looks --window tokens ahead",
     ),
-    "egrsd": (dict(gamma=0.3, window=0), "EGRSD, --window 0: direction x magnitude x gate"),
+    "egrsd": (
+        dict(gamma=0.3, window=0),
+        "EGRSD, --gamma 0.3 and --window 0: direction x magnitude x gate",
+    ),
     "direction-aware": (
         dict(gamma=0.0),
         "--gamma 0, direction x magnitude: what the EGRSD paper calls RLSD",
@@ -81,7 +85,10 @@ class Settings:
         4, "completions of full length per pass on one rank; lower it to save memory", least=1
     )
     slots: int = flag(
-        0, "rows decoded together on one rank, 0: all; lower it to save memory", least=0
+        0,
+        "completions that one rank samples at the same time, fewer save memory; 0: all, in "
+        "evaluation at most 128",
+        least=0,
     )
     max_new_tokens: int = flag(
         1024, "longest completion in tokens, also L_max of the length reward", least=1
@@ -244,8 +251,8 @@ def make_parser(description: str, kind: type[Settings]) -> Parser:
         "--preset",
         nargs="+",
         choices=PRESETS,
-        help="named settings, over which flags win (default: "
-        "toy, or with another --model paper-4b, whose values are the defaults given below)",
+        help="named settings, flags replace them (default: toy if --model is toy or missing; for any "
+        "other model paper-4b, that is, the defaults below)",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last complete checkpoint in --out"
@@ -257,7 +264,8 @@ def make_parser(description: str, kind: type[Settings]) -> Parser:
 def resolve(given: dict, kind: type[Settings]) -> tuple[Settings, bool]:
     """(settings, resume) from what is given on the command line.
 
-    With --resume they are those of the run in --out. Flags may repeat them, but not change them.
+    With --resume, the settings are those of the run in --out. Flags may repeat them. Only those in
+    MAY_CHANGE_ON_RESUME may change.
     """
     resume = given.pop("resume", False)
     names = given.pop("preset", None)
@@ -297,6 +305,7 @@ def _stored(preset: dict, given: dict, kind: type[Settings]) -> Settings:
     changed = []
     for key in preset | given:
         was = getattr(s, key)
+        # A setting that may change takes its value from a flag, not from a preset.
         if key in MAY_CHANGE_ON_RESUME:
             setattr(s, key, given.get(key, was))
         elif repeated[key] != was:
@@ -316,7 +325,8 @@ def _stored(preset: dict, given: dict, kind: type[Settings]) -> Settings:
 
 
 def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
-    """InputError if there are more adapters than models, or none of what is needed."""
+    """InputError if a needed flag is missing, if flags exclude each other, or if there are more
+    adapters than models."""
     s = flags.parse(EvaluationSettings, argv, description)
     if s.from_ and (len(s.data) != 1 or s.model or s.adapter or s.resume):
         raise InputError(

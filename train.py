@@ -24,7 +24,6 @@ inference engine, and only LoRA adapters are trained. `Trainer` is the loop and 
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from pathlib import Path
 from support import settings
 from support.errors import InputError, LocalError, parse_early
 
-BEGAN = time.perf_counter()
 if __name__ == "__main__":
     parse_early("train.py", lambda: settings.check_start(*settings.parse(sys.argv[1:], __doc__)))
 
@@ -479,7 +477,6 @@ class Trainer:
 
 def train(s: Settings, resume: bool, objective: EGRSD | None = None) -> None:
     """The whole run; every rank calls it. Evaluate, train, evaluate; then rank 0 exports."""
-    began = BEGAN if __name__ == "__main__" else time.perf_counter()
     ranks = Ranks()
     s.check()
     with run.hold(s.out, ranks, None if resume else settings.REMEDY):
@@ -500,7 +497,7 @@ def train(s: Settings, resume: bool, objective: EGRSD | None = None) -> None:
         with t.stop.checkpointed(t), run.name_lack_of_memory(t.log.advice):
             evaluate_and_train(t)
         if ranks.rank == 0:
-            run.export(t, began)
+            run.export(t)
         ranks.barrier()  # nobody leaves while rank 0 still writes
 
 

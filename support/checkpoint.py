@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -208,5 +207,5 @@ def load_latest(
 
 def latest(directory: Path) -> Path | None:
     """The last complete checkpoint in `directory`, None if there is none."""
-    found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    found = directory.glob("step-*[0-9]")  # no step-000025.tmp
     return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)

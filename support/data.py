@@ -98,8 +98,7 @@ def _parse(path, number: int, line: bytes, need_solution: bool) -> Problem:
             f"{where}: a JSON {type(record).__name__} where an object is needed: write "
             '{"problem": ..., "solution": ..., "answer": ...}'
         )
-    names = [name for name in ("problem", "question", "prompt") if name in record]
-    name = names[0] if names else "problem"
+    name = next((name for name in ("problem", "question", "prompt") if name in record), "problem")
     answer = record.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         text = str(answer)

@@ -103,9 +103,7 @@ class Ranks:
 
     def share(self, count: int) -> range:
         """This rank's part of range(count), in the order of ranks. Sizes differ by at most one."""
-        begin = self.rank * count // self.world
-        end = (self.rank + 1) * count // self.world
-        return range(begin, end)
+        return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def barrier(self) -> None:
         self.max(0)

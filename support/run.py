@@ -345,19 +345,15 @@ def write_config(trainer) -> None:
     world = trainer.ranks.world
     first = trainer.problems[0]
     completions = s.prompts_per_step * trainer.rows_per_problem
-    frozen = sum(p.numel() for p in trainer.model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in trainer.parameters)
     derived = {
         "device": str(trainer.ranks.device),
-        "threads": torch.get_num_threads(),
         "bf16": trainer.bf16,
         "problems": len(trainer.problems),
         "left_out": trainer.left_out,
         "held_out_problems": len(trainer.held_out),
         "completions_per_step": completions,
         "micro_batches_at_full_length": -(-completions // world // s.micro_batch),
-        "most_tokens_per_step": completions * s.max_new_tokens,
-        "base_parameters": frozen,
         "trained_parameters": trained,
     }
     versions = {
@@ -425,9 +421,9 @@ def read_config(trainer) -> dict:
     return json.loads((trainer.out / "config.json").read_text())
 
 
-def export(trainer, began: float) -> None:
-    """Write model/, an ordinary checkpoint with the adapter merged in. Print the evaluations, the
-    time since `began`, a reading of time.perf_counter, and where the files are."""
+def export(trainer) -> None:
+    """Write model/, an ordinary checkpoint with the adapter merged in. Print the evaluations, and
+    where the files are."""
     out = trainer.out
     lora.merge(trainer.model)
     with checkpoint.atomic_directory(out / "model") as work:
@@ -441,8 +437,7 @@ def export(trainer, began: float) -> None:
         lines.append("\n{:10}{:>10}{:>13}{:>31}".format(*names))
     for name, r in trainer.results.items():
         lines.append(f"{name:10}{r['accuracy']:10.3f}{r['length']:13.1f}{r['efficiency']:31.0f}")
-    minutes, seconds = divmod(round(time.perf_counter() - began), 60)
-    lines.append(f"\ntotal time {minutes} min {seconds} s; the trained model is {out / 'model'}")
+    lines.append(f"\nthe trained model is {out / 'model'}")
     if (out / "report.html").exists():
         lines.append(f"open {out / 'report.html'}")
     print("\n".join(lines), flush=True)

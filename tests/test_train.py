@@ -4,7 +4,6 @@ mistakes in the input."""
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -634,13 +633,13 @@ def test_help_and_mistakes_are_answered_without_torch(program, flags, code, said
 
 def test_a_start_says_what_is_trained_and_where_the_settings_are(tiny_toy, tmp_path, capsys):
     train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=1))
-    first, second, *_, time, report = capsys.readouterr().out.splitlines()
+    first, second, *_, model, report = capsys.readouterr().out.splitlines()
     assert (
         first.startswith("cl-egrsd trains an adapter of ")
         and " on 96 problems: 1 steps of 8 " in first
     )
     assert f"{tmp_path / 'run' / 'config.json'}" in second and "--help" in second
     assert (
-        re.match(r"total time \d+ min \d+ s; ", time)
+        model == f"the trained model is {tmp_path / 'run' / 'model'}"
         and report == f"open {tmp_path / 'run' / 'report.html'}"
     )

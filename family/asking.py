@@ -33,10 +33,9 @@ def ask(t, prompts, what, by_teacher=False):
     s = t.s
     t.log.begin("ask")
     places = [i for i, prompt in enumerate(prompts) if prompt is not None]
-    first = t.ranks.rank * len(prompts)
-    generator = rollout.generator_for_rows((s.seed, t.step, SEEDS[what]), first)
-    seeds = rollout.row_seeds(generator, len(prompts))
-    show = progress(t.log.bar, f"{t.log.status}{what}: ", counts=False, check=t.stop.interrupt)
+    n = len(prompts)
+    generator = rollout.generator_for_rows((s.seed, t.step, SEEDS[what]), t.ranks.rank * n)
+    seeds = rollout.row_seeds(generator, n)
     with t.objective.as_teacher(t) if by_teacher else nullcontext():
         completions = t.until_stopped(
             rollout.sample,
@@ -48,14 +47,14 @@ def ask(t, prompts, what, by_teacher=False):
             top_p=s.ask_top_p,
             slots=s.slots or None,
             seeds=[seeds[i] for i in places],
-            progress=show,
+            progress=progress(
+                t.log.bar, f"{t.log.status}{what}: ", counts=False, check=t.stop.interrupt
+            ),
         )
-    lengths = [len(completion.token_ids) for completion in completions]
-    (asked,) = t.ranks.sum([sum(lengths)])
-    figures = t.objective.figures
-    figures["asked_tokens"] = figures.get("asked_tokens", 0) + asked
+    (tokens,) = t.ranks.sum([sum(len(completion.token_ids) for completion in completions)])
+    t.objective.figures["asked_tokens"] += tokens
     found = dict(zip(places, completions, strict=True))
-    return [found.get(i) for i in range(len(prompts))]
+    return [found.get(i) for i in range(n)]
 
 
 def encode(t, text):
@@ -70,8 +69,8 @@ def question_prompt(t, example):
     if text is None:
         return None
     prompt = encode(t, text)
-    room = rollout.window(t.model) - t.s.max_new_tokens
-    return prompt if len(prompt) <= room else None
+    fits = len(prompt) + t.s.max_new_tokens <= rollout.window(t.model)
+    return prompt if fits else None
 
 
 def ask_about(t, rollouts):
@@ -81,15 +80,15 @@ def ask_about(t, rollouts):
     asked = []
     prompts = []
     for example in rollouts:
-        prompt = None
         if not marks or marks(example.correct, t.step):
             asked.append(example)
-            prompt = question_prompt(t, example)
-        prompts.append(prompt)
+            prompts.append(question_prompt(t, example))
+        else:
+            prompts.append(None)
     for example, answer in zip(rollouts, ask(t, prompts, question.name), strict=True):
         if answer:
-            text = t.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-            question.take(example, text, t.tokenizer)
+            said = t.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+            question.take(example, said, t.tokenizer)
     if question.name == "marks":
         t.objective.note(t, "unmarked", [not example.label for example in asked])
 
@@ -139,12 +138,15 @@ def solutions(t, problems, rollouts):
 
 def graded(t, first, completion):
     """A solution that the teacher wrote for the problem of `first`, as an example."""
-    example = Example(**vars(completion), problem=first.problem, prompt=first.prompt)
-    example.is_reference = True
-    example.teacher_prompt = first.teacher_prompt
-    example.has_context = first.has_context
-    example.text = t.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-    return example.grade()
+    return Example(
+        **vars(completion),
+        problem=first.problem,
+        prompt=first.prompt,
+        text=t.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+        is_reference=True,
+        has_context=first.has_context,
+        teacher_prompt=first.teacher_prompt,
+    ).grade()
 
 
 def add_hinted(t, firsts, written):
@@ -152,24 +154,22 @@ def add_hinted(t, firsts, written):
     if it is correct."""
     prompts = []
     for first, candidates in zip(firsts, written, strict=True):
-        prompt = None
-        if not any(example.correct for example in candidates):
-            prompt = t.teacher_prompt(first.problem, show_answer(first))
-        prompts.append(prompt)
+        hinted = t.teacher_prompt(first.problem, show_answer(first))
+        is_solved = any(example.correct for example in candidates)
+        prompts.append(None if is_solved else hinted)
     completions = ask(t, prompts, "solutions, shown the answer", by_teacher=True)
     for first, candidates, completion in zip(firsts, written, completions, strict=True):
-        example = graded(t, first, completion) if completion else None
-        if example and example.correct:
-            candidates.append(example)
+        if completion:
+            example = graded(t, first, completion)
+            if example.correct:
+                candidates.append(example)
 
 
 def likeness(example, top):
     """Share of a solution's tokens that are among `top` [T, k] at the same position. Behind the end
     of the rollout none is. 2605.09725."""
-    hits = 0
-    for token, likely in zip(example.token_ids, top.tolist(), strict=False):
-        hits += token in likely
-    return hits / len(example.token_ids)
+    pairs = zip(example.token_ids, top.tolist(), strict=False)
+    return sum(token in likely for token, likely in pairs) / len(example.token_ids)
 
 
 @torch.no_grad()
@@ -180,7 +180,6 @@ def top_tokens(t, examples):
     reading = t.read([example.prompt for example in examples], examples, hidden=True)
     found = []
     with t.autocast():
-        for hidden in reading.hidden:
-            parts = [head(part).topk(TOP).indices for part in hidden.split(size)]
-            found.append(torch.cat(parts))
+        for states in reading.hidden:
+            found.append(torch.cat([head(part).topk(TOP).indices for part in states.split(size)]))
     return found

@@ -41,15 +41,14 @@ class Example(Rollout):
     has_context: bool = True  # the teacher had something to be shown
     asked: dict = field(default_factory=dict)  # texts that were asked for
     label: str = ""  # kind of the marked segments; "" if there are none
-    marked: Tensor | None = None  # bool [T], tokens of the marked segments
+    marked: Tensor = field(init=False)  # bool [T], tokens of the marked segments
     # with which the teacher reads this example, or wrote it
     teacher_prompt: list[int] | None = None
     likeness: float = 0.0  # of a teacher's solution to the student's next tokens, see BRTS
     place: int = 0  # among the examples that this rank reads in the step
 
     def __post_init__(self):
-        if self.marked is None:
-            self.marked = torch.zeros(len(self.token_ids), dtype=torch.bool)
+        self.marked = torch.zeros(len(self.token_ids), dtype=torch.bool)
 
     def as_json(self) -> dict:
         found = super().as_json()
@@ -61,7 +60,7 @@ class Example(Rollout):
 # ---- questions about a rollout
 
 
-@dataclass(frozen=True)
+@dataclass
 class Question:
     """text(example, tokenizer) -> str is what is asked about a rollout, None for nothing.
     take(example, answer, tokenizer) keeps the answer."""
@@ -71,7 +70,7 @@ class Question:
     take: Callable
 
 
-def verdict(example: Example) -> str:
+def verdict(example):
     """What the verifier says of a failed rollout, without the gold answer."""
     if not example.finished:
         return "The attempt was cut off before its end."
@@ -80,13 +79,13 @@ def verdict(example: Example) -> str:
     return f"The answer {example.answer[:200]} is wrong."
 
 
-def without_thought(answer: str) -> str:
+def without_thought(answer):
     """The text after the thinking block; "" if the block has no end."""
     said = answer.rpartition("</think>")[2]
     return "" if "<think>" in said else said
 
 
-def reflection_question(example: Example, tokenizer) -> str | None:
+def reflection_question(example, tokenizer):
     if example.correct:
         return None
     return (
@@ -96,20 +95,19 @@ def reflection_question(example: Example, tokenizer) -> str | None:
     )
 
 
-def take_reflection(example: Example, answer: str, tokenizer) -> None:
+def take_reflection(example, answer, tokenizer):
     example.asked["reflection"] = without_thought(answer).strip()
 
 
-def segments(example: Example, tokenizer) -> list[range]:
+def segments(example, tokenizer):
     """The lines and sentences of a rollout as ranges of its tokens. A sentence ends in . ! or ?
     before a space. One of fewer than LEAST_SEGMENT tokens goes with the next."""
-    ids = example.token_ids
     texts = []
-    for i in range(len(ids)):
-        pair = ids[max(0, i - 1) : i + 1]
+    before = []
+    for token in example.token_ids:
         # what a token adds to the one before it: decoded alone, some lose the space before them
-        before = tokenizer.decode(pair[:-1])
-        texts.append(tokenizer.decode(pair)[len(before) :])
+        texts.append(tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :])
+        before = [token]
     found = []
     start = 0
     for end, text in enumerate(texts, 1):
@@ -122,7 +120,7 @@ def segments(example: Example, tokenizer) -> list[range]:
     return found
 
 
-def marks_question(example: Example, tokenizer) -> str:
+def marks_question(example, tokenizer):
     shown = []
     for number, part in enumerate(segments(example, tokenizer), 1):
         ids = example.token_ids[part.start : part.stop]
@@ -144,12 +142,11 @@ NUMBERS = r"Segments?:((?:[\d,\s]|and){,200}\d)\s{,9}[.,;]?"
 MARKS_FORM = rf"{NUMBERS}\s{{,9}}Kinds?:\s{{,9}}({'|'.join(LABELS)})s?\b"
 
 
-def take_marks(example: Example, answer: str, tokenizer) -> None:
+def take_marks(example, answer, tokenizer):
     """Mark the segments in the order named, but leave out those that would make it more than
     MOST_MARKED of the tokens. An answer of another form, or with nothing to mark, leaves no label:
     the teacher has no say."""
     example.asked["marks"] = answer
-    example.label = ""
     plain = re.sub(r"[*\[\]`]", "", without_thought(answer))
     said = re.findall(MARKS_FORM, plain, re.IGNORECASE)
     if said:
@@ -171,14 +168,14 @@ MARKS = Question("marks", marks_question, take_marks)
 # ---- what the teacher is shown
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """text(example, peers, failed, other) -> str is what the teacher is shown of a rollout, None for
     nothing. peers and failed are the texts of the correct and of the failed other rollouts of its
     problem, other is another problem."""
 
     text: Callable
-    needs: tuple[str, ...] = ()  # fields that every problem must have: solution, restated
+    needs: str = ""  # a field that every problem must have: solution or restated
     quoted: int = 0  # completions that the text, or the question for it, may quote
     compares: bool = False  # the text quotes other rollouts of the problem
     is_bare: bool = False  # no text on purpose: the teacher reads the student's prompt
@@ -202,17 +199,14 @@ def show_peers(example, peers, failed, *_):
     >>> show_peers(None, ["b"], ["c", "d"])
     'Correct attempt:\\nb\\n\\nFailed attempt:\\nc'
     """
-    if not peers:
-        return None
     shown = [f"Correct attempt:\n{text}" for text in peers[:2]]
     shown += [f"Failed attempt:\n{text}" for text in failed[:1]]
-    return "\n\n".join(shown)
+    return "\n\n".join(shown) if peers else None
 
 
 def show_feedback(example, peers, *_):
-    shown = peers[0] if peers else example.problem.solution
-    word = "correct" if example.correct else "incorrect"
-    return f"{shown}\n\nYour answer is {word}."
+    solution = peers[0] if peers else example.problem.solution
+    return f"{solution}\n\nYour answer is {'correct' if example.correct else 'incorrect'}."
 
 
 def show_other(example, peers, failed, other):
@@ -226,9 +220,9 @@ def show_restated(example, *_):
 def show_reflection(example, *_):
     if example.correct:
         return f"Correct attempt:\n{example.text}"
-    reflection = example.asked.get("reflection", "")
     return (
-        f"Failed attempt:\n{example.text}\n\n{verdict(example)}\n\nWhat went wrong:\n{reflection}"
+        f"Failed attempt:\n{example.text}\n\n{verdict(example)}\n\nWhat went wrong:\n"
+        + example.asked.get("reflection", "")
     )
 
 
@@ -240,16 +234,15 @@ def show_nothing(*_):
     return None
 
 
-SOLUTION = ("solution",)
 CONTEXTS = {
-    "solution": Context(show_solution, SOLUTION),
+    "solution": Context(show_solution, "solution"),
     "answer": Context(show_answer),
     "peer": Context(show_peer, quoted=1, compares=True),
     "peers": Context(show_peers, quoted=3, compares=True),
-    "feedback": Context(show_feedback, SOLUTION, quoted=1),
-    "other": Context(show_other, SOLUTION),
-    "restated": Context(show_restated, needs=("restated",)),
+    "feedback": Context(show_feedback, "solution", quoted=1),
+    "other": Context(show_other, "solution"),
+    "restated": Context(show_restated, "restated"),
     "reflection": Context(show_reflection, quoted=2, question=REFLECTION),
-    "label": Context(show_label, SOLUTION, quoted=3, question=MARKS),
+    "label": Context(show_label, "solution", quoted=3, question=MARKS),
     "none": Context(show_nothing, is_bare=True),
 }

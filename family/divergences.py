@@ -7,7 +7,7 @@ hidden states, a chunk of tokens at a time.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ MOST = 0.05  # nats, bound of one vocabulary entry in the clipped divergences
 
 def per_token_divergence(
     head: Head | nn.Module,
-    student: Sequence[Tensor],
-    theirs: Sequence[Tensor],
+    student: list[Tensor],
+    theirs: list[Tensor],
     mask: Tensor,
     f: Callable[[Tensor, Tensor], Tensor],
     temperature: float = 1.0,
@@ -36,15 +36,16 @@ def per_token_divergence(
     """
     head = head if isinstance(head, Head) else Head(head)
 
+    def log_p(states):
+        return (head(states) / temperature).log_softmax(-1)
+
     def apply(own, other):
-        log_p_student = (head(own) / temperature).log_softmax(-1)
-        log_p_teacher = (head(other) / temperature).log_softmax(-1)
-        return f(log_p_teacher, log_p_student)
+        return f(log_p(other), log_p(own))
 
     # a chunk holds two distributions, and what f makes of them
     size = max(1, teacher.CHUNK_LOGITS // 4 // head.linear.out_features)
-    own_chunks = torch.cat(list(student)).split(size)
-    other_chunks = torch.cat(list(theirs)).detach().split(size)
+    own_chunks = torch.cat(student).split(size)
+    other_chunks = torch.cat(theirs).detach().split(size)
     values = []
     for own, other in zip(own_chunks, other_chunks, strict=True):
         values.append(checkpoint(apply, own, other, use_reentrant=False, preserve_rng_state=False))
@@ -90,6 +91,11 @@ def _top(logs, k):
     return logs.topk(min(k, logs.shape[-1])).indices
 
 
+def _at(logs, tokens):
+    """Log-probs of these tokens: [n, V], token ids [n, k] -> [n, k]."""
+    return finite(logs.gather(-1, tokens))
+
+
 def forward_kl_top(
     teacher: Tensor, student: Tensor, k: int = 16, renormalised: bool = True
 ) -> Tensor:
@@ -100,12 +106,11 @@ def forward_kl_top(
     then be negative.
     """
     top = _top(teacher, k)
-    p = finite(teacher.gather(-1, top))
-    q = finite(student.gather(-1, top))
+    p = _at(teacher, top)
     weights = p.log_softmax(-1)
     if renormalised:
         p = weights
-    return (weights.exp() * (p - q)).sum(-1)
+    return (weights.exp() * (p - _at(student, top))).sum(-1)
 
 
 def policy_top(teacher: Tensor, student: Tensor, k: int = 16) -> Tensor:
@@ -115,9 +120,8 @@ def policy_top(teacher: Tensor, student: Tensor, k: int = 16) -> Tensor:
     c = q (log p_T - log p_S) is held constant. q is p_S renormalised there; the logs are not.
     """
     top = _top(student, k)
-    log_s = finite(student.gather(-1, top))
-    log_t = finite(teacher.gather(-1, top))
-    c = log_s.softmax(-1) * (log_t - log_s)
+    log_s = _at(student, top)
+    c = log_s.softmax(-1) * (_at(teacher, top) - log_s)
     return -(c.detach() * log_s).sum(-1)
 
 
@@ -126,7 +130,7 @@ def _with_rest(teacher, student, k):
     top = _top(student, k)
     found = []
     for logs in (teacher, student):
-        chosen = finite(logs.gather(-1, top))
+        chosen = _at(logs, top)
         rest = 1 - chosen.exp().sum(-1, keepdim=True)
         found.append(torch.cat([chosen, rest.clamp(min=1e-7).log()], -1))
     return found
@@ -137,16 +141,15 @@ def jensen_shannon_top(teacher: Tensor, student: Tensor, k: int = 100) -> Tensor
     nats, in [0, log 2]. SDPO, 2601.20802."""
     p, q = _with_rest(teacher, student, k)
     middle = torch.logaddexp(p, q) - math.log(2)
-    terms = p.exp() * (p - middle) + q.exp() * (q - middle)
-    return terms.sum(-1) / 2
+    return (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1) / 2
 
 
 def clipped_reverse_kl_top(teacher: Tensor, student: Tensor, k: int = 100) -> Tensor:
     """KL(p_S || p_T'), p_T' = max(p_T, 0.2 p_S) held constant, on the student's k likeliest tokens
     and one bucket for the rest: [n, V] twice -> [n], nats; may be negative. RESD, 2605.12741."""
     p, q = _with_rest(teacher, student, k)
-    least = q.detach() + math.log(0.2)
-    return (q.exp() * (q - torch.maximum(p, least))).sum(-1)
+    p = torch.maximum(p, q.detach() + math.log(0.2))
+    return (q.exp() * (q - p)).sum(-1)
 
 
 def dual_weight(teacher: Tensor, student: Tensor, k: int = 20) -> Tensor:
@@ -155,7 +158,7 @@ def dual_weight(teacher: Tensor, student: Tensor, k: int = 20) -> Tensor:
     H is the entropy of p_T renormalised on its k likeliest tokens, y* the likeliest of them.
     """
     top = _top(teacher, k)
-    p = finite(teacher.gather(-1, top)).log_softmax(-1)
+    p = _at(teacher, top).log_softmax(-1)
     sure = 1 + (p.exp() * p).sum(-1) / math.log(p.shape[-1])
     likeliest = student.gather(-1, top[:, :1]).squeeze(-1)  # log p_S(y*)
     return sure.clamp(min=0) * (1 - likeliest.exp())

@@ -17,7 +17,6 @@ Grade P: read in the paper or its code, S: in second-hand notes; ours: no source
 
 def explain(s: FamilySettings) -> None:
     """Print the formula, its source, the settings that the method brings, and what a step costs."""
-    brought = s.bring(s.method, {}, vars(s))
     print(f"{s.method}: {s.methods()[s.method]}\n")
     for part in formulas(s):
         print(indent(part, "    "), end="\n\n")
@@ -26,7 +25,7 @@ def explain(s: FamilySettings) -> None:
             f"--gate {s.gate}: the weight of another method, see --help, in place of (5) and (6)\n"
         )
     print(LEGEND)
-    for key, value in brought.items():
+    for key, value in s.bring(s.method, {}, vars(s)).items():
         kind = "fixed" if key in s.entry.needs else "unless a flag says otherwise"
         print(f"it sets {flag_name(key)} {value} ({kind})")
     if s.has_teacher:
@@ -42,17 +41,16 @@ def explain(s: FamilySettings) -> None:
     )
 
 
-def formulas(s: FamilySettings) -> list[str]:
+def formulas(s):
     """The docstring of the loss, and those of the functions that it names."""
     found = [inspect.getdoc(s.entry.loss or egrsd)]
     for name in re.findall(r"`(\w+)`", found[0]):
-        named = getattr(methods, name, None)
-        if named:
-            found.append(f"{name}: {inspect.getdoc(named)}")
+        if hasattr(methods, name):
+            found.append(f"{name}: {inspect.getdoc(getattr(methods, name))}")
     return found
 
 
-def cost(s: FamilySettings) -> int:
+def cost(s):
     """Forward passes for each problem, at most."""
     method = s.entry
     rollouts = s.rollouts_per_prompt * method.rollouts

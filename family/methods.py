@@ -21,7 +21,8 @@ rollouts are used once, so the ratio is 1. docs/family.md says what is left out.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -62,10 +63,9 @@ class Batch:
     num_tokens: float  # of the step's rollouts that its mean counts, over all ranks
     num_completions: float  # rollouts of the step, over all ranks
     step: int  # steps done before this one
-    median_entropies: Sequence[float]  # of H in every step so far, this one included
+    median_entropies: list[float]  # of H in every step so far, this one included
     eps: float = 0.2  # --eps
-    # tokens of the step's other examples, over all ranks; None: there are none
-    num_reference: float | None = None
+    num_reference: float = 0.0  # tokens of the step's other examples, over all ranks
     success_rate: float = 0.0  # share of the step's rollouts that are correct
     # [B, T]: a loss may leave its weights here; they are reported as `gate`
     weight: Tensor | None = None
@@ -82,8 +82,7 @@ class Batch:
     def per_completion(self) -> Tensor:
         """[B, 1]: with this factor the step takes the mean over completions of sums over their
         tokens."""
-        others = self.num_reference or self.num_tokens
-        tokens = torch.where(self.is_reference, others, self.num_tokens)
+        tokens = torch.where(self.is_reference, self.num_reference, self.num_tokens)
         return tokens.unsqueeze(-1) / self.num_completions
 
     @property
@@ -95,7 +94,7 @@ class Batch:
         return self.advantage.unsqueeze(-1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Method:
     """A loss, and what the training step has to provide for it."""
 
@@ -124,7 +123,7 @@ class Method:
     views: bool = False
 
 
-METHODS: dict[str, Method] = {}
+METHODS = {}  # name -> Method
 # EGRSD with a flag of the family; its loss is that of train.EGRSD
 EGRSD = Method(None, "EGRSD with a flag of the family", uses=("gamma", "eps"))
 
@@ -139,11 +138,10 @@ def method(name: str, summary: str, **declared):
     return register
 
 
-def policy(batch: Batch, coefficient: Tensor) -> Tensor:
+def policy(batch: Batch, c: Tensor) -> Tensor:
     """-c_t log p_theta(y_t): [B, T], 0 outside the mask. c, [B, T] or [B, 1], is held constant.
     2605.13255 eq. (7)."""
-    coefficient = coefficient.expand_as(batch.logp)
-    return egrsd.policy_loss(batch.logp, coefficient, batch.mask, reduction="none")
+    return egrsd.policy_loss(batch.logp, c.expand_as(batch.logp), batch.mask, reduction="none")
 
 
 def mean_of_completions(batch: Batch, losses: Tensor) -> Tensor:
@@ -200,8 +198,8 @@ def rlsd(batch: Batch) -> Tensor:
     Equal to direction-aware, 2605.13255 eq. (3), at lam = 1.
     """
     lam = 0.5 * max(0.0, 1 - batch.step / 50)
-    weight = egrsd.magnitude(batch.teacher_logp, batch.logp, batch.advantage, 0.2)
-    return policy(batch, batch.A * ((1 - lam) + lam * weight))
+    w = egrsd.magnitude(batch.teacher_logp, batch.logp, batch.advantage, 0.2)
+    return policy(batch, batch.A * ((1 - lam) + lam * w))
 
 
 @method(
@@ -216,8 +214,8 @@ def rlrt(batch: Batch) -> Tensor:
     """Correct: c = A * (0.5 + 0.5 * clip(exp(-sign(A) d), 0.8, 1.2)); wrong: c = A; rewards 0 and 1.
     2605.10781. Grade S. Without a correct peer d = 0, so c = A."""
     # teacher and student change places: -d
-    reversed_weight = egrsd.magnitude(batch.logp, batch.teacher_logp, batch.advantage, 0.2)
-    weight = torch.where(batch.correct.unsqueeze(-1), 0.5 + 0.5 * reversed_weight, 1.0)
+    weight = egrsd.magnitude(batch.logp, batch.teacher_logp, batch.advantage, 0.2)
+    weight = torch.where(batch.correct.unsqueeze(-1), 0.5 + 0.5 * weight, 1.0)
     return policy(batch, batch.A * weight)
 
 
@@ -237,10 +235,9 @@ def antisd(batch: Batch) -> Tensor:
     In between it stays as it is. Simplified: the warm-up value is the median over the warm-up steps,
     and the median of a step is the one over its completions' medians.
     """
-    medians = batch.median_entropies
-    reference = sorted(medians[:5])[len(medians[:5]) // 2]
+    reference = statistics.median(batch.median_entropies[:5])
     g = 0.0
-    for median in medians[5:]:
+    for median in batch.median_entropies[5:]:
         if median >= reference:
             g = 1.0
         elif median < 0.93 * reference:
@@ -258,10 +255,8 @@ def keeps(d: Tensor, H: Tensor, mask: Tensor, step: int) -> Tensor:
     if step < 50:
         return (d > REOPOLD_BOUND) & mask
     H = H.masked_fill(~mask, -math.inf)
-    by_entropy = H.argsort(dim=1, descending=True, stable=True)
-    rank = by_entropy.argsort(dim=1)  # 0: the most uncertain
-    count = (0.2 * mask.sum(1, keepdim=True)).ceil()
-    return (rank < count) & mask
+    rank = H.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0: the most uncertain
+    return (rank < (0.2 * mask.sum(1, keepdim=True)).ceil()) & mask
 
 
 @method(
@@ -293,8 +288,7 @@ def vopd(batch: Batch) -> Tensor:
 def eopd(batch: Batch) -> Tensor:
     """c = d, plus 1[H > 0.8] * KL(p_T || p_S) on the teacher's top 16, only p_T renormalised.
     2603.07079. Grade S."""
-    forward = batch.divergence(forward_kl_top)
-    return policy(batch, batch.d) + (batch.entropy > 0.8) * forward
+    return policy(batch, batch.d) + (batch.entropy > 0.8) * batch.divergence(forward_kl_top)
 
 
 @method(
@@ -378,8 +372,7 @@ def msd(batch: Batch) -> Tensor:
     a completion are 0.
     """
     batch.weight = batch.divergence(dual_weight).detach()
-    total = batch.weight.sum(1, keepdim=True)
-    share = batch.weight / total.clamp(min=1e-30)
+    share = batch.weight / batch.weight.sum(1, keepdim=True).clamp(min=1e-30)
     return share * batch.per_completion * batch.divergence(reverse_kl)
 
 
@@ -413,8 +406,8 @@ def pbsd(batch: Batch) -> Tensor:
     teacher's solution, y- the rollout, sums over tokens, mean over problems. 2605.05040. Grade S.
     Written as a policy gradient with the same gradient: c = beta sigma(-m) on y+, -beta sigma(-m)
     on y-. So `loss` is not -log sigma(m). Ours: beta = 0.1, and one pair for each problem."""
-    sign = torch.where(batch.is_reference, 1.0, -1.0)
-    c = 0.1 * torch.sigmoid(-0.1 * batch.margin) * sign
+    c = 0.1 * torch.sigmoid(-0.1 * batch.margin)
+    c = torch.where(batch.is_reference, c, -c)
     return policy(batch, c.unsqueeze(-1) * batch.per_completion)
 
 
@@ -438,9 +431,9 @@ def brts(batch: Batch) -> Tensor:
     as both reach). If none is correct, a teacher that sees the answer writes one more. If that is
     wrong too, the most alike of the 4 is taken. Ours: the teacher is the same model, shown the
     solution."""
+    on_solutions = 10 * batch.divergence(partial(forward_kl_top, renormalised=False))
     on_rollouts = batch.divergence(policy_top)
-    on_solutions = batch.divergence(partial(forward_kl_top, renormalised=False))
-    return torch.where(batch.is_reference.unsqueeze(-1), 10 * on_solutions, on_rollouts)
+    return torch.where(batch.is_reference.unsqueeze(-1), on_solutions, on_rollouts)
 
 
 @method(
@@ -461,8 +454,8 @@ def resd(batch: Batch) -> Tensor:
     weight = torch.ones_like(batch.advantage)
     if 0 < s < 1:
         weight = torch.where(batch.correct, 1 - s, s) / (2 * s * (1 - s))
-    divergence = batch.divergence(clipped_reverse_kl_top)
-    return weight.unsqueeze(-1) * mean_of_completions(batch, divergence)
+    losses = mean_of_completions(batch, batch.divergence(clipped_reverse_kl_top))
+    return weight.unsqueeze(-1) * losses
 
 
 @method(
@@ -483,8 +476,8 @@ def trace(batch: Batch, errors: bool = False) -> Tensor:
     lam = 0.5 * min(1.0, max(0.0, 1 - (batch.step - 10) / 30))
     marked = batch.marked & (batch.correct != errors).unsqueeze(-1)
     weight = torch.where(marked, 1 - lam / 0.5, 1.0)
-    divergence = batch.divergence(clipped_reverse_kl if errors else clipped_forward_kl)
-    kl = mean_of_completions(batch, divergence)
+    f = clipped_reverse_kl if errors else clipped_forward_kl
+    kl = mean_of_completions(batch, batch.divergence(f))
     return policy(batch, batch.A * weight) + lam * marked * kl
 
 

@@ -1,12 +1,14 @@
 """What a method, a teacher or a gate of the family changes in the training step: the object that
 train.Trainer asks in place of train.EGRSD."""
 
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import egrsd
 import lora
@@ -47,26 +49,24 @@ class GroupAdvantage(egrsd.RunningAdvantage):
         rewards give 0 and not the rounding of their mean.
         """
         groups = rewards.double().view(-1, self.group)
-        centred = groups - groups.mean(1, keepdim=True)
-        scaled = centred / (groups.std(1, keepdim=True) + 1e-4)
-        return scaled.flatten().to(rewards.dtype)
-
-
-def swap(parameters, tensors):
-    for parameter, tensor in zip(parameters, tensors, strict=True):
-        parameter.data, tensor.data = tensor.data, parameter.data
+        spread = groups.std(1, keepdim=True) + 1e-4
+        return ((groups - groups.mean(1, keepdim=True)) / spread).flatten().to(rewards.dtype)
 
 
 @contextmanager
 def replaced(model, tensors):
     """Inside, `tensors` are the adapter's weights, in the order and shapes of `lora_parameters`:
     those of an older or an averaged student."""
-    parameters = lora.lora_parameters(model)
-    swap(parameters, tensors)
+
+    def swap():
+        for parameter, tensor in zip(lora.lora_parameters(model), tensors, strict=True):
+            parameter.data, tensor.data = tensor.data, parameter.data
+
+    swap()
     try:
         yield
     finally:
-        swap(parameters, tensors)
+        swap()
 
 
 class Neighbour(train.EGRSD):
@@ -79,7 +79,7 @@ class Neighbour(train.EGRSD):
         self.method = s.entry
         self.source = s.source
         self.context = CONTEXTS[s.teacher_context if s.has_teacher else "none"]
-        self.needs_solution = self.source == "reference" or "solution" in self.context.needs
+        self.needs_solution = self.source == "reference" or self.context.needs == "solution"
         self.has_rollouts = self.method.rollouts or self.source == "teacher"  # for samples.jsonl
         self.keeps_states = self.method.full_distributions or s.gate in ("two-view", "dual")
         if s.advantage == "group":
@@ -127,10 +127,11 @@ class Neighbour(train.EGRSD):
                 found.append(t.teacher_prompt(problem, show_answer(example)))
             return found
 
-        most = (1 + context.quoted) * self.s.max_new_tokens
-        check_window(t.model, data, t.problems, most, prompts)
+        # the completion, and those that a text quotes
+        tokens = (1 + context.quoted) * self.s.max_new_tokens
+        check_window(t.model, data, t.problems, tokens, prompts)
         for problem in t.problems:
-            if "restated" in context.needs and not problem.restated:
+            if context.needs == "restated" and not problem.restated:
                 raise InputError(
                     f"{data}: line {problem.line}: field 'restated' is missing: add it, or choose "
                     "another --teacher-context"
@@ -147,7 +148,7 @@ class Neighbour(train.EGRSD):
     def examples(self, t, problems):
         """The step's rollouts, after the student was asked what the teacher's prompts need. And
         solutions to learn from: those of the data, or one of the teacher's for each problem."""
-        self.figures = {}
+        self.figures = Counter()
         # what the last step read need not stay in memory while this one samples
         self.rollouts = []
         self.others = []
@@ -162,19 +163,18 @@ class Neighbour(train.EGRSD):
             self.others = asking.solutions(t, problems, self.rollouts)
         for place, example in enumerate(self.rollouts + self.others):
             example.place = place
-        tokens = sum(len(example.token_ids) for example in self.others)
         correct = sum(example.correct for example in self.rollouts)
-        self.num_reference, num_correct = t.ranks.sum([tokens, correct])
+        tokens = sum(len(example.token_ids) for example in self.others)
+        num_correct, self.num_reference = t.ranks.sum([correct, tokens])
         self.success_rate = num_correct / self.num_completions
         return self.rollouts, self.others
 
     def reference(self, t, problem):
         """The reference solution and a stop token as a completion; not finished if it is cut at
         --max-new-tokens."""
-        stop = t.tokenizer.eos_token_id
-        if stop is None:
-            stop = rollout.stop_ids(t.model, t.tokenizer)[0]
-        ids = t.tokenizer.encode(problem.solution, add_special_tokens=False) + [stop]
+        ids = t.tokenizer.encode(problem.solution, add_special_tokens=False)
+        # without an eos token, or if its id is 0, the first of the sorted stop ids
+        ids.append(t.tokenizer.eos_token_id or rollout.stop_ids(t.model, t.tokenizer)[0])
         kept = ids[: self.s.max_new_tokens]
         prompt = t.student_prompt(problem)
         return Example(
@@ -191,38 +191,34 @@ class Neighbour(train.EGRSD):
 
     def teacher_prompts(self, t, rows):
         """What --teacher-context says; the student's prompt if there is nothing to show."""
-        n = self.group
         examples = [row if isinstance(row, Example) else Example(**vars(row)) for row in rows]
         for i, example in enumerate(examples):
             if example.teacher_prompt is None:
-                first = i - i % n
-                shown = self.shown(t, example, examples[first : first + n], i)
-                example.has_context = shown is not None or self.context.is_bare
-                example.teacher_prompt = example.prompt
-                if shown is not None:
+                shown = self.shown(t, examples, i)
+                if shown is None:
+                    example.has_context = self.context.is_bare
+                    example.teacher_prompt = example.prompt
+                else:
                     example.teacher_prompt = t.teacher_prompt(example.problem, shown)
         return [example.teacher_prompt for example in examples]
 
-    def shown(self, t, example, group, number):
-        """The text that the teacher of this rollout is shown. `group` has all rollouts of the
-        problem; `number` counts the rollouts of this rank."""
-        s = self.s
-        number += t.ranks.share(s.prompts_per_step).start * self.group
-        rng = np.random.default_rng((s.seed, t.step, number, asking.SEEDS["contexts"]))
+    def shown(self, t, examples, number):
+        """The text that the teacher is shown for rollout `number` of this rank. Rollouts of one
+        problem stand beside each other."""
+        example = examples[number]
+        group = examples[number - number % self.group :][: self.group]
+        number += t.ranks.share(self.s.prompts_per_step).start * self.group
+        rng = np.random.default_rng((self.s.seed, t.step, number, asking.SEEDS["contexts"]))
         correct = []
         failed = []
         other = None
         for i in rng.permutation(len(group)):
-            peer = group[i]
-            if peer is not example:
-                texts = correct if peer.correct else failed
-                texts.append(peer.text)
-        if s.teacher_context == "other":
-            place = int(rng.integers(len(t.problems) - 1))
-            # any but this one; problems are in the order of their lines
-            if t.problems[place].line >= example.problem.line:
-                place += 1
-            other = t.problems[place]
+            if group[i] is not example:
+                texts = correct if group[i].correct else failed
+                texts.append(group[i].text)
+        if self.s.teacher_context == "other":
+            others = [problem for problem in t.problems if problem.line != example.problem.line]
+            other = others[rng.integers(len(others))]
         return self.context.text(example, correct, failed, other)
 
     # ---- as whom the teacher reads
@@ -240,11 +236,9 @@ class Neighbour(train.EGRSD):
             longest = max(len(example.token_ids) for example in examples)
             nothing = torch.zeros(len(examples), longest, device=device)
             return Reading(nothing, nothing, nothing.bool())
-        prompts = self.teacher_prompts(t, examples)
         with self.as_teacher(t):
-            reading = t.read(prompts, examples, hidden=self.keeps_states)
-        has_context = [[example.has_context] for example in examples]
-        reading.mask &= torch.tensor(has_context, device=device)
+            reading = t.read(self.teacher_prompts(t, examples), examples, self.keeps_states)
+        reading.mask &= torch.tensor([[one.has_context] for one in examples], device=device)
         reading.entropy *= reading.mask
         entropy = reading.entropy.masked_fill(~reading.mask, torch.nan)
         # rollouts come first
@@ -265,13 +259,12 @@ class Neighbour(train.EGRSD):
             self.bare = t.read([example.prompt for example in examples], examples, hidden=True)
         kl = self.divergence(t, self.bare, reading.hidden, forward_kl)  # [N, T]
         counted = kl[:n][reading.mask[:n]].tolist()
-        squares = [value**2 for value in counted]
-        new = t.ranks.sum([len(counted), sum(counted), sum(squares)])
-        sums = [a + b for a, b in zip(self.numbers["view_sums"], new, strict=True)]
+        new = t.ranks.sum([len(counted), sum(counted), sum(value**2 for value in counted)])
+        sums = np.add(self.numbers["view_sums"], new).tolist()
         self.numbers["view_sums"] = sums
-        count, total, squares = sums
-        mean = total / max(1, count)
-        deviation = max(0.0, squares / max(1, count) - mean**2) ** 0.5
+        count = max(1, sums[0])
+        mean = sums[1] / count
+        deviation = max(0.0, sums[2] / count - mean**2) ** 0.5
         self.views = (kl - mean) / (deviation + 1e-6)  # [N, T], Batch.views
         self.note(t, "view_kl", counted)
 
@@ -279,7 +272,7 @@ class Neighbour(train.EGRSD):
         """The student reads before the first backward pass. PBSD needs that for its margins (every
         problem has a rollout and a solution of the teacher's), others for the tokens they keep."""
         student = t.read([example.prompt for example in examples], examples)
-        d = torch.where(reading.mask, finite(reading.logp) - finite(student.logp), 0.0)
+        d = (finite(reading.logp) - finite(student.logp)) * reading.mask
         if self.method.keeps:
             self.kept = self.method.keeps(d, student.entropy, student.mask, t.step)  # [N, T]
             (self.num_kept,) = t.ranks.sum([self.kept.sum().item()])
@@ -298,7 +291,7 @@ class Neighbour(train.EGRSD):
         by_teacher = micro.by_teacher
         own = micro.by_student.logp.detach()
         # d = 0 where the teacher has nothing to be shown
-        by_teacher.logp = torch.where(by_teacher.mask, by_teacher.logp, own)
+        by_teacher.logp = by_teacher.logp.where(by_teacher.mask, own)
         self.gate = None
         if self.s.gate:
             return self.gated_loss(t, micro)
@@ -307,32 +300,29 @@ class Neighbour(train.EGRSD):
         batch = self.batch(t, micro)
         losses = torch.where(batch.mask, self.method.loss(batch), 0.0)
         self.gate = batch.weight
-        share = 1 / max(1, batch.num_tokens)
         share_of_others = 1 / max(1, self.num_reference)
-        shares = torch.where(batch.is_reference, share_of_others, share)  # [B]
+        shares = torch.where(batch.is_reference, share_of_others, 1 / max(1, batch.num_tokens))
         return (losses * shares.unsqueeze(-1)).sum()
 
     def gated_loss(self, t, micro):
         """EGRSD's loss with --gate in place of its gate. two-view and dual are 1 where the teacher
         had nothing to be shown."""
-        student = micro.by_student
+        own = micro.by_student
         by_teacher = micro.by_teacher
         if self.s.gate == "position":
-            gate = position_weight(student.mask)
-        elif self.s.gate == "two-view":
-            gate = two_view_gate(self.views[places_of(micro)])
+            self.gate = position_weight(own.mask)
         else:
-            gate = self.divergence(t, student, by_teacher.hidden, dual_weight).detach()
-        if self.s.gate != "position":
-            gate = torch.where(by_teacher.mask, gate, 1.0)
-        self.gate = gate
-        weight = egrsd.magnitude(by_teacher.logp, student.logp, micro.advantage, self.s.eps)
-        weight = micro.advantage.unsqueeze(-1) * weight * gate
-        return egrsd.policy_loss(student.logp, weight, student.mask, micro.num_tokens)
+            if self.s.gate == "two-view":
+                gate = two_view_gate(self.views[places_of(micro)])
+            else:
+                gate = self.divergence(t, own, by_teacher.hidden, dual_weight).detach()
+            self.gate = torch.where(by_teacher.mask, gate, 1.0)
+        weight = egrsd.magnitude(by_teacher.logp, own.logp, micro.advantage, self.s.eps)
+        weight = micro.advantage.unsqueeze(-1) * weight * self.gate
+        return egrsd.policy_loss(own.logp, weight, own.mask, micro.num_tokens)
 
     def batch(self, t, micro):
         """What the methods read."""
-        examples = micro.examples
         device = t.ranks.device
         student = micro.by_student
         by_teacher = micro.by_teacher
@@ -343,8 +333,8 @@ class Neighbour(train.EGRSD):
             entropy=by_teacher.entropy,
             mask=student.mask,
             advantage=micro.advantage,
-            correct=torch.tensor([example.correct for example in examples], device=device),
-            is_reference=is_reference(examples, device),
+            correct=torch.tensor([example.correct for example in micro.examples], device=device),
+            is_reference=is_reference(micro, device),
             divergence=lambda f: own(by_teacher.hidden, f) * by_teacher.mask,
             num_tokens=micro.num_tokens,
             num_completions=self.num_completions,
@@ -359,8 +349,8 @@ class Neighbour(train.EGRSD):
             batch.kept = self.kept[places]
             batch.num_tokens = self.num_kept
         if self.method.marks:
-            marked = [example.marked for example in examples]
-            batch.marked = nn.utils.rnn.pad_sequence(marked, batch_first=True).to(device)
+            marked = [example.marked for example in micro.examples]
+            batch.marked = pad_sequence(marked, batch_first=True).to(device)
         if self.method.margin:
             batch.margin = self.margins[places[0]]
         if self.method.views:
@@ -370,28 +360,29 @@ class Neighbour(train.EGRSD):
 
     def divergence(self, t, student, theirs, f):
         """f of the distributions behind the states `theirs` and of the student's: [B, T]."""
-        head = teacher.output_head(t.model)
         with t.autocast():
             return per_token_divergence(
-                head, student.hidden, theirs, student.mask, f, self.s.score_temperature
+                teacher.output_head(t.model),
+                student.hidden,
+                theirs,
+                student.mask,
+                f,
+                self.s.score_temperature,
             )
 
     def token_metrics(self, t, micro):
         """The metrics of train.EGRSD that the method uses. They are 0 at examples that are not
         rollouts."""
-        unused = []
-        if not self.method.teacher:
-            unused += ["entropy", "delta"]
-        if "eps" not in self.method.uses:
-            unused += ["magnitude", "clipped"]
-        if "gamma" not in self.method.uses:
-            unused += ["gate"]
         metrics = super().token_metrics(t, micro)
-        for name in unused:
-            del metrics[name]
+        if not self.method.teacher:
+            del metrics["entropy"], metrics["delta"]
+        if "eps" not in self.method.uses:
+            del metrics["magnitude"], metrics["clipped"]
+        if "gamma" not in self.method.uses:
+            del metrics["gate"]
         if self.gate is not None:
             metrics["gate"] = self.gate
-        is_rollout = ~is_reference(micro.examples, t.ranks.device).unsqueeze(-1)
+        is_rollout = ~is_reference(micro, t.ranks.device).unsqueeze(-1)
         return {name: value * is_rollout for name, value in metrics.items()}
 
     # ---- after the update
@@ -407,9 +398,8 @@ class Neighbour(train.EGRSD):
                 old.copy_(new.detach())
         # the Trainer writes rollouts down; without any, the teacher's solutions are written here
         if self.has_rollouts and not self.rollouts and t.ranks.rank == 0:
-            written = self.others[:SAMPLES_PER_STEP]
-            lines = [{"step": t.step} | example.as_json() for example in written]
-            checkpoint.append_jsonl(t.out / "samples.jsonl", lines)
+            records = [{"step": t.step} | one.as_json() for one in self.others[:SAMPLES_PER_STEP]]
+            checkpoint.append_jsonl(t.out / "samples.jsonl", records)
         if "asked_tokens" in self.figures:
             self.figures["ask_s"] = t.log.seconds["ask"]
         return self.figures
@@ -417,10 +407,9 @@ class Neighbour(train.EGRSD):
 
 def places_of(micro):
     """What selects a micro-batch, [B, T], from a tensor of the whole step."""
-    places = [example.place for example in micro.examples]
-    return places, slice(micro.by_student.mask.shape[1])
+    return [one.place for one in micro.examples], slice(micro.by_student.mask.shape[1])
 
 
-def is_reference(examples, device):
+def is_reference(micro, device):
     """bool [B]: the example is not a rollout."""
-    return torch.tensor([example.is_reference for example in examples], device=device)
+    return torch.tensor([example.is_reference for example in micro.examples], device=device)

@@ -72,9 +72,9 @@ class FamilySettings(Settings):
         chosen = preset | given
         if method.groups and "rollouts_per_prompt" not in chosen:
             world = environment_number("WORLD_SIZE", 1)
-            prompts = chosen.get("prompts_per_step", cls.prompts_per_step)
+            completions = chosen.get("prompts_per_step", cls.prompts_per_step)
             brought["rollouts_per_prompt"] = GROUP
-            brought["prompts_per_step"] = max(1, round(prompts / GROUP / world)) * world
+            brought["prompts_per_step"] = max(1, round(completions / GROUP / world)) * world
         return brought
 
     @property
@@ -103,15 +103,15 @@ class FamilySettings(Settings):
         for key, value in self.entry.needs.items():
             if getattr(self, key) != value:
                 raise InputError(
-                    f"--method {self.method} needs {flag_name(key)} {value}, got "
-                    f"{getattr(self, key)}: leave the flag out, or choose another method"
+                    f"--method {self.method} needs {flag_name(key)} {value}: leave the flag out, "
+                    "or choose another method"
                 )
         for key, owner in (("gate", "egrsd"), ("rows", "sft")):
             if getattr(self, key) and self.method != owner:
-                raise InputError(f"--{key} {getattr(self, key)}: use it with --method {owner}")
+                raise InputError(f"--{key}: use it with --method {owner}")
         self.check_context()
 
-    def check_context(self) -> None:
+    def check_context(self):
         """Refuse a --teacher-context that finds nothing to show."""
         context = CONTEXTS[self.teacher_context]
         shown = f"--teacher-context {self.teacher_context}"

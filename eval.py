@@ -60,7 +60,7 @@ from support.graphs import choose
 from support.memory import slots_that_fit
 from support.run import hold, name_lack_of_memory, one_line_errors, thinking_line
 from support.samples import SampleLog, read_completions
-from support.sampling import Rollout, check_window, grade_rollouts, progress, sample, student_prompt
+from support.sampling import check_window, grade_rollouts, progress, sample, student_prompt
 from support.settings import EvaluationSettings
 
 BOOTSTRAP_RESAMPLES = 10_000
@@ -91,18 +91,16 @@ def majority_accuracy(answers: list[str | None], gold: str) -> float:
     for answer in answers:
         first = next((other for other in votes if reward.is_equal(answer, other)), answer)
         votes[first] += 1
-    most = max(votes.values())
-    winners = [answer for answer, count in votes.items() if count == most]
+    winners = [answer for answer, count in votes.items() if count == max(votes.values())]
     return sum(reward.is_equal(answer, gold) for answer in winners) / len(winners)
 
 
 def bootstrap_interval(per_problem: list[float], seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of the mean, problems drawn with replacement."""
     rng = np.random.default_rng(seed)
-    n = len(per_problem)
-    means = [rng.choice(per_problem, size=n).mean() for _ in range(BOOTSTRAP_RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975]).tolist()
-    return low, high
+    size = len(per_problem)
+    means = [rng.choice(per_problem, size).mean() for _ in range(BOOTSTRAP_RESAMPLES)]
+    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
 
 
 def summarise(records: list[dict], samples: int) -> dict:
@@ -110,7 +108,8 @@ def summarise(records: list[dict], samples: int) -> dict:
     groups = defaultdict(list)  # the samples of a problem, by its line
     for record in records:
         groups[record["line"]].append(record)
-    correct, majority = [], []
+    correct = []
+    majority = []
     for group in groups.values():
         correct.append(sum(record["correct"] for record in group))
         answers = [record["answer"] if record["finished"] else None for record in group]
@@ -121,23 +120,23 @@ def summarise(records: list[dict], samples: int) -> dict:
     for k in (1, 2, 4, 8, 16, 32, 64, 128, samples):
         if k <= samples:
             pass_at[str(k)] = _mean([pass_at_k(samples, count, k) for count in correct])
-    length, efficiency = None, None
-    tokens = [record["tokens"] for record in records]
-    if None not in tokens:
-        length = _mean(tokens)
-        efficiency = 100 * accuracy / (length / 1000)
-    return {
+    found = {
         "problems": len(groups),
         "avg": accuracy,
         "low": low,
         "high": high,
         "pass": pass_at,
         "maj": _mean(majority),
-        "length": length,
+        "length": None,
         "truncated": _mean([not record["finished"] for record in records]),
         "no_answer": _mean([record["answer"] is None for record in records]),
-        "eff": efficiency,
+        "eff": None,
     }
+    tokens = [record["tokens"] for record in records]
+    if None not in tokens:
+        found["length"] = _mean(tokens)
+        found["eff"] = 100 * accuracy / (found["length"] / 1000)
+    return found
 
 
 def _mean(values):
@@ -165,11 +164,10 @@ def results_table(results: list[dict], samples: int) -> str:
         forms = columns
         if result["length"] is None:
             forms = columns | {"length": "-", "Eff": "-"}
-        figures = result | {"pass_at_k": result["pass"][str(samples)]}
-        table.append([form.format(**figures) for form in forms.values()])
+        pass_at_k = result["pass"][str(samples)]
+        table.append([form.format(**result, pass_at_k=pass_at_k) for form in forms.values()])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(map(str.rjust, cells, widths)) for cells in table]
-    return "\n".join(lines)
+    return "\n".join("  ".join(map(str.rjust, cells, widths)) for cells in table)
 
 
 def evaluate(
@@ -192,16 +190,15 @@ def evaluate(
     share = ranks.share(len(problems))
     own = problems[share.start : share.stop]
     total = samples * len(own)
-    label = label or {}
-    earlier = log.graded if log else {}
     records = {}
-    for number in range(total):
-        place = (*label.values(), own[number // samples].line, number % samples)
-        if place in earlier:
-            records[number] = earlier[place]
+    if log:
+        for number in range(total):
+            place = (*label.values(), own[number // samples].line, number % samples)
+            if place in log.graded:
+                records[number] = log.graded[place]
 
     def keep(number, rollout):
-        records[number] = label | {"sample": number % samples} | rollout.as_json()
+        records[number] = {**(label or {}), "sample": number % samples, **rollout.as_json()}
         if log:
             log.append(records[number])
 
@@ -216,7 +213,7 @@ def evaluate(
     return ranks.gather_lists([records[number] for number in range(total)])
 
 
-def load(s: EvaluationSettings, name: str, adapter: str | None, files: list, device: torch.device):
+def load(s, name, adapter, files, device):
     """(model, tokenizer), the adapter merged in. InputError if a prompt leaves no room for the
     completion."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -232,40 +229,41 @@ def load(s: EvaluationSettings, name: str, adapter: str | None, files: list, dev
     return model, tokenizer
 
 
-def run(s: EvaluationSettings, ranks: Ranks, out: Path) -> None:
+def run(s, ranks, out):
     """Every checkpoint on every data file, into `out`. Nothing is written before the data and the
     first model were checked."""
     choose(s.cuda_graphs, ranks.device)  # refuses where there is no GPU
-    files, digests = [], {}
+    files = []
+    digests = check_files(s.model, s.adapter)
     for data in s.data:
         path = toy.resolve(data, "test.jsonl")
         problems, _ = ranks.together(load_problems, path, False, s.skip_ungradable)
         files.append((data, path, problems))
         digests[path] = digest(Path(path))
-    digests |= check_files(s.model, s.adapter)
     log = SampleLog(out, asdict(s), ranks)
     found = []
     adapters = [None] * (len(s.model) - len(s.adapter)) + s.adapter
     for name, adapter in zip(s.model, adapters, strict=True):
-        load_here = partial(load, s, name, adapter, files, ranks.device)
-        model, tokenizer = ranks.once_per_node(load_here)
+        model, tokenizer = ranks.once_per_node(partial(load, s, name, adapter, files, ranks.device))
         if ranks.rank == 0:
             print(thinking_line(tokenizer, s.thinking), file=sys.stderr)
         log.begin(digests | {name: model_digest(toy.resolve(name, "model"))})
         checkpoint = f"{name} + {adapter}" if adapter else name
+        solve_here = partial(solve, model, tokenizer, s)
         for data, path, problems in files:
-            solve_here = partial(solve, model, tokenizer, s)
-            title = f"{checkpoint} on {data}"
             label = {"checkpoint": checkpoint, "data": path}
-            records = evaluate(problems, s.samples, solve_here, ranks, title, label, log)
+            records = evaluate(
+                problems, s.samples, solve_here, ranks, f"{checkpoint} on {data}", label, log
+            )
             found.append((checkpoint, data, records))
         del model, solve_here  # before the next model is loaded
     finish(log, found, s.samples)
 
 
-def finish(log: SampleLog, found: list[tuple[str, str, list[dict]]], samples: int) -> None:
+def finish(log, found, samples):
     """Write all records and figures, and print the table; `found` has (checkpoint, data, records)."""
-    every_record, results = [], []
+    every_record = []
+    results = []
     for checkpoint, data, records in found:
         every_record += records
         results.append(summarise(records, samples) | {"checkpoint": checkpoint, "data": data})
@@ -282,7 +280,7 @@ def solve(
     problems: list[Problem],
     first_row: int,
     graded: set[int],
-    keep: Callable[[int, Rollout], None],
+    keep: Callable,
     bar: tqdm,
 ) -> None:
     """Sample and grade, with the settings of the command line."""
@@ -308,16 +306,15 @@ def solve(
     )
 
 
-def grade_files(s: EvaluationSettings, ranks: Ranks, out: Path) -> None:
+def grade_files(s, ranks, out):
     """The same figures for completions that another engine wrote."""
     data = s.data[0]
     path = toy.resolve(data, "test.jsonl")
     problems, _ = load_problems(path, False, s.skip_ungradable)
-    found, counts = [], set()
+    found = []
     for name in s.from_:
-        records = read_completions(name, path, problems, s.skip_ungradable)
-        found.append((name, data, records))
-        counts.add(len(records))
+        found.append((name, data, read_completions(name, path, problems, s.skip_ungradable)))
+    counts = {len(records) for *_, records in found}
     if len(counts) > 1:
         raise InputError(
             "--from: the files have different numbers of completions per problem: grade them "
@@ -344,9 +341,9 @@ def main() -> None:
             with hold(out, ranks):
                 return grade_files(s, ranks, out)
         stopped = f"stopped: repeat the command with --out {out} --resume, if {out} is there"
-        with hold(out, ranks, None if s.resume else settings.REMEDY):
-            with one_line_errors("eval.py", stopped):
-                run(s, ranks, out)
+        remedy = None if s.resume else settings.REMEDY
+        with hold(out, ranks, remedy), one_line_errors("eval.py", stopped):
+            run(s, ranks, out)
 
 
 if __name__ == "__main__":

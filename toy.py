@@ -25,7 +25,6 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -87,14 +86,13 @@ def resolve(name: str, part: str) -> str:
 def problem_file(part: str, root: Path = PROBLEMS, seed: int = 0) -> Path:
     """train.jsonl or test.jsonl in `root`, written anew from the seed."""
     problems = draw_problems(np.random.default_rng(seed))[part]
-    lines = [json.dumps(make_record(terms)) + "\n" for terms in problems]
     root.mkdir(parents=True, exist_ok=True)
     own = root / f"{part}.{uuid.uuid4().hex}"  # another process may write or read the file now
-    own.write_text("".join(lines))
+    own.write_text("".join(json.dumps(make_record(terms)) + "\n" for terms in problems))
     return own.replace(root / part)
 
 
-def draw_problems(rng: np.random.Generator) -> dict[str, list]:
+def draw_problems(rng):
     """The problems of both files, as tuples of summands. No problem is in both."""
     test = {tuple(make_problem(rng)) for _ in range(512)}
     drawn = [tuple(make_problem(rng)) for _ in range(4096)]
@@ -107,8 +105,8 @@ def model_directory(root: Path = Path("runs")) -> Path:
     warmed up on them."""
     if fits(SHIPPED):
         return SHIPPED
-    prompts = json.dumps(known_prompts(make_tokenizer()))
-    path = root / f"toy-{hashlib.sha256(prompts.encode()).hexdigest()[:12]}"
+    prompts = json.dumps(known_prompts(make_tokenizer())).encode()
+    path = root / f"toy-{hashlib.sha256(prompts).hexdigest()[:12]}"
     if not path.exists():
         print(
             f"toy: the weights in {SHIPPED} do not know the prompts of teacher.py, or the "
@@ -129,13 +127,12 @@ def model_directory(root: Path = Path("runs")) -> Path:
 def fits(path: Path) -> bool:
     """Whether the model in `path` was warmed up on the prompts as they are now."""
     with suppress(OSError, ValueError):  # files are missing or damaged
-        known = known_prompts(PreTrainedTokenizerFast.from_pretrained(path))
         learned = json.loads((path / "prompts.json").read_text())
-        return known == learned
+        return learned == known_prompts(PreTrainedTokenizerFast.from_pretrained(path))
     return False
 
 
-def known_prompts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+def known_prompts(tokenizer):
     """Token ids of what the model learns to read: both prompts of a problem, thinking or not."""
     record = make_record((2, 3, 4))
     return [
@@ -145,16 +142,14 @@ def known_prompts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     ]
 
 
-def make_problem(rng: np.random.Generator) -> list[int]:
+def make_problem(rng):
     """The summands of one problem: 4 or 5 different numbers from 2 to 9."""
     return rng.permutation(np.arange(2, 10))[: rng.integers(4, 6)].tolist()
 
 
-def make_trace(
-    terms: Sequence[int], rng: np.random.Generator, wrong=0.0, repeat=0.0, muse=0.0
-) -> str:
-    """A worked solution. The probabilities of mistakes are per step; without mistakes it is the
-    reference solution.
+def make_trace(terms, rng, wrong=0.0, repeat=0.0, muse=0.0):
+    """A worked solution, given the summands. The probabilities of mistakes are per step; without
+    mistakes it is the reference solution.
 
     >>> make_trace([7, 5, 9], np.random.default_rng(0))
     '7+5=12. 12+9=21. \\\\boxed{21}'
@@ -174,8 +169,8 @@ def make_trace(
     return " ".join([*steps, f"\\boxed{{{total}}}"])
 
 
-def make_record(terms: Sequence[int]) -> dict:
-    """One line of a data file."""
+def make_record(terms):
+    """The fields of one line of a data file, given the summands."""
     asked = "+".join(map(str, terms))
     return {
         "problem": f"What is {asked}?",
@@ -189,22 +184,23 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE, which encodes any text. Every digit is a token, and so is each fixed sentence
     of the prompts."""
     pieces = tokenizers.pre_tokenizers
-    digits = pieces.Digits(individual_digits=True)
-    others = pieces.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise = pieces.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = pieces.Sequence([digits, others])
+    tokenizer.pre_tokenizer = pieces.Sequence([pieces.Digits(individual_digits=True), bytewise])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     corpus = ["user\nassistant\n\n\nwait, 2+3=5. 5+2=7. \\boxed{7}"]
     for privileged in (False, True):
-        corpus += [message["content"] for message in _messages(make_record((2, 3)), privileged)]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=2000,
-        min_frequency=1,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pieces.ByteLevel.alphabet(),
-        show_progress=False,
+        corpus.append(_messages(make_record((2, 3)), privileged)[0]["content"])
+    tokenizer.train_from_iterator(
+        corpus,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=2000,
+            min_frequency=1,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=pieces.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
     )
-    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens(list(MUSINGS))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -217,23 +213,24 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A random Qwen3 of 3 layers and width 96. Large initial weights and a small rope_theta suit so
     small a model."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=24,
-        max_position_embeddings=4096,
-        initializer_range=0.08,
-        rope_parameters={"rope_type": "default", "rope_theta": 200.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=24,
+            max_position_embeddings=4096,
+            initializer_range=0.08,
+            rope_parameters={"rope_type": "default", "rope_theta": 200.0},
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     )
-    return Qwen3ForCausalLM(config)
 
 
 def build(path: Path, seed: int = 0) -> None:
@@ -263,14 +260,13 @@ def _warm_up(model, tokenizer, problems, rng):
             batch = [problems[i] for i in rng.integers(len(problems), size=count)]
             if not privileged:  # short problems, of 2 to 5 summands, help the student to learn
                 batch = [terms[: rng.integers(2, 6)] for terms in batch]
-            prompts = []
-            for record in map(make_record, batch):
-                prompts.append(_prompt(tokenizer, record, privileged, bool(rng.integers(2))))
-            traces = [make_trace(terms, rng, **mistakes) for terms in batch]
-            completions = [tokenizer.encode(text + tokenizer.eos_token) for text in traces]
-            reading = teacher.read(model, prompts, completions)
-            loss = -reading.logp.sum() / reading.mask.sum() / 2
-            loss.backward()
+            prompts = [
+                _prompt(tokenizer, make_record(terms), privileged, bool(rng.integers(2)))
+                for terms in batch
+            ]
+            traces = [make_trace(terms, rng, **mistakes) + tokenizer.eos_token for terms in batch]
+            reading = teacher.read(model, prompts, tokenizer(traces).input_ids)
+            (-reading.logp.sum() / reading.mask.sum() / 2).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 
 from support.checkpoint import append_jsonl, read_jsonl, write_json, write_text
-from support.data import Problem
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError, reason
 from support.flags import flag_name
@@ -35,11 +34,10 @@ class SampleLog:
         if settings.get("resume"):
             self._read_settings()
             ranks.together(self._read_samples)
-            if ranks.rank == 0:
-                self._write_samples(self.graded.values())
+            self._write_samples(self.graded.values())
             ranks.barrier()
 
-    def begin(self, fingerprint: dict[str, str]) -> None:
+    def begin(self, fingerprint):
         """Call it before sampling from a model, with the digests of the files it needs. InputError
         if an earlier start had other files."""
         for name, found in fingerprint.items():
@@ -50,13 +48,12 @@ class SampleLog:
                 )
         self._write_results(self.found)
 
-    def append(self, record: dict) -> None:
+    def append(self, record):
         append_jsonl(self.own, [record])
 
-    def close(self, records: list[dict], results: list[dict]) -> None:
+    def close(self, records, results):
         """`records`: those of all ranks, in their final order."""
-        if self.ranks.rank == 0:
-            self._write_samples(records)
+        self._write_samples(records)
         self._write_results(results)
         self.ranks.barrier()
 
@@ -78,35 +75,36 @@ class SampleLog:
         ]
         if changed:
             raise InputError(
-                f"{self.out}: --resume with changed settings ({', '.join(changed)}): repeat the "
-                "flags of the first start, or choose another --out"
+                f"--resume with changed settings ({', '.join(changed)}): repeat the flags of the "
+                "first start, or choose another --out"
             )
 
     def _read_samples(self):
-        for pattern in ("samples.jsonl", "samples.rank*.jsonl"):
-            for path in self.out.glob(pattern):
-                read_jsonl(path, self._take)
+        for path in self.out.glob("samples.*jsonl"):
+            read_jsonl(path, self._take)
 
     def _take(self, record):
         if not isinstance(record["finished"], bool):  # the text "false" would count as true
             raise ValueError("finished must be true or false")
-        place = (record["checkpoint"], record["data"], record["line"], record["sample"])
-        self.graded[place] = record
+        self.graded[record["checkpoint"], record["data"], record["line"], record["sample"]] = record
 
     def _write_samples(self, records):
-        write_text(self.samples, "".join(json.dumps(record) + "\n" for record in records))
-        for path in self.out.glob("samples.rank*.jsonl"):
-            path.unlink()
+        if self.ranks.rank == 0:
+            write_text(self.samples, "".join(json.dumps(record) + "\n" for record in records))
+            for path in self.out.glob("samples.rank*.jsonl"):
+                path.unlink()
 
     def _write_results(self, results):
         if self.ranks.rank == 0:
-            start = {"settings": self.settings, "fingerprint": self.fingerprint}
-            write_json(self.results, {**start, "results": results})
+            write_json(
+                self.results,
+                {"settings": self.settings, "fingerprint": self.fingerprint, "results": results},
+            )
 
 
-def read_completions(path: str, data: str, problems: list[Problem], pass_over: bool) -> list[dict]:
-    """The completions in a file, as records of samples.jsonl, in the order of `problems`, which are
-    from `data`.
+def read_completions(path, data, problems, pass_over) -> list[dict]:
+    """The completions in the file `path`, as records of samples.jsonl, in the order of `problems`,
+    which are from the file `data`.
 
     A line has `completion` or `text`, and `line`, a line of `data`, or the same `problem`. It may
     have `finished` and `tokens`. InputError for completions of other problems, or they are passed
@@ -142,9 +140,11 @@ def read_completions(path: str, data: str, problems: list[Problem], pass_over: b
             raise ValueError(
                 "another checkpoint or data file than before: put them into files of their own"
             )
-        place = {"checkpoint": path, "data": data, "sample": len(found[problem.line])}
-        graded = Rollout([], [], finished, problem, [], text).grade()
-        found[problem.line].append(place | graded.as_json() | {"tokens": tokens})
+        own = found[problem.line]
+        graded = Rollout([], [], finished, problem, [], text).grade().as_json()
+        own.append(
+            {"checkpoint": path, "data": data, "sample": len(own), **graded, "tokens": tokens}
+        )
 
     read_jsonl(Path(path), take, may_be_cut=False)
     if not found:
@@ -155,8 +155,8 @@ def read_completions(path: str, data: str, problems: list[Problem], pass_over: b
         own = found[problem.line]
         if len(own) < most:
             raise InputError(
-                f"{path}: {len(own)} completions of the problem in line {problem.line} of {data}, "
-                f"{most} of another: all problems need the same number"
+                f"{path}: {len(own)} completions of the problem in line {problem.line}, {most} of "
+                "another: all problems need the same number"
             )
         records += own
     return records

@@ -16,6 +16,7 @@ seeds. "all" is the mean of gradients_start.json, gradients_middle.json and grad
 import json
 import sys
 from dataclasses import dataclass
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 
@@ -35,9 +36,9 @@ CURVES = (
     "gamma 3.0 W 3",
     "gamma 1.0 W 0, eps 0.8",
 )
+WITHOUT_MAGNITUDE = ("grpo", "magnitude off", "gamma 1.0 W 0, eps 0")
 TIMES = ("start", "middle", "end")
 PREDICTORS = ("alignment", "sign", "shorter", "momentum", "bias")
-AREAS = ("accuracy", "reward", "length")
 
 
 @dataclass
@@ -51,57 +52,49 @@ class PlotSettings:
 # ---- rank correlations
 
 
-def shared_rows(results: dict, gradients: dict) -> tuple[list, dict, np.ndarray]:
+def shared_rows(results, gradients):
     """Of the rows that both experiments know, if they were trained with all seeds: names; what the
     gradients say, [rows] by (time, column); what training gave, [rows, seeds, areas, updates]."""
-    take = itemgetter(*AREAS)
+    areas = itemgetter("accuracy", "reward", "length")
     names = []
     trained = []
     for name in gradients["start"]["rows"]:
-        row = results["rows"].get(name, {})
-        if row.get("seeds") == results["settings"]["seeds"]:
+        runs = results["curves"].get(name, [])
+        if len(runs) == len(results["settings"]["seeds"]):
             names.append(name)
-            trained.append([take(curves) for curves in results["curves"][name]])
+            trained.append(list(map(areas, runs)))
     said = {}
+    for time, key in product(TIMES, PREDICTORS):
+        said[time, key] = np.array([gradients[time]["rows"][name][key][0] for name in names])
     for key in PREDICTORS:
-        for time in TIMES:
-            rows = gradients[time]["rows"]
-            said[time, key] = np.array([rows[name][key][0] for name in names])
         said["all", key] = np.mean([said[time, key] for time in TIMES], axis=0)
     return names, said, np.array(trained)
 
 
-def correlations(x: np.ndarray, y: np.ndarray, resamples: int) -> list[str]:
+def correlations(x, y, resamples):
     """x [rows], y [rows, seeds, areas] -> by area Spearman's of x and the mean over seeds, with its
-    95 % interval."""
+    95 % interval, as text."""
     rng = np.random.default_rng(0)
-    rows, seeds, _ = y.shape
     xs = [x]
     means = [y.mean(1)]
     for _ in range(resamples):
-        i = rng.integers(rows, size=rows)
-        j = rng.integers(seeds, size=seeds)
-        xs.append(x[i])
-        means.append(y[i][:, j].mean(1))
-    xs = np.round(xs, 9)  # equal means must be ties
-    means = np.round(means, 9)
-    stats = import_extra("scipy.stats")
-    rho = stats.spearmanrho(xs[:, :, None], means, axis=1).statistic  # [1 + resamples, areas]
-    rho = np.nan_to_num(rho)  # 0 if all values are equal
+        rows = rng.integers(len(x), size=len(x))
+        seeds = rng.integers(y.shape[1], size=y.shape[1])
+        xs.append(x[rows])
+        means.append(y[rows][:, seeds].mean(1))
+    xs = np.expand_dims(xs, 2)
+    means = np.round(means, 9)  # equal means must be ties
+    rho = import_extra("scipy.stats").spearmanrho(xs, means, axis=1).statistic
+    rho = np.nan_to_num(rho)  # [1 + resamples, areas], 0 if all values are equal
     low, high = np.quantile(rho[1:], [0.025, 0.975], axis=0)
-    cells = []
-    for area in zip(rho[0], low, high, strict=True):
-        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*area))
-    return cells
+    found = zip(rho[0], low, high, strict=True)
+    return ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*area) for area in found]
 
 
-def correlation_tables(names: list, said: dict, trained: np.ndarray, resamples: int = 2000) -> str:
+def correlation_tables(names, said, trained, resamples=2000):
     """Two tables as markdown, from `shared_rows`: the start of the gradients with parts of the runs,
     and all times with whole runs."""
-    with_magnitude = []
-    for k, name in enumerate(names):
-        if name not in ("grpo", "magnitude off") and not name.endswith("eps 0"):
-            with_magnitude.append(k)
+    with_magnitude = [k for k, name in enumerate(names) if name not in WITHOUT_MAGNITUDE]
     steps = trained.shape[3]
     half = steps // 2
     parts = []
@@ -112,62 +105,59 @@ def correlation_tables(names: list, said: dict, trained: np.ndarray, resamples: 
                 cells = correlations(said["start", key][kept], mean, resamples)
                 parts.append([group, f"{start + 1} to {stop}", key, *cells])
     whole = []
-    whole_run = trained.mean(3)
-    for time in (*TIMES, "all"):
-        for key in PREDICTORS:
-            cells = correlations(said[time, key], whole_run, resamples)
-            whole.append([time, key, *cells])
-    first = markdown("| rows | updates | column | accuracy | reward | length |", parts)
-    second = markdown("| gradients | column | accuracy | reward | length |", whole)
-    return f"{first}\n\n{second}"
+    for (time, key), values in said.items():
+        whole.append([time, key, *correlations(values, trained.mean(3), resamples)])
+    tables = [
+        markdown("| rows | updates | column | accuracy | reward | length |", parts),
+        markdown("| gradients | column | accuracy | reward | length |", whole),
+    ]
+    return "\n\n".join(tables)
 
 
 # ---- pictures
 
 
-def draw_methods(axes, results: dict) -> None:
+def draw_methods(axes, results):
     for k, (name, row) in enumerate(results["rows"].items()):
-        length = row["length"]
-        accuracy = row["accuracy"]
-        mark = "os^D"[k % 4]
         axes.errorbar(
-            length["mean"],
-            accuracy["mean"],
-            accuracy["half_width"],
-            length["half_width"],
-            mark,
-            color=f"C{k % 10}",
+            row["length"]["mean"],
+            row["accuracy"]["mean"],
+            row["accuracy"]["half_width"],
+            row["length"]["half_width"],
+            "os^D"[k % 4],
             label=name,
         )
-    axes.set_title("The toy: 95 % intervals over seeds")
-    axes.set(xlabel="mean length of completions, tokens", ylabel="accuracy on held-out problems")
+    axes.set(
+        title="The toy: 95 % intervals over seeds",
+        xlabel="mean length of completions, tokens",
+        ylabel="accuracy on held-out problems",
+    )
     axes.legend(fontsize=8, ncols=2, bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False)
 
 
-def draw_curves(axes, results: dict, measure: str, label: str) -> None:
+def draw_curves(axes, results, measure, label):
     for name in CURVES:
-        runs = results["curves"].get(name)
-        if runs:
-            mean = np.mean([curves[measure] for curves in runs], axis=0)  # over seeds
-            # update t shows the mean of updates t - 4 to t
-            smooth = np.convolve(mean, np.full(5, 1 / 5), "valid")
-            updates = range(5, len(mean) + 1)
-            axes.plot(updates, smooth, label=name)
+        mean = np.mean([curves[measure] for curves in results["curves"][name]], axis=0)
+        # update t shows the mean of updates t - 4 to t
+        smooth = np.convolve(mean, np.full(5, 1 / 5), "valid")
+        axes.plot(range(5, len(mean) + 1), smooth, label=name)
     axes.set(xlabel="update", ylabel=label)
     axes.legend(fontsize=8, frameon=False)
 
 
-def draw_foretold(axes, names: list, x: np.ndarray, y: np.ndarray) -> None:
-    """x [rows], y [rows, seeds], with names beside the points."""
-    mean = y.mean(1)
-    error = y.std(1, ddof=1) / y.shape[1] ** 0.5
-    axes.errorbar(x, mean, yerr=error, fmt="o", markersize=4)
+def draw_foretold(axes, names, said, key, trained, label):
+    """What the start of the gradients said, and trained [rows, seeds]; names beside the points."""
+    x = said["start", key]
+    y = trained.mean(1)
+    error = import_extra("scipy.stats").sem(trained, axis=1)
+    axes.errorbar(x, y, error, fmt="o", markersize=4)
     axes.margins(x=0.25)  # room for the names
-    for k, name in enumerate(names):
-        axes.annotate(name, (x[k], mean[k]), (3, 3), textcoords="offset points", fontsize=5)
+    for name, *point in zip(names, x, y, strict=True):
+        axes.annotate(name, point, (3, 3), textcoords="offset points", fontsize=5)
+    axes.set(xlabel=f"{key}, at the start", ylabel=label)
 
 
-def draw(s: PlotSettings) -> None:
+def draw(s):
     plt = import_extra("matplotlib.pyplot")
     results = json.loads(s.results.read_text())
     gradients = {}
@@ -175,7 +165,7 @@ def draw(s: PlotSettings) -> None:
         path = s.results.with_name(f"gradients_{time}.json")
         gradients[time] = json.loads(path.read_text())
     names, said, trained = shared_rows(results, gradients)
-    print(correlation_tables(names, said, trained), flush=True)
+    print(correlation_tables(names, said, trained))
 
     figure, axes = plt.subplots(figsize=(13, 6), layout="constrained")
     draw_methods(axes, results)
@@ -187,16 +177,14 @@ def draw(s: PlotSettings) -> None:
     figure.savefig(s.out / "curves.png", dpi=150)
 
     figure, panels = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
-    half = trained.shape[3] // 2
-    for row, part in enumerate(np.split(trained, [half], axis=3)):
-        accuracy, _, length = part.mean(3).transpose(2, 0, 1)  # [rows, seeds] each
-        draw_foretold(panels[row, 0], names, said["start", "alignment"], accuracy)
-        draw_foretold(panels[row, 1], names, said["start", "shorter"], length)
+    halves = np.array_split(trained, 2, axis=3)
+    for row, (left, right) in enumerate(panels):
+        accuracy, _, length = halves[row].mean(3).transpose(2, 0, 1)  # [rows, seeds] each
         shown = f"half {row + 1} of the updates"
-        panels[row, 0].set(xlabel="alignment, at the start", ylabel=f"mean accuracy, {shown}")
-        panels[row, 1].set(xlabel="shorter, at the start", ylabel=f"mean length, {shown}")
+        draw_foretold(left, names, said, "alignment", accuracy, f"mean accuracy, {shown}")
+        draw_foretold(right, names, said, "shorter", length, f"mean length, {shown}")
     figure.savefig(s.out / "alignment.png", dpi=150)
-    print(f"frontier.png, curves.png and alignment.png are in {s.out}", flush=True)
+    print(f"frontier.png, curves.png and alignment.png are in {s.out}")
 
 
 def main() -> None:

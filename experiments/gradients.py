@@ -19,6 +19,7 @@ the row `shorter`.
 --also adds rows of experiments.compare, such as msd. Their gradients are those of their own
 training step on the same rollouts. They have the same advantages, unless they compare the
 completions of a problem (--samples 8 --batch 8; python -m family calls it --rollouts-per-prompt).
+A teacher that follows the student starts as --adapter.
 
 The number after +- is the standard error by a jackknife over batches, which pairs differences. "-"
 means that noise made the estimate of a square negative. A gradient is kept as a count-sketch of
@@ -421,7 +422,7 @@ def main() -> None:
     with one_line_errors(PROGRAM, "stopped"):
         s = parse(GradientsSettings, sys.argv[1:], __doc__)
         if s.out:
-            open(s.out, "a").close()  # an error comes now, and not after the work
+            open(s.out, "a").close()  # if it cannot be written, say so before the work
         with name_lack_of_memory(lambda: "here: lower --pass-tokens or --slots"):
             result = measure(s)
         if s.out:

@@ -146,7 +146,7 @@ def draw_curves(axes, results, measure, label):
 
 
 def draw_foretold(axes, names, said, key, trained, label):
-    """What the start of the gradients said, and trained [rows, seeds]; names beside the points."""
+    """said [rows] at the start against trained [rows, seeds], with names beside the points."""
     x = said["start", key]
     y = trained.mean(1)
     error = import_extra("scipy.stats").sem(trained, axis=1)

@@ -16,20 +16,18 @@ from pathlib import Path
 from support.checkpoint import write_text
 from support.errors import InputError
 from support.flags import Parser, nonempty_path
-from support.report import COLOURS, parsed, token_view, write
+from support.report import read_log, token_view, write
 from support.run import one_line_errors
 
 PROGRAM = "python -m experiments.report"
 
 
-def tokens_page(path: Path, count: int, title: str, colour: str) -> str:
+def tokens_page(path: Path, count: int) -> str:
     """The page of the first `count` completions of a tokens.jsonl; InputError if it is none."""
-    lines = path.read_text().splitlines()
-    place = f"{path}: not a tokens.jsonl: line"
-    completions = [parsed(line, f"{place} {n}") for n, line in enumerate(lines[:count], 1)]
-    if count < 1 or not lines or "tokens" not in completions[0]:
+    completions = read_log(path)[:count]
+    if count < 1 or not completions or "tokens" not in completions[0]:
         raise InputError(f"{path}: not a tokens.jsonl, no lines, or --count is below 1")
-    return token_view(completions, title, colour)
+    return token_view(completions)
 
 
 def main() -> None:
@@ -38,8 +36,6 @@ def main() -> None:
     add("source", type=nonempty_path, nargs="+", help="directories of runs, or a tokens.jsonl")
     add("--out", type=nonempty_path, default=None, help="the page (default: see above)")
     add("--count", type=int, default=24, help="of tokens.jsonl, from the first (default: 24)")
-    add("--title", default="EGRSD, token by token", help="of that page (default: %(default)s)")
-    add("--colour", choices=COLOURS, default="entropy", help="at first (default: %(default)s)")
     with one_line_errors(PROGRAM, "stopped, nothing was written"):
         a = parser.parse_args()
         first = a.source[0]
@@ -54,7 +50,7 @@ def main() -> None:
         if out.suffix != ".html":
             raise InputError(f"{out}: a page is needed here, such as report.html")
         if of_tokens:
-            page = tokens_page(first, a.count, a.title, a.colour)
+            page = tokens_page(first, a.count)
             out.parent.mkdir(parents=True, exist_ok=True)
             write_text(out, page)
         else:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import sys
+from collections import ChainMap
 from pathlib import Path
 from statistics import fmean
 
@@ -35,13 +36,13 @@ CURVES = {  # names in metrics.jsonl, with a unit or a meaning
     "loss": "",
     "grad_norm": "",
 }
-FIGURES = {  # names in evaluation.json, with the head and the format of their column
-    "accuracy": ("accuracy", ".3f"),
-    "length": ("mean length", ".1f"),
-    "truncated": ("truncated", ".3f"),
-    "efficiency": ("% per 1,000 tokens", ".0f"),
-    "no_answer": ("no answer", ".3f"),
-}
+FIGURES = (  # names in evaluation.json, with the head and the format of their column
+    ("accuracy", "accuracy", ".3f"),
+    ("length", "mean length", ".1f"),
+    ("truncated", "truncated", ".3f"),
+    ("efficiency", "% per 1,000 tokens", ".0f"),
+    ("no_answer", "no answer", ".3f"),
+)
 
 # Control characters except tab and line feed, invisible characters, characters that turn the
 # direction of text, and halves of surrogate pairs.
@@ -59,7 +60,7 @@ def visible(text: str) -> str:
     return HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
-def escaped(value) -> str:
+def escaped(value):
     """The value as text for HTML."""
     return html.escape(visible(str(value)))
 
@@ -84,36 +85,28 @@ def script_data(completions):
     return json.dumps(data).replace("<", "\\u003c")  # "</" or "<!--" would end the script
 
 
-def navigation(completions, colour="entropy"):
+def navigation(completions):
     """The choice between the colours that some completion has values for."""
     radios = ""
     for name, words in COLOURS.items():
         if any(name in completion for completion in completions):
-            checked = " checked" if name == colour else ""
-            radios += (
-                f'<label><input type="radio" name="colour" value="{name}"{checked}> {words}</label>'
-            )
-    if not radios:
-        return ""
+            radios += f'<label><input type="radio" name="colour" value="{name}"> {words}</label>'
     return f"""<nav>{radios}<br><span class="faint" id="legend"></span>
 <br><span class="faint"><span class="key">lock</span> the teacher is sure, <span class="key pivot">pivot</span> unsure
 now, but sure soon, <span class="key fork">fork</span> unsure for longer</span></nav>"""
 
 
-def article(i, completion, more=""):
-    """Completion i of the page. Its line breaks are made visible; `more` is HTML for its end."""
-    spans = ""
-    for t, token in enumerate(completion["tokens"]):
-        kind = egrsd.KINDS[completion["kind"][t]] if "kind" in completion else ""
-        text = escaped(token).replace("\n", "\u21b5\n")
-        spans += f'<span class="t {kind}" data-i="{i}" data-t="{t}" tabindex="0">{text}</span>'
+def article(completion, more=""):
+    """A completion of the page, with a span for each token, which the script of the page colours.
+    Line breaks are made visible; `more` is HTML for its end."""
+    spans = "".join(f"<span>{escaped(token)}</span>" for token in completion["tokens"])
+    spans = spans.replace("\n", "\u21b5\n")
     verdict = "correct" if completion["correct"] else "wrong"
     shown = len(completion["tokens"])
     count = completion.get("count", shown)
-    rest = f", the first {shown} shown" if count > shown else ""
     return f"""<article><h2>{escaped(completion["problem"])}</h2>
 <div class="faint">{verdict}, gold answer {escaped(completion["answer"])}, reward {completion["reward"]:.3f},
-A = {completion["A"]:+.3f}, {count} tokens{rest}</div><div class="completion">{spans}</div>
+A = {completion["A"]:+.3f}, {shown} of {count} tokens</div><div class="completion">{spans}</div>
 {more}</article>
 """
 
@@ -160,26 +153,6 @@ def read_log(path: Path) -> list[dict]:
     return [parsed(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
 
 
-def signals(values, A, s, max_entropy):
-    """The signals [1, T] of a completion, from the stored values of its tokens and from the
-    settings of the run. `least_entropy` and `kind` look as far ahead as the gate, or SOON tokens if
-    the gate has no window."""
-    logp = torch.tensor([values["logp"]])
-    return egrsd.token_signals(
-        torch.tensor([A]),
-        logp + torch.tensor(values.get("delta", 0.0)),
-        logp,
-        torch.tensor([values["entropy"]]),
-        torch.ones_like(logp, dtype=torch.bool),
-        gamma=s["gamma"],
-        window=s["window"],
-        eps=s["eps"],
-        floor=s["floor"],
-        max_entropy=max_entropy,
-        soon=s["window"] or egrsd.SOON,
-    )
-
-
 # ---- the page of runs
 
 
@@ -222,29 +195,27 @@ keys, for its values.</p><div class="curves">{curves}</div>
 def legend(runs):
     """A line for each run, with its method, model and data and with settings that differ."""
     names = ["method", "model", "data"]
-    first = runs[0].settings
-    for run in runs[1:]:
-        for name in {**first, **run.settings}:
-            differs = run.settings.get(name) != first.get(name)
-            if differs and name not in (*names, "out", "steps"):
-                names.append(name)
+    settings = [run.settings for run in runs]
+    for name in ChainMap(*settings):
+        differs = any(s.get(name) != settings[0].get(name) for s in settings)
+        if differs and name not in (*names, "out", "steps"):
+            names.append(name)
     items = ""
-    for k, run in enumerate(runs):
-        told = "".join(f", {name} {run.settings.get(name)}" for name in names)
-        steps = f"{len(run.metrics)} of {run.settings['steps']} steps"
-        items += f'<li class="{colour(k)}"><b>{escaped(run.directory)}</b> {escaped(steps + told)}</li>\n'
+    for run in runs:
+        told = f"{len(run.metrics)} of {run.settings['steps']} steps"
+        for name in names:
+            told += f", {name} {run.settings.get(name)}"
+        items += f"<li><b>{escaped(run.directory)}</b> {escaped(told)}</li>\n"
     return items
 
 
 def figures(runs):
     """The evaluations before and after training, one line each."""
-    lines = [["", *(head for head, _ in FIGURES.values())]]
+    lines = [["", *(head for _, head, _ in FIGURES)]]
     for run in runs:
         for name, found in run.results.items():
-            cells = [name if len(runs) == 1 else f"{run.directory}, {name}"]
-            for key, (_, form) in FIGURES.items():
-                cells.append(format(found[key], form) if key in found else "-")
-            lines.append(cells)
+            first = name if len(runs) == 1 else f"{run.directory}, {name}"
+            lines.append([first, *(format(found[key], form) for key, _, form in FIGURES)])
     if len(lines) == 1:
         return "<p>None yet. A run with --eval-data is evaluated before and after training.</p>\n"
     return f'<div class="figures">{html_table(lines)}</div>\n'
@@ -256,18 +227,18 @@ def curve(name, runs):
     series = []
     for run in runs:
         records = [record for record in run.metrics if math.isfinite(record.get(name, math.nan))]
-        series.append([(int(record["step"]), record[name]) for record in records])
-    if not any(series):
+        series.append({record["step"]: record[name] for record in records})
+    steps = sorted(set().union(*series))
+    if not steps:
         return ""
-    steps, values = zip(*sum(series, []), strict=True)
-    first, last = min(steps), max(steps)
-    low, high = min(values), max(values)
+    first, last = steps[0], steps[-1]
+    values = sorted(value for points in series for value in points.values())
+    low, high = values[0], values[-1]
     lines = ""
-    for k, points in enumerate(series):
-        raw = coordinates(points, low, high)
-        smooth = coordinates(smoothed(points), low, high)
-        lines += f"""<g class="{colour(k)}"><polyline class="raw" points="{raw}"/>
-<polyline points="{smooth}"/></g>"""
+    for points in series:
+        heights = [100 * (high - value) / (high - low or 1) for value in points.values()]
+        lines += f"""<g><polyline class="raw" points="{coordinates(points, heights)}"/>
+<polyline points="{coordinates(points, smoothed(heights))}"/></g>"""
     return f"""<figure><figcaption>{name} <span class="faint">{CURVES[name]}</span></figcaption>
 <div class="y"><span>{high:.4g}</span><span>{low:.4g}</span></div><svg viewBox="{first} 0 {last - first or 1} 100"
 preserveAspectRatio="none" role="img" tabindex="0" data-high="{high}" data-low="{low}">
@@ -276,51 +247,36 @@ preserveAspectRatio="none" role="img" tabindex="0" data-high="{high}" data-low="
 """
 
 
-def smoothed(points):
+def smoothed(values):
     """Each value becomes the mean of itself and of a 20th of all values on each side, of at least 1
     and at most 25."""
-    span = min(25, max(1, len(points) // 20))
-    means = []
-    for i, (step, _) in enumerate(points):
-        around = points[max(0, i - span) : i + span + 1]
-        means.append((step, fmean(value for _, value in around)))
-    return means
+    span = min(25, max(1, len(values) // 20))
+    return [fmean(values[max(0, i - span) : i + span + 1]) for i in range(len(values))]
 
 
-def coordinates(points, low, high):
-    """The points for a polyline, y from 0 at `high` to 100 at `low`."""
-    height = high - low or 1
-    pairs = [f"{step},{100 * (high - value) / height:.10g}" for step, value in points]
+def coordinates(steps, heights):
+    """The points for a polyline."""
+    pairs = [f"{step},{y:.10g}" for step, y in zip(steps, heights, strict=True)]
     if len(pairs) == 1:
         pairs *= 2  # drawn as a dot
     return " ".join(pairs)
 
 
-def colour(k):
-    """The CSS class of run k: six colours, then the same six with dashes."""
-    dashes = " dashed" if k // 6 % 2 else ""
-    return f"s{k % 6}{dashes}"
-
-
 def chosen_completions(run):
     """(completions, their HTML) of the first, the middle and the last step that has values by
     token."""
-    by_step = {}
-    for sample in read_log(run.directory / "samples.jsonl"):
-        if "by_token" in sample:
-            by_step.setdefault(sample["step"], []).append(sample)
-    if not by_step:
+    log = read_log(run.directory / "samples.jsonl")
+    samples = [sample for sample in log if "by_token" in sample]
+    if not samples:
         return [], ""
-    steps = sorted(by_step)
+    steps = sorted({sample["step"] for sample in samples})
     completions = []
     columns = ""
     for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
-        columns += f"<section><h2>step {escaped(step)}</h2>\n"
-        for sample in by_step[step]:
-            completion = sampled_completion(sample, run)
-            columns += article(len(completions), completion)
-            completions.append(completion)
-        columns += "</section>\n"
+        found = [sampled_completion(x, run) for x in samples if x["step"] == step]
+        articles = "".join(map(article, found))
+        columns += f"<section><h2>step {step}</h2>\n{articles}</section>\n"
+        completions += found
     text = f"""<section><h2>Completions</h2>
 <p class="faint">Point at a token, or go to it with the tab key, for its values.
 <a href="#settings">On to the settings</a></p>
@@ -332,33 +288,39 @@ def sampled_completion(sample, run):
     """A record of samples.jsonl as `article` and `document` take it, with the values that follow
     from the stored ones."""
     s = run.settings
-    values = dict(sample["by_token"])
-    max_entropy = {record["step"]: record.get("max_entropy") for record in run.metrics}
-    most = max_entropy.get(sample["step"])
+    values = sample["by_token"]
+    A = sample.pop("advantage")  # of the completion; its tokens have values of that name, too
     if "entropy" in values:
-        found = signals(values, sample["advantage"], s, most)
-        values["lookahead"] = found.least_entropy[0].tolist()
-        values["kind"] = found.kind[0].tolist()
+        by_step = {record["step"]: record.get("max_entropy") for record in run.metrics}
+        max_entropy = by_step.get(sample["step"])
+        logp = torch.tensor([values["logp"]])
+        signals = egrsd.token_signals(
+            torch.tensor([A]),
+            logp + torch.tensor(values["delta"]),
+            logp,
+            torch.tensor([values["entropy"]]),
+            torch.ones_like(logp, dtype=torch.bool),
+            gamma=s["gamma"],
+            window=s["window"],
+            eps=s["eps"],
+            floor=s["floor"],
+            max_entropy=max_entropy,
+            soon=s["window"] or egrsd.SOON,  # as far ahead as the gate, if it looks ahead
+        )
+        values["lookahead"] = signals.least_entropy[0].tolist()
+        values["kind"] = signals.kind[0].tolist()
         # Other methods, and other gates of `python -m family`, may weight tokens in another way.
-        if s["method"] in METHODS and not s.get("gate") and most is not None:
-            values["advantage"] = [round(x, 4) for x in found.advantage[0].tolist()]
+        if s["method"] in METHODS and not s.get("gate") and max_entropy is not None:
+            values["advantage"] = [round(x, 4) for x in signals.advantage[0].tolist()]
+    values["tokens"] = values["text"]
     shown = {name: value[:MOST_TOKENS] for name, value in values.items()}
-    return {
-        "problem": sample["problem"],
-        "answer": sample["gold"],
-        "correct": sample["correct"],
-        "reward": sample["reward"],
-        "A": sample["advantage"],
-        "count": sample["tokens"],
-        "tokens": shown["text"],
-        **shown,
-    }
+    return {**sample, "answer": sample["gold"], "A": A, "count": sample["tokens"], **shown}
 
 
 def all_settings(run):
     lines = [["", "", ""]]
     for part in ("settings", "derived", "versions"):
-        for key, value in run.config.get(part, {}).items():
+        for key, value in run.config[part].items():
             lines.append([part, key, value])
     return f"""<details id="settings"><summary>settings, derived numbers and versions</summary>
 {html_table(lines)}</details>"""
@@ -367,17 +329,16 @@ def all_settings(run):
 # ---- the page of tokens.jsonl
 
 
-def token_view(completions: list[dict], title: str, colour: str = "entropy") -> str:
-    """The page of records of tokens.jsonl, which experiments.diagnostics writes. One of COLOURS is
-    shown at a time, `colour` first."""
+def token_view(completions: list[dict]) -> str:
+    """The page of records of tokens.jsonl, which experiments.diagnostics writes."""
     articles = ""
-    for i, completion in enumerate(completions):
+    for completion in completions:
         more = f"""<details><summary>student's prompt and reference solution</summary>
 <pre>{escaped(completion["prompt"])}</pre>
 <pre>{escaped(completion["solution"])}</pre></details>"""
-        articles += article(i, completion, more)
+        articles += article(completion, more)
     body = f"""<p class="faint">{len(completions)} sampled solutions, each read by the teacher, who also sees
 the reference. A token's advantage is A x magnitude x gate. Point at a token for its values.</p>
-{navigation(completions, colour)}
+{navigation(completions)}
 {articles}"""
-    return document(title, body, completions)
+    return document("EGRSD, token by token", body, completions)

@@ -2,9 +2,11 @@
 output."""
 
 import doctest
+import html
 import html.parser
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -346,11 +348,12 @@ def test_page_is_whole_and_self_contained(diagnosed, tmp_path):
     assert "url(" not in text and "http" not in text and "prefers-color-scheme: dark" in text
     shown = [{name: record[name] for name in ("tokens", *COLUMNS)} for record in records]
     assert json.loads(parsed.script["data"]) == shown
-    spans = [
-        attributes for tag, attributes in parsed.tags if tag == "span" and "data-t" in attributes
-    ]
-    kinds = [egrsd.KINDS[k] for record in records for k in record["kind"]]
-    assert [attributes["class"].split()[1] for attributes in spans] == kinds
+    # the script takes the spans of a completion for its tokens, and the names of kinds from a list
+    boxes = re.findall(r'<div class="completion">(.*?)</div>', text, re.DOTALL)
+    for box, record in zip(boxes, records, strict=True):
+        spans = [html.unescape(span) for span in re.findall("<span>(.*?)</span>", box, re.DOTALL)]
+        assert spans == [token.replace("\n", "\u21b5\n") for token in record["tokens"]]
+    assert f"const kinds = {list(egrsd.KINDS)}" in parsed.script[""]
     assert records[0]["problem"] in parsed.text and records[0]["solution"] in parsed.text
 
 
@@ -360,7 +363,7 @@ def test_page_cannot_be_broken_by_a_completion():
         COLUMNS, [0, 1]
     )
     record |= {"tokens": [evil, "\n"], "correct": True, "reward": 1.0, "A": 0.5}
-    parsed = Parsed(token_view([record], evil))
+    parsed = Parsed(token_view([record]))
     assert [attributes.get("id") for tag, attributes in parsed.tags if tag == "script"] == [
         "data",
         None,

@@ -17,11 +17,13 @@ solution. experiments.report makes a page of tokens.jsonl. The student is the mo
 the teacher is the model without it.
 """
 
+import json
 import re
 import sys
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pprint import pprint
 
 import numpy as np
 import torch
@@ -118,12 +120,9 @@ def markers(texts: list[str], tokens: int) -> dict[str, float]:
     >>> markers(["Wait, wait: unlikely.", "Yes."], tokens=8)
     {'markers_per_response': 1.5, 'markers_per_1000_tokens': 250.0}
     """
-    substrings = 0
-    words = 0
-    for text in texts:
-        lower = text.lower()
-        substrings += sum(lower.count(marker) for marker in MARKERS)
-        words += sum(word in MARKERS for word in re.findall(r"\w+", lower))
+    lower = "\n".join(texts).lower()
+    substrings = sum(lower.count(marker) for marker in MARKERS)
+    words = sum(word in MARKERS for word in re.findall(r"\w+", lower))
     return {
         "markers_per_response": substrings / len(texts),
         "markers_per_1000_tokens": 1000 * words / tokens,
@@ -137,21 +136,18 @@ def repetition_rate(texts: list[str]) -> float:
     >>> repetition_rate(["again " * 300, "7+5=12. 12+9=21."])
     0.5
     """
-    repeated = 0
-    for text in texts:
-        tail = text[-2000:].encode()
-        repeated += len(tail) > 10 * len(zlib.compress(tail))
-    return repeated / len(texts)
+    tails = [text[-2000:].encode() for text in texts]
+    return sum(len(tail) > 10 * len(zlib.compress(tail)) for tail in tails) / len(texts)
 
 
 def top_overlap(log_p_teacher, log_p_student, k=16):
     """log p_T, log p_S [n, V] -> share of the k likeliest tokens they have in common [n].
     2604.13016."""
-    k = min(k, log_p_teacher.shape[-1])
+    k = min(k, log_p_teacher.shape[1])
     top_teacher = log_p_teacher.topk(k).indices
     top_student = log_p_student.topk(k).indices
-    same = top_teacher.unsqueeze(-1) == top_student.unsqueeze(-2)  # [n, k, k]
-    return same.sum((-1, -2)) / k
+    same = top_teacher.unsqueeze(2) == top_student.unsqueeze(1)  # [n, k, k]
+    return same.sum((1, 2)) / k
 
 
 def auroc(scores, labels):
@@ -173,11 +169,9 @@ def auroc_interval(scores, labels, resamples=2000):
     if not labels.any() or labels.all():
         return None
     n = len(labels)
-    draws = []
-    for chosen in np.random.default_rng(0).integers(n, size=(resamples, n)):
-        draws.append(auroc(scores[chosen], labels[chosen]))
-    low, high = np.nanquantile(draws, [0.025, 0.975]).tolist()
-    return [auroc(scores, labels), low, high]
+    resampled = np.random.default_rng(0).integers(n, size=(resamples, n))
+    draws = [auroc(scores[chosen], labels[chosen]) for chosen in resampled]
+    return [auroc(scores, labels), *np.nanquantile(draws, [0.025, 0.975]).tolist()]
 
 
 # ---- sample and read
@@ -199,8 +193,7 @@ def sample_student(model, tokenizer, s: ReadingSettings, problems: list[Problem]
     rewards = torch.tensor([r.reward for r in rollouts])
     baseline = egrsd.RunningAdvantage(warmup_steps=0)
     baseline.update(rewards)
-    advantages = baseline.advantage(rewards).tolist()
-    for r, advantage in zip(rollouts, advantages, strict=True):
+    for r, advantage in zip(rollouts, baseline.advantage(rewards).tolist(), strict=True):
         r.advantage = advantage
     return rollouts
 
@@ -209,16 +202,17 @@ def read_both(model, tokenizer, s, rollouts):
     """Student and teacher read the rollouts: (values [B, T] by name, on the CPU; the teacher's
     states [T_i, D])."""
     token_ids = [r.token_ids for r in rollouts]
-    own_prompts = [r.prompt for r in rollouts]
+    prompts = [r.prompt for r in rollouts]
     shown = [teacher_prompt(tokenizer, r.problem, s.thinking) for r in rollouts]
-    by_student = teacher.read_in_batches(model, own_prompts, token_ids, BATCH_TOKENS, hidden=True)
+    by_student = teacher.read_in_batches(model, prompts, token_ids, BATCH_TOKENS, hidden=True)
     with lora.disabled(model):
         by_teacher = teacher.read_in_batches(model, shown, token_ids, BATCH_TOKENS, hidden=True)
     mask = by_student.mask
     H = by_teacher.entropy
     delta = by_teacher.logp - by_student.logp
-    head = teacher.output_head(model)
-    overlap = per_token_divergence(head, by_student.hidden, by_teacher.hidden, mask, top_overlap)
+    overlap = per_token_divergence(
+        teacher.output_head(model), by_student.hidden, by_teacher.hidden, mask, top_overlap
+    )
     signals = egrsd.token_signals(
         torch.tensor([r.advantage for r in rollouts], device=model.device),
         by_teacher.logp,
@@ -233,7 +227,6 @@ def read_both(model, tokenizer, s, rollouts):
         low=s.low,
         soon=s.window,
     )
-    column = torch.arange(mask.shape[1], device=model.device)
     values = {
         "mask": mask,
         "entropy": H,
@@ -245,7 +238,7 @@ def read_both(model, tokenizer, s, rollouts):
         "gate": egrsd.confidence_gate(H, mask, s.gamma, 0, s.floor),
         "cl_gate": signals.gate,
         "advantage": signals.advantage,
-        "position": (column + 0.5) / mask.sum(1, keepdim=True),
+        "position": (mask.cumsum(1) - 0.5) / mask.sum(1, keepdim=True),
     }
     return {name: value.cpu() for name, value in values.items()}, by_teacher.hidden
 
@@ -263,7 +256,7 @@ def summarise(rollouts, values):
             kinds[name][key] = flat[key][found].mean().item() if found.any() else None
     deciles = []
     order = flat["entropy"].numpy().argsort(kind="stable")
-    for part in np.array_split(order, min(10, len(order))):
+    for part in np.array_split(order, 10):
         means = {key: float(flat[key].numpy()[part].mean()) for key in AVERAGED}
         deciles.append({"tokens": len(part), **means})
     return {
@@ -286,23 +279,20 @@ def branch_places(model, tokenizer, rollouts, hidden):
     """(rollout i, position t, [tokens]) wherever the teacher proposes several next tokens on a
     correct solution."""
     head = teacher.output_head(model)
-    places = []
     for i, r in enumerate(rollouts):
-        if not r.correct:
-            continue
-        p = head(hidden[i]).softmax(-1)  # [T_i, V]: one completion at a time
-        p[:, rollout.stop_ids(model, tokenizer)] = 0  # an end is not a branch
-        likeliest = p.topk(MOST_BRANCHES)
-        counts = (likeliest.values >= LEAST_PROBABILITY).sum(-1).tolist()
-        for t, count in enumerate(counts):
-            if count >= 2:  # topk sorts, so the proposed tokens come first
-                places.append((i, t, likeliest.indices[t, :count].tolist()))
-    return places
+        if r.correct:
+            p = head(hidden[i]).softmax(-1)  # [T_i, V]: one completion at a time
+            p[:, rollout.stop_ids(model, tokenizer)] = 0  # an end is not a branch
+            likeliest = p.topk(MOST_BRANCHES)
+            counts = (likeliest.values >= LEAST_PROBABILITY).sum(1)
+            for t, count in enumerate(counts.tolist()):
+                if count >= 2:  # topk sorts, so the proposed tokens come first
+                    yield i, t, likeliest.indices[t, :count].tolist()
 
 
 def correct_shares(model, tokenizer, s, branches):
     """Let the student go on from each branch (rollout, the first tokens of a completion), and
-    return the shares [b] of correct ends."""
+    return the shares of correct ends."""
     with tqdm(total=len(branches) * CONTINUATIONS, desc="branches", unit=" completions") as bar:
         ends = rollout.sample(
             model,
@@ -322,27 +312,27 @@ def correct_shares(model, tokenizer, s, branches):
         r, first = branches[k // CONTINUATIONS]
         text = tokenizer.decode(first + end.token_ids, skip_special_tokens=True)
         correct.append(end.finished and reward.grade(text, r.problem.answer))
-    return np.reshape(correct, (-1, CONTINUATIONS)).mean(1)
+    return np.reshape(correct, (-1, CONTINUATIONS)).mean(1).tolist()
 
 
 def branch_viability(model, tokenizer, s, rollouts, values, hidden):
     """Force the teacher's alternatives on correct solutions, and see how often the student goes on
     from each to a correct end; 2605.21606."""
-    places = branch_places(model, tokenizer, rollouts, hidden)
+    places = list(branch_places(model, tokenizer, rollouts, hidden))
     order = np.random.default_rng(s.seed).permutation(len(places))
     chosen = [places[k] for k in sorted(order[: s.branches])]
     branches = []
     for i, t, proposed in chosen:
-        before = rollouts[i].token_ids[:t]
-        branches += [(rollouts[i], [*before, token]) for token in proposed]
-    shares = correct_shares(model, tokenizer, s, branches) if branches else np.zeros(0)
+        r = rollouts[i]
+        branches += [(r, r.token_ids[:t] + [token]) for token in proposed]
+    shares = correct_shares(model, tokenizer, s, branches) if branches else []
     following = iter(shares)
     unreliable = []
     benign = 0
     for _, _, proposed in chosen:
         viability = sorted(next(following) for _ in proposed)
-        unreliable.append(bool(viability[-1] < UNRELIABLE))
-        benign += int(viability[-2] >= BENIGN)
+        unreliable.append(viability[-1] < UNRELIABLE)
+        benign += viability[-2] >= BENIGN
     intervals = {}
     for name in PREDICTORS:
         scores = np.array([values[name][i, t].item() for i, t, _ in chosen])
@@ -353,7 +343,7 @@ def branch_viability(model, tokenizer, s, rollouts, values, hidden):
         "branches": len(branches),
         "unreliable": sum(unreliable),
         "benign": benign,
-        "mean_viability": float(shares.mean()) if branches else None,
+        "mean_viability": float(np.mean(shares)) if branches else None,
         "auroc": intervals,
     }
 
@@ -376,40 +366,16 @@ def token_records(tokenizer, rollouts, values):
             "tokens": [tokenizer.decode([token]) for token in r.token_ids],
         }
         for name in COLUMNS:
-            column = values["cl_gate" if name == "gate" else name]
-            record[name] = [round(x, 4) for x in column[i, : len(r.token_ids)].tolist()]
+            column = values["cl_gate" if name == "gate" else name][i, : len(r.token_ids)]
+            record[name] = [round(x, 4) for x in column.tolist()]
         records.append(record)
     return records
 
 
-def plain_numbers(result):
-    """A line for each number that stands directly in the result."""
-    lines = []
-    for name, x in result.items():
-        if isinstance(x, (int, float)):
-            lines.append(f"{name:26}{x:.6g}")
-    return lines
-
-
-def diagnostics_table(result):
-    """The content of diagnostics.json, for people. Deciles are called by their numbers."""
-    lines = [*plain_numbers(result), "", "tokens      H nats      |d|     gate  CL gate"]
-    groups = [*result["kinds"].items(), *enumerate(result["deciles"], 1)]
-    for name, means in groups:
-        if means["entropy"] is not None:
-            shown = "".join(f"{means[key]:9.3f}" for key in AVERAGED)
-            lines.append(f"{name!s:9}{shown}")
-    if "branches" in result:
-        lines += ["", *plain_numbers(result["branches"])]
-        for name, found in result["branches"]["auroc"].items():
-            if found:
-                lines.append("AUROC of {:10}{:.3f}  [{:.3f}, {:.3f}]".format(name, *found))
-    return "\n".join(lines)
-
-
 @torch.no_grad()
 def diagnose(s: DiagnosticsSettings) -> dict:
-    """Sample, read and measure. Writes --out and returns the content of diagnostics.json."""
+    """Sample, read and measure. Writes --out and returns the content of diagnostics.json, without
+    the settings."""
     out = Path(s.out)
     ranks = Ranks.alone()
     with hold(out, ranks):
@@ -419,21 +385,23 @@ def diagnose(s: DiagnosticsSettings) -> dict:
         model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, ranks.device)
         if s.adapter:
             load_adapter(model, s.adapter)
-        # A branch goes on behind a part of a completion.
-        new_tokens = s.max_new_tokens * (2 if s.branches else 1)
-        check_window(
-            model, path, problems, new_tokens, lambda p: [teacher_prompt(tokenizer, p, s.thinking)]
-        )
+
+        def prompts(problem):
+            return [teacher_prompt(tokenizer, problem, s.thinking)]
+
+        # twice, as a branch goes on behind a part of a completion
+        check_window(model, path, problems, 2 * s.max_new_tokens, prompts)
         rollouts = sample_student(model, tokenizer, s, problems)
         values, hidden = read_both(model, tokenizer, s, rollouts)
-        result = {"settings": asdict(s), **summarise(rollouts, values)}
+        result = summarise(rollouts, values)
         if s.branches:
             result["branches"] = branch_viability(model, tokenizer, s, rollouts, values, hidden)
-        write_json(out / "diagnostics.json", result)
+        write_json(out / "diagnostics.json", {"settings": asdict(s), **result})
         append_jsonl(out / "tokens.jsonl", token_records(tokenizer, rollouts, values))
-        print(
-            diagnostics_table(result), f"\n\nin {out}: diagnostics.json, tokens.jsonl", flush=True
-        )
+    # for people, with three decimals
+    short = json.loads(json.dumps(result), parse_float=lambda number: round(float(number), 3))
+    pprint(short, width=120, sort_dicts=False)
+    print(f"in {out}: diagnostics.json, tokens.jsonl", flush=True)
     return result
 
 

@@ -29,7 +29,7 @@ from support.errors import InputError
 from support.flags import Parser, add_flags, nonempty_path
 from support.report import parsed, visible
 from support.run import one_line_errors
-from support.settings import PRESETS, Settings
+from support.settings import Settings, resolve
 
 PROGRAM = "python -m experiments.walk"
 # the flags of train.py that this command has too
@@ -95,10 +95,9 @@ class Listener(train.EGRSD):
 def record(given: dict, earlier: int) -> dict:
     """One step of train.py with these settings, on two problems, as plain numbers and texts.
     AssertionError if the loss by hand is not the loss that the step returned."""
-    preset = PRESETS["toy" if given.get("model", "toy") == "toy" else "paper-4b"]
     with TemporaryDirectory() as out:
         fixed = {"prompts_per_step": 2, "eval_data": "", "out": out}
-        s = Settings(**preset | given | fixed)
+        s, _ = resolve(given | fixed, Settings)
         s.check()
         listener = Listener()
         t = train.Trainer(s, Ranks.alone(), listener)
@@ -108,10 +107,9 @@ def record(given: dict, earlier: int) -> dict:
         before["std"] = t.baseline.std
         before["warm_up"] = t.step < t.baseline.warmup_steps or t.baseline.std == 0
         metrics = t.train_step()
-    by_hand = listener.loss_by_hand
-    loss = metrics["loss"]
-    assert math.isclose(by_hand, loss, rel_tol=1e-5, abs_tol=1e-5), (
-        f"the loss by hand is {by_hand}, but train_step returned {loss}"
+    loss = listener.loss_by_hand
+    assert math.isclose(loss, metrics["loss"], rel_tol=1e-5, abs_tol=1e-5), (
+        f"the loss by hand is {loss}, but train_step returned {metrics['loss']}"
     )
     return {
         "settings": {**asdict(s), "out": ""},
@@ -126,10 +124,9 @@ def sample_earlier_steps(t, earlier):
     until a step has a correct and a wrong completion: train_step samples the same ones again."""
     while t.step < earlier + TRIES:
         rollouts = t.make_rollouts(t.next_problems())
-        verdicts = {rollout.correct for rollout in rollouts}
-        if t.step >= earlier and len(verdicts) == 2:
+        if t.step >= earlier and len({r.correct for r in rollouts}) == 2:
             return
-        t.baseline.update(torch.tensor([rollout.reward for rollout in rollouts]))
+        t.baseline.update(torch.tensor([r.reward for r in rollouts]))
         t.step += 1
         t.log.bar.update()
 
@@ -138,30 +135,32 @@ def completions(t, listener):
     """What is recorded of the completions after the step."""
     decode = t.tokenizer.decode
     rollouts = [rollout for rollout, _ in listener.heard]
-    prompts = [rollout.prompt for rollout in rollouts]
-    token_ids = [rollout.token_ids for rollout in rollouts]
+    prompts = [r.prompt for r in rollouts]
+    token_ids = [r.token_ids for r in rollouts]
     teacher_prompts = listener.teacher_prompts(t, rollouts)
     with torch.no_grad(), t.autocast():
         after = t.student(prompts, token_ids, t.s.score_temperature, False).logp
     recorded = []
-    for i, (rollout, columns) in enumerate(listener.heard):
-        own = {
-            "solution": rollout.problem.solution,
-            "prompt": decode(prompts[i]),
+    for i, (r, columns) in enumerate(listener.heard):
+        known = {
+            **r.as_json(),
+            "solution": r.problem.solution,
+            "prompt": decode(r.prompt),
             "teacher_prompt": decode(teacher_prompts[i]),
-            "reward": rollout.reward,
-            "A": rollout.advantage,
-            "text": [decode([token]) for token in token_ids[i]],
-            "after": rounded(after[i, : len(token_ids[i])]),
+            "reward": r.reward,
+            "A": r.advantage,
+            "text": [decode([token]) for token in r.token_ids],
+            "after": rounded(after[i, : len(r.token_ids)]),
+            **columns,
         }
-        recorded.append({**rollout.as_json(), **own, **columns})
+        recorded.append(known)
     return recorded
 
 
 # ---- tell it
 
 
-def fit(text: str) -> str:
+def fit(text):
     """The text in at most MOST_LINES lines of at most 116 characters: if it has more, the middle is
     cut out. Characters that would garble a terminal are shown as codes."""
     lines = []
@@ -176,13 +175,12 @@ def fit(text: str) -> str:
 
 def derived(c):
     """A recorded completion, with what a reader works out from its numbers."""
-    later = [-x * y for x, y in zip(c["A-hat"], c["after"], strict=True)]
     change = [round(y - x, 4) for x, y in zip(c["log p_S"], c["after"], strict=True)]
     return {
         **c,
         "change": change,
         "sum": sum(c["term"]),
-        "later": sum(later),
+        "later": sum(-x * y for x, y in zip(c["A-hat"], c["after"], strict=True)),
         "rose": sum(x > 0 for x in change),
         "fell": sum(x < 0 for x in change),
         "kinds": Counter(c["kind"]),
@@ -208,32 +206,31 @@ def interest(c):
 def tell(record: dict, command: str = PROGRAM) -> str:
     """walk.txt with the numbers of a record; `command` made the text."""
     before = record["before"]
-    center, scale = before["mean"], before["std"]
+    center = before["mean"]
+    scale = before["std"]
     if before["warm_up"]:  # A = r - 0.5
-        center, scale = 0.5, 1
-    pair = [derived(c) for c in record["completions"]]
-    c, other = sorted(pair, key=interest, reverse=True)
+        center = 0.5
+        scale = 1
+    c, other = sorted(map(derived, record["completions"]), key=interest, reverse=True)
     tokens = c["tokens"] + other["tokens"]
     top = c["H"].index(max(c["H"]))
     places = sorted(range(c["tokens"]), key=c["change"].__getitem__, reverse=True)
-    extremes = dict.fromkeys(places[:MOST_CHANGES] + places[-MOST_CHANGES:])
+    largest = dict.fromkeys(places[:MOST_CHANGES] + places[-MOST_CHANGES:])
     values = {
+        **record,
         "command": command,
         "most": MOST_TOKENS,
         "egrsd": egrsd,
-        "s": record["settings"],
-        "b": before,
         "center": center,
         "scale": scale,
         "c": c,
         "o": other,
-        "m": record["metrics"],
         "t": top + 1,
         "k": {name: c[name][top] for name in COLUMNS},
         "by_hand": (c["sum"] + other["sum"]) / tokens,
         "now": (c["later"] + other["later"]) / tokens,
         "table": tokens_table(c, COLUMNS, range(c["tokens"])[:MOST_TOKENS]),
-        "largest": tokens_table(c, ("A-hat", "log p_S", "after", "change"), extremes),
+        "largest": tokens_table(c, ("A-hat", "log p_S", "after", "change"), largest),
     }
     template = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
     told = []
@@ -252,23 +249,21 @@ def main() -> None:
     add = parser.add_argument
     add("--earlier", type=int, default=32, help="steps to sample first (default: %(default)s)")
     add("--out", type=nonempty_path, default=None, help="write the numbers to this JSON file too")
-    told = "tell the step in a file of --out, and make none"
-    add("--from", dest="source", type=nonempty_path, default=None, help=told)
+    add("--from", dest="source", type=nonempty_path, default=None, help="tell a file of --out")
     with one_line_errors(PROGRAM, "stopped, nothing was written"):
         a = parser.parse_args()
         given = {name: value for name, value in vars(a).items() if name in FLAGS}
+        command = PROGRAM
         if not a.source:
             found = record(given, a.earlier)
-            print(tell(found), flush=True)
-            if a.out:
-                a.out.write_text(json.dumps(found) + "\n")
         elif given or a.out:
             raise InputError("--from tells a step made before: leave out --out and settings")
         else:
             found = parsed(a.source.read_text(), a.source)
-            if "completions" not in found:
-                raise InputError(f"{a.source}: no record of a step")
-            print(tell(found, f"{PROGRAM} --from {a.source}"), flush=True)
+            command += f" --from {a.source}"
+        print(tell(found, command), flush=True)
+        if a.out:
+            a.out.write_text(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

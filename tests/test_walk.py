@@ -177,9 +177,7 @@ def test_the_command_on_a_file(found, monkeypatch, capsys, tmp_path):
     stored.write_text(json.dumps(found))
     command = f"python -m experiments.walk --from {stored}"
     assert told(monkeypatch, capsys, "--from", stored) == walk.tell(found, command) + "\n"
-    stored.write_text('{"settings": {}}')
     for flags, message in (
-        (["--from", stored], "no record of a step"),
         (["--from", tmp_path / "none"], "cannot be read"),
         (["--from", stored, "--gamma", "0"], "leave out"),
         (["--eps", "2"], "--eps must be below 1"),

@@ -278,10 +278,9 @@ def summarise(rollouts, values):
 def branch_places(model, tokenizer, rollouts, hidden):
     """(rollout i, position t, [tokens]) wherever the teacher proposes several next tokens on a
     correct solution."""
-    head = teacher.output_head(model)
     for i, r in enumerate(rollouts):
         if r.correct:
-            p = head(hidden[i]).softmax(-1)  # [T_i, V]: one completion at a time
+            p = teacher.output_head(model)(hidden[i]).softmax(-1)  # [T_i, V]
             p[:, rollout.stop_ids(model, tokenizer)] = 0  # an end is not a branch
             likeliest = p.topk(MOST_BRANCHES)
             counts = (likeliest.values >= LEAST_PROBABILITY).sum(1)

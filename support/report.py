@@ -175,14 +175,13 @@ def attempt(directory: Path) -> None:
 
 def report(runs):
     """The page. Completions and all settings are shown for a single run only."""
+    title = f"{len(runs)} training runs"
+    completions = []
+    last = ""
     if len(runs) == 1:
         title = f"Training run {runs[0].directory}"
-        completions, columns = chosen_completions(runs[0])
-        last = columns + all_settings(runs[0])
-    else:
-        title = f"{len(runs)} training runs"
-        completions = []
-        last = ""
+        completions, last = chosen_completions(runs[0])
+        last += all_settings(runs[0])
     curves = "".join(curve(name, runs) for name in CURVES)
     body = f"""<ul class="legend">{legend(runs)}</ul><h2>Held-out problems</h2>
 {figures(runs)}<h2>Training</h2>
@@ -226,14 +225,16 @@ def curve(name, runs):
     empty if no run has it."""
     series = []
     for run in runs:
-        records = [record for record in run.metrics if math.isfinite(record.get(name, math.nan))]
-        series.append({record["step"]: record[name] for record in records})
-    steps = sorted(set().union(*series))
+        found = [record for record in run.metrics if math.isfinite(record.get(name, math.nan))]
+        series.append({record["step"]: record[name] for record in found})
+    steps = set().union(*series)
     if not steps:
         return ""
-    first, last = steps[0], steps[-1]
-    values = sorted(value for points in series for value in points.values())
-    low, high = values[0], values[-1]
+    values = [value for points in series for value in points.values()]
+    first = min(steps)
+    last = max(steps)
+    low = min(values)
+    high = max(values)
     lines = ""
     for points in series:
         heights = [100 * (high - value) / (high - low or 1) for value in points.values()]
@@ -265,11 +266,10 @@ def coordinates(steps, heights):
 def chosen_completions(run):
     """(completions, their HTML) of the first, the middle and the last step that has values by
     token."""
-    log = read_log(run.directory / "samples.jsonl")
-    samples = [sample for sample in log if "by_token" in sample]
+    samples = [x for x in read_log(run.directory / "samples.jsonl") if "by_token" in x]
     if not samples:
         return [], ""
-    steps = sorted({sample["step"] for sample in samples})
+    steps = sorted({x["step"] for x in samples})
     completions = []
     columns = ""
     for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):

@@ -16,7 +16,7 @@ from pathlib import Path
 from support.checkpoint import write_text
 from support.errors import InputError
 from support.flags import Parser, nonempty_path
-from support.report import read_log, token_view, write
+from support.report import parsed, token_view, write
 from support.run import one_line_errors
 
 PROGRAM = "python -m experiments.report"
@@ -24,7 +24,8 @@ PROGRAM = "python -m experiments.report"
 
 def tokens_page(path: Path, count: int) -> str:
     """The page of the first `count` completions of a tokens.jsonl; InputError if it is none."""
-    completions = read_log(path)[:count]
+    lines = path.read_text().splitlines()
+    completions = [parsed(line, f"{path}: not a tokens.jsonl") for line in lines[:count]]
     if count < 1 or not completions or "tokens" not in completions[0]:
         raise InputError(f"{path}: not a tokens.jsonl, no lines, or --count is below 1")
     return token_view(completions)

@@ -6,9 +6,9 @@ seeds.
     python -m experiments.compare --only opsd    one row, into runs/compare/only.json
                                                  (its difference to CL-EGRSD: add cl-egrsd)
 
-Every run is an ordinary `python -m family ...` in --work/<name>/lr<rate>-seed<seed>. Its samples on
-the test problems and its figures stand beside it. A run that is complete is not repeated, unless
-command, data or settings have changed.
+Every run is an ordinary `python -m family ...` and an ordinary `python eval.py ...`, in
+--work/<name>/lr<rate>-seed<seed>. Its figures stand beside it. A run that is complete is not
+repeated, unless command, data or settings have changed.
 
 Each row has the learning rate of RATES, or --lr. Nothing is trained on the last --validation
 problems of the data. To choose a rate, measure on them: `--only opsd --lr 3e-4 --test
@@ -26,11 +26,10 @@ import platform
 import shlex
 import shutil
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -45,29 +44,31 @@ from experiments import diagnostics
 from family import __main__ as lab
 from family.settings import GROUP
 from support.checkpoint import write_text
-from support.data import digest, load_model, load_problems
+from support.data import digest
 from support.distributed import Ranks
 from support.errors import DAMAGED, InputError
-from support.flags import SEEDS, Parser, add_flags, check_ranges, flag
+from support.flags import SEEDS, flag, parse
 from support.run import hold, one_line_errors
-from support.settings import EvaluationSettings
 
 PROGRAM = "python -m experiments.compare"
 BASE = "no training"
 PARENT = "cl-egrsd"
+RIVAL = "cl-egrsd minus this"
+COMPLETIONS = 32  # rollouts per update, in groups or not
 FIRST = ("sft", "grpo", "grpo-group", "direction-aware", "egrsd", "cl-egrsd")  # of the methods
-SLOTS = 128  # rows decoded together in evaluation
-CURVES = ("accuracy", "length", "reward", "entropy", "gate")  # of metrics.jsonl, kept for every run
-AREAS = ("mean_accuracy", "mean_reward", "mean_length")  # over the updates, of the rollouts
-MEASURES = (
-    "accuracy",
-    "length",
-    "eff",
-    "markers_per_response",
-    "markers_per_1000_tokens",
-    "repetition",
-    *AREAS,
-)
+CURVES = ("accuracy", "reward", "length")  # of metrics.jsonl, kept for every run
+# The measures, with their digits in the table of methods. mean_: over the updates, of the rollouts.
+MEASURES = {
+    "accuracy": 1,
+    "length": 1,
+    "eff": 0,
+    "markers_per_response": 2,
+    "mean_accuracy": 1,
+    "mean_reward": 3,
+    "mean_length": 1,
+}
+# The measures that answer questions, with their digits in the table of questions.
+AREAS = {"mean_accuracy": 1, "mean_reward": 3, "mean_length": 2}
 # Learning rates by method. Each was the best on the toy's validation problems of 3e-4, 1e-3, 3e-3,
 # and of rates beyond if the best one was the lowest or highest: docs/evidence.md.
 DEFAULT_RATE = 1e-3
@@ -142,35 +143,13 @@ QUESTIONS = {
 }
 
 
-@dataclass
-class CompareSettings:
-    """The command line."""
-
-    only: list = flag([], "methods and variants to run")
-    seeds: list = flag(list(range(20)), "seeds of the runs", SEEDS)
-    other_seeds: int = flag(5, "how many of them for rows that no question is about", least=1)
-    lr: float = flag(0.0, "learning rate of every row, 0: those of RATES", least=0)
-    steps: int = flag(40, "updates of every run", least=1)
-    completions: int = flag(32, "rollouts per update, in groups or not", least=1)
-    max_new_tokens: int = flag(128, "longest completion in tokens", least=1)
-    validation: int = flag(480, "last problems of the data, not trained on", least=1)
-    workers: int = flag(2, "runs at a time, each on one core", least=1)
-    model: str = flag("toy", "checkpoint directory or toy")
-    data: str = flag("toy", "training problems, JSONL or toy")
-    test: str = flag("toy", "test problems, JSONL or toy")
-    work: Path = flag(Path("runs/compare"), "directory of the runs")
-    out: Path = flag(
-        None, "results (default: results/compare.json; with --only only.json in --work)"
-    )
-
-
 # ---- the rows of the table, and their flags
 
 
 def methods() -> list[str]:
     """The methods in the order of the table: those without a teacher, the paper's own, the other
     neighbours."""
-    return [*FIRST, *(name for name in family.METHODS if name not in FIRST)]
+    return list(dict.fromkeys([*FIRST, *family.METHODS]))
 
 
 def variants() -> dict:
@@ -189,6 +168,27 @@ def method_of(name: str) -> str:
     return given[given.index("--method") + 1]
 
 
+@dataclass
+class CompareSettings:
+    """The command line."""
+
+    only: list = flag(["all"], f"methods and variants to run: {'; '.join(variants())}")
+    seeds: list = flag(list(range(20)), "seeds of the runs", SEEDS)
+    other_seeds: int = flag(5, "how many of them for rows that no question is about", least=1)
+    lr: float = flag(0.0, "learning rate of every row, 0: those of RATES", least=0)
+    steps: int = flag(40, "updates of every run", least=1)
+    max_new_tokens: int = flag(128, "longest completion in tokens", least=1)
+    validation: int = flag(480, "last problems of the data, not trained on", least=1)
+    workers: int = flag(2, "runs at a time, each on one core", least=1)
+    model: str = flag("toy", "checkpoint directory or toy")
+    data: str = flag("toy", "training problems, JSONL or toy")
+    test: str = flag("toy", "test problems, JSONL or toy")
+    work: Path = flag(Path("runs/compare"), "directory of the runs")
+    out: Path = flag(
+        None, "results (default: results/compare.json; with --only only.json in --work)"
+    )
+
+
 def rate_of(name: str, a) -> float:
     """The learning rate of a row. A variant has the rate of its method."""
     if name == BASE:
@@ -197,16 +197,28 @@ def rate_of(name: str, a) -> float:
 
 
 def flags(name: str, a) -> list[str]:
-    """All flags of a row for `python -m family`, but for rate, seed and output."""
+    """All flags of a row for `python -m family`, but for seed and output."""
     neighbour = family.METHODS.get(method_of(name))  # None for the paper's own methods
     group = GROUP if neighbour and neighbour.groups else 1
-    given = ["--preset", "toy", "--model", a.model]
-    given += ["--data", str(a.work / "train.jsonl"), "--eval-data", ""]
-    given += ["--steps", str(a.steps), "--max-new-tokens", str(a.max_new_tokens)]
-    given += ["--prompts-per-step", str(a.completions // group)]
+    given = [
+        "--preset",
+        "toy",
+        "--model",
+        a.model,
+        "--data",
+        str(a.work / "train.jsonl"),
+        "--eval-data",
+        "",
+        "--steps",
+        str(a.steps),
+        "--max-new-tokens",
+        str(a.max_new_tokens),
+        "--prompts-per-step",
+        str(COMPLETIONS // group),
+    ]
     if not neighbour or neighbour.rollouts:
         given += ["--rollouts-per-prompt", str(group)]
-    return given + variants()[name]
+    return [*given, *variants()[name], "--lr", f"{rate_of(name, a):g}"]
 
 
 # ---- the runs
@@ -236,7 +248,7 @@ def run(name: str, seed: int, a) -> dict:
     given = []
     command = ""
     if name != BASE:
-        given = [*flags(name, a), "--lr", f"{rate:g}", "--seed", str(seed)]
+        given = [*flags(name, a), "--seed", str(seed)]
         command = shlex.join(["python", "-m", "family", *given])
     origin = {
         "command": command,
@@ -244,30 +256,27 @@ def run(name: str, seed: int, a) -> dict:
         "training_data": digest(a.work / "train.jsonl")[:12],
     }
     test = toy.resolve(a.test, "test.jsonl")
-    measured = origin | {
-        "data": digest(Path(test))[:12],
-        "samples": 1,
-        "max_new_tokens": a.max_new_tokens,
-    }
+    tested = {"data": digest(Path(test))[:12], "max_new_tokens": a.max_new_tokens}
     done = stored(out / "test.json")
-    if measured.items() <= done.items():
+    if (origin | tested).items() <= done.items():
         return done
 
-    start = time.time()
-    out.mkdir(parents=True, exist_ok=True)
-    model = toy.resolve(a.model, "model")
+    model = a.model
     curves = {}
     if given:
-        train(given, origin, out)
+        made = out / "run" / "origin.json"
+        if stored(made) != origin:
+            call(lab.main, given, out / "run")
+            write_text(made, json.dumps(origin))
         model = str(out / "run" / "model")
         curves = read_curves(out / "run" / "metrics.jsonl")
-    s = EvaluationSettings(1, a.max_new_tokens, top_p=1.0, slots=SLOTS, thinking=False, seed=seed)
-    # the bars of workers go into the log
-    with (out / "log.txt").open("a") as log, redirect_stderr(log):
-        samples = sample(model, test, s)
-    (out / "test-samples.jsonl").write_text("".join(json.dumps(x) + "\n" for x in samples))
-    result = measured | {"name": name, "seed": seed, "rate": rate} | figures(samples)
-    result |= {"seconds": time.time() - start, "curves": curves}
+    sampling = (
+        f"--samples 1 --top-p 1 --slots 128 --no-thinking --max-new-tokens {a.max_new_tokens} "
+        f"--seed {seed}"
+    )
+    call(evaluation.main, ["--model", model, "--data", test, *sampling.split()], out / "test")
+    result = origin | tested | {"name": name, "seed": seed, "rate": rate, "curves": curves}
+    result |= figures(out / "test")
     for key, curve in curves.items():
         result[f"mean_{key}"] = float(np.mean(curve))
     write_text(out / "test.json", json.dumps(result))
@@ -283,26 +292,28 @@ def stored(path: Path) -> dict:
         return {}
 
 
-def train(given: list, origin: dict, out: Path) -> None:
-    """Train with these flags, unless a complete run of the same origin is there."""
-    made = out / "run" / "origin.json"
-    if stored(made) == origin:
-        return
-    shutil.rmtree(out / "run", ignore_errors=True)
-    sys.argv = ["family", *given, "--out", str(out / "run")]
-    path = out / "log.txt"
-    with path.open("w") as log, redirect_stdout(log), redirect_stderr(log):
+def call(command, given: list, out: Path) -> None:
+    """Run a command with these flags into `out`, which is made anew. What it prints goes into
+    log.txt beside `out`."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sys.argv = [PROGRAM, *given, "--out", str(out)]
+    path = out.parent / "log.txt"
+    with path.open("a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            lab.main()
+            command()
         except SystemExit as end:
             if end.code:
                 raise InputError(f"{path}: the run ended with code {end.code}") from None
-    write_text(made, json.dumps(origin))
+
+
+def read_lines(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_curves(path: Path) -> dict:
     """The CURVES that are in a metrics.jsonl, each with a value per update."""
-    steps = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = read_lines(path)
     curves = {}
     for key in CURVES:
         if key in steps[0]:
@@ -310,27 +321,17 @@ def read_curves(path: Path) -> dict:
     return curves
 
 
-def sample(model: str, test: str, s) -> list:
-    """A graded sample of every test problem, as in samples.jsonl."""
-    torch.set_num_threads(1)
-    problems, _ = load_problems(test, need_solution=False)
-    loaded, tokenizer = load_model(model, torch.float32, torch.device("cpu"))
-    solve = partial(evaluation.solve, loaded, tokenizer, s)
-    return evaluation.evaluate(problems, s.samples, solve, Ranks(), "test")
-
-
-def figures(samples: list) -> dict:
-    """The MEASURES of a model by its samples, and the share of truncated ones."""
-    summary = evaluation.summarise(samples, 1)
+def figures(out: Path) -> dict:
+    """Those of the MEASURES that an evaluation gives."""
+    summary = json.loads((out / "results.json").read_text())["results"][0]
+    samples = read_lines(out / "samples.jsonl")
     texts = [sample["completion"] for sample in samples]
     tokens = sum(sample["tokens"] for sample in samples)
     return {
         "accuracy": summary["avg"],
         "length": summary["length"],
         "eff": summary["eff"],
-        "truncated": summary["truncated"],
         **diagnostics.markers(texts, tokens),
-        "repetition": diagnostics.repetition_rate(texts),
     }
 
 
@@ -341,7 +342,7 @@ def list_jobs(names: list, a) -> list:
         asked.update(pair.split(" - "))
     jobs = []
     for place, seed in enumerate(a.seeds):
-        for name in [BASE, *names]:
+        for name in names:
             if name in asked or place < a.other_seeds:
                 jobs.append((name, seed))
     return jobs
@@ -355,7 +356,7 @@ def run_all(jobs: list, a) -> list:
     context.set_forkserver_preload(["experiments.diagnostics", "family.neighbour"])
     names, seeds = zip(*jobs, strict=True)
     with ProcessPoolExecutor(a.workers, mp_context=context, max_tasks_per_child=1) as pool:
-        results = pool.map(partial(run, a=a), names, seeds)
+        results = pool.map(run, names, seeds, repeat(a))
         return list(tqdm(results, total=len(jobs), desc="runs", unit=" runs"))
 
 
@@ -373,19 +374,18 @@ def import_extra(name: str):
 def interval(values: list[float]) -> dict:
     """Mean, half width of its 95 % interval, p of the hypothesis that it is 0 (t distribution; both
     None for one value), and the values."""
-    n = len(values)
-    mean = float(np.mean(values))
-    half = None
-    p = None
-    if n > 1:
-        stats = import_extra("scipy.stats")
-        error = float(stats.sem(values))
-        half = float(stats.t.ppf(0.975, n - 1)) * error
-        if error:
-            p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-        else:
-            p = float(not np.any(values))
-    return {"mean": mean, "half_width": half, "p": p, "values": [round(v, 5) for v in values]}
+    found = {
+        "mean": float(np.mean(values)),
+        "half_width": None,
+        "p": None,
+        "values": [round(value, 5) for value in values],
+    }
+    if len(values) > 1:
+        test = import_extra("scipy.stats").ttest_1samp(values, 0)
+        low, high = test.confidence_interval()
+        found["half_width"] = float(high - low) / 2
+        found["p"] = float(test.pvalue) if any(values) else 1.0
+    return found
 
 
 def holm(p: list[float]) -> list[float]:
@@ -400,15 +400,13 @@ def holm(p: list[float]) -> list[float]:
     return adjusted[np.argsort(order)].tolist()
 
 
-def difference(more: dict, less: dict, measures: tuple) -> dict:
+def difference(more: dict, less: dict) -> dict:
     """Intervals of the difference of two rows over the seeds that both have. A row: its runs by
     seed."""
-    seeds = sorted(more.keys() & less.keys())
     found = {}
-    for measure in measures:
-        if measure in more[seeds[0]] and measure in less[seeds[0]]:
-            values = [more[seed][measure] - less[seed][measure] for seed in seeds]
-            found[measure] = interval(values)
+    for area in AREAS:
+        values = [run[area] - less[seed][area] for seed, run in more.items() if seed in less]
+        found[area] = interval(values)
     return found
 
 
@@ -419,8 +417,8 @@ def answers(by_name: dict) -> list:
     for pair, question in QUESTIONS.items():
         more, less = pair.split(" - ")
         if more in by_name and less in by_name:
-            row = {"question": question, "difference": pair}
-            found.append(row | difference(by_name[more], by_name[less], AREAS))
+            row = difference(by_name[more], by_name[less])
+            found.append({"question": question, "difference": pair, **row})
     tested = []
     for row in found:
         tested += [row[area] for area in AREAS if row[area]["p"] is not None]
@@ -431,18 +429,19 @@ def answers(by_name: dict) -> list:
 
 
 def summarise(by_name: dict) -> dict:
-    """By name the intervals of every measure, and of CL-EGRSD's difference to it."""
+    """By name the intervals of every measure. For a row with rollouts also those of CL-EGRSD's
+    difference to it."""
     rows = {}
     for name, runs in by_name.items():
-        seeds = sorted(runs)
+        seeds = list(runs)
         first = runs[seeds[0]]
         row = {}
         for measure in MEASURES:
             if measure in first:
-                row[measure] = interval([runs[seed][measure] for seed in seeds])
+                row[measure] = interval([run[measure] for run in runs.values()])
         row |= {"rate": first["rate"], "seeds": seeds, "command": first["command"]}
-        if name != PARENT and PARENT in by_name:
-            row[f"{PARENT} minus this"] = difference(by_name[PARENT], runs, MEASURES)
+        if name != PARENT and PARENT in by_name and "mean_reward" in row:
+            row[RIVAL] = difference(by_name[PARENT], runs)
         rows[name] = row
     return rows
 
@@ -450,10 +449,13 @@ def summarise(by_name: dict) -> dict:
 # ---- tables
 
 
-def cell(value: dict | None, digits: int, scale: float = 1.0, sign: str = "") -> str:
-    """An interval as text; with a star, if its p-value was adjusted and is below 0.05."""
-    if not value:
+def cell(row: dict, measure: str, digits: int, sign: str = "") -> str:
+    """An interval as text, accuracies in percent; with a star, if its p-value was adjusted and is
+    below 0.05."""
+    if measure not in row:
         return ""
+    value = row[measure]
+    scale = 100 if "accuracy" in measure else 1
     text = f"{scale * value['mean']:{sign}.{digits}f}"
     if value["half_width"] is not None:
         text += f" ± {scale * value['half_width']:.{digits}f}"
@@ -479,21 +481,9 @@ def methods_table(rows: dict) -> str:
     lines = []
     for name, row in rows.items():
         rate = "" if name == BASE else f"{row['rate']:g}"
-        rival = row.get(f"{PARENT} minus this", {})
-        cells = [
-            name,
-            rate,
-            str(len(row["seeds"])),
-            cell(row["accuracy"], 1, 100),
-            cell(row["length"], 1),
-            cell(row["eff"], 0),
-            cell(row["markers_per_response"], 2),
-            cell(row.get("mean_accuracy"), 1, 100),
-            cell(row.get("mean_reward"), 3),
-            cell(row.get("mean_length"), 1),
-            cell(rival.get("mean_accuracy"), 1, 100, "+"),
-        ]
-        lines.append(cells)
+        cells = [cell(row, measure, digits) for measure, digits in MEASURES.items()]
+        rival = cell(row.get(RIVAL, {}), "mean_accuracy", 1, "+")
+        lines.append([name, rate, str(len(row["seeds"])), *cells, rival])
     return markdown(head, lines)
 
 
@@ -502,14 +492,8 @@ def questions_table(found: list) -> str:
     head = "| question | difference | mean accuracy, points | mean reward | mean length, tokens |"
     lines = []
     for row in found:
-        cells = [
-            row["question"],
-            row["difference"],
-            cell(row["mean_accuracy"], 1, 100, "+"),
-            cell(row["mean_reward"], 3, 1, "+"),
-            cell(row["mean_length"], 2, 1, "+"),
-        ]
-        lines.append(cells)
+        cells = [cell(row, area, digits, "+") for area, digits in AREAS.items()]
+        lines.append([row["question"], row["difference"], *cells])
     return markdown(head, lines)
 
 
@@ -517,51 +501,44 @@ def questions_table(found: list) -> str:
 
 
 def parse_arguments(argv: list[str]) -> CompareSettings:
-    parser = Parser(__doc__, prog=PROGRAM)
-    names = list(variants())
-    text = "methods and variants to run (default: all): " + "; ".join(names)
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=text)
-    add_flags(parser, fields(CompareSettings)[1:])
-    a = CompareSettings(**vars(parser.parse_args(argv)))
+    a = parse(CompareSettings, argv, __doc__)
+    default = a.work / "only.json"
+    if a.only == ["all"]:
+        a.only = list(variants())
+        default = Path("results/compare.json")
+    a.out = a.out or default
     a.only = list(dict.fromkeys(a.only))  # each once
-    a.seeds = list(dict.fromkeys(a.seeds))
-    check_ranges(a)
-    if a.completions % GROUP:
-        raise InputError(
-            f"--completions must be a multiple of {GROUP}, the size of a group, got {a.completions}"
-        )
-    if not a.out:
-        a.out = a.work / "only.json" if a.only else Path("results/compare.json")
+    a.seeds = sorted(set(a.seeds))
+    unknown = set(a.only) - variants().keys()
+    if unknown:
+        raise InputError(f"--only: no rows {unknown}: see --help")
     return a
 
 
 def compare(a) -> None:
     """Make all runs, print and write the results."""
-    names = a.only or list(variants())
-    earlier = stored(a.out).get("rows", {})
-    if a.out.exists() and (not earlier or earlier.keys() - {BASE, *names}):
+    names = [BASE, *a.only]
+    earlier = stored(a.out).get("rows")
+    if a.out.exists() and (not earlier or earlier.keys() - names):
         raise InputError(
             f"{a.out}: no results, or with rows that these runs do not have: choose another --out"
         )
     make_splits(a)
     import_extra("scipy.stats")  # better missing here than after hours
 
-    results = run_all(list_jobs(names, a), a)
-    by_name = {name: {} for name in [BASE, *names]}
-    for result in results:
+    by_name = {name: {} for name in names}
+    curves = {name: [] for name in names}
+    for result in run_all(list_jobs(names, a), a):
         by_name[result["name"]][result["seed"]] = result
+        curves[result["name"]].append(result["curves"])
     rows = summarise(by_name)
     found = answers(by_name)
-    curves = {}
-    for name in names:
-        curves[name] = [result["curves"] for result in by_name[name].values()]
 
-    print(f"{methods_table(rows)}\n\n{questions_table(found)}\n", flush=True)
+    print(f"{methods_table(rows)}\n\n{questions_table(found)}\n")
     written = {
         "command": PROGRAM,
         "settings": asdict(a),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        "run_seconds": sum(result["seconds"] for result in results),
         "methods": methods(),
         "rows": rows,
         "questions": found,
@@ -570,12 +547,13 @@ def compare(a) -> None:
     a.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(written, separators=(",", ":"), default=str)  # str: of the paths
     write_text(a.out, text + "\n")
-    print(a.out, flush=True)
+    print(a.out)
 
 
 def main() -> None:
-    stopped = "stopped; the same command goes on with the runs that are missing"
-    with one_line_errors(PROGRAM, stopped):
+    with one_line_errors(
+        PROGRAM, "stopped; the same command goes on with the runs that are missing"
+    ):
         a = parse_arguments(sys.argv[1:])
         with hold(a.work, Ranks.alone(), remedy=None):
             compare(a)

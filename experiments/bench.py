@@ -20,52 +20,50 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import re
 import shlex
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import rollout
 import teacher
 from support.distributed import Ranks
-from support.errors import InputError
 from support.flags import flag, parse
 from support.run import one_line_errors
 
 PROGRAM = "python -m experiments.bench"
-SMALL = dict(  # the proportions of Qwen3-0.6B
-    vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=4096,
-)
-QWEN3_4B = dict(
-    vocab_size=151_936,
-    hidden_size=2560,
-    intermediate_size=9728,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=40_960,
-    tie_word_embeddings=True,
-)
 VOCABULARY = 151_936  # Qwen3's
+SHAPE = {
+    "cpu": dict(  # the proportions of Qwen3-0.6B
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    ),
+    "cuda": dict(  # Qwen3-4B
+        vocab_size=VOCABULARY,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 # generate must be told what rollout.sample does by itself
 DRAW = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
@@ -83,9 +81,9 @@ class BenchSettings:
 
 def random_model(device: str) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    shape = QWEN3_4B if device == "cuda" else SMALL
+    config = Qwen3Config(**SHAPE[device], eos_token_id=0, pad_token_id=0)
     with torch.device(device):
-        model = Qwen3ForCausalLM(Qwen3Config(**shape, eos_token_id=0, pad_token_id=0))
+        model = Qwen3ForCausalLM(config)
     return model.to(DTYPE[device]).eval().requires_grad_(False)
 
 
@@ -103,10 +101,18 @@ def seconds(work: Callable) -> float:
     return now() - start
 
 
-def resident(field: str) -> int:
-    """Bytes that this process has in memory, by its field of /proc/self/status."""
+@torch.inference_mode()
+def tokens_per_second(work: Callable) -> float:
+    """How fast work() is, which returns the number of tokens that it made."""
+    start = now()
+    tokens = work()
+    return tokens / (now() - start)
+
+
+def peak_resident() -> int:
+    """The most bytes that this process had in memory since its peak was forgotten."""
     status = Path("/proc/self/status").read_text()
-    return int(status.split(field + ":")[1].split()[0]) * 2**10
+    return int(status.split("VmHWM:")[1].split()[0]) * 2**10
 
 
 def peak_gib(work: Callable) -> float:
@@ -120,33 +126,31 @@ def peak_gib(work: Callable) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**30
     ctypes.CDLL(None).malloc_trim(0)  # Linux with glibc: give back what is free
     Path("/proc/self/clear_refs").write_text("5")  # and forget the peak so far
-    before = resident("VmRSS")
+    before = peak_resident()  # what is in memory at the moment
     work()
-    return (resident("VmHWM") - before) / 2**30
+    return (peak_resident() - before) / 2**30
 
 
-def take_turns(row: str, unit: str, repeats: int, **works: Callable) -> dict:
-    """A row of the report: what each work(turn) returns when they take turns, a number."""
+def take_turns(row: str, unit: str, repeats: int, measure: Callable, **works: Callable) -> dict:
+    """A row of the report: measure(work) of each work, when they take turns. In a turn all are
+    seeded with its number."""
     found = {"row": row, "unit": unit, "ours": [], "peer": [], "limit": []}
     for turn in range(repeats):
         for name, work in works.items():
-            found[name].append(work(turn))
+            torch.manual_seed(turn)
+            found[name].append(measure(work))
     return found
 
 
 def line(row: dict) -> str:
     """A row as markdown: medians over the turns, and the ratios of ours turn by turn, with smallest
     and largest."""
-    ours = row["ours"]
-    cells = [row["row"], row["unit"], f"{statistics.median(ours):,.4g}"]
+    cells = [row["row"], row["unit"], f"{np.median(row['ours']):,.4g}"]
     for other in (row["peer"], row["limit"]):
         if other:
-            ratios = [a / b for a, b in zip(ours, other, strict=True)]
-            middle = statistics.median(ratios)
-            cells.append(f"{statistics.median(other):,.4g}")
-            cells.append(f"{middle:.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
-        else:
-            cells += ["", ""]
+            ratios = np.divide(row["ours"], other)
+            spread = f"({ratios.min():.2f}-{ratios.max():.2f})"
+            cells += [f"{np.median(other):,.4g}", f"{np.median(ratios):.2f} {spread}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -155,101 +159,84 @@ def random_prompts(count: int, length: int, vocabulary: int) -> list:
     return torch.randint(vocabulary, (count, length), generator=generator).tolist()
 
 
-def our_tokens(model, prompts, seed: int, **settings) -> int:
+def our_tokens(model, prompts, **settings) -> int:
     """Useful tokens that rollout.sample made."""
-    generator = torch.Generator().manual_seed(seed)
-    completions = rollout.sample(model, prompts, generator=generator, **settings)
+    completions = rollout.sample(model, prompts, **settings)
     return sum(len(completion.token_ids) for completion in completions)
 
 
-@torch.inference_mode()
-def peer_tokens(
-    model, prompts, seed: int, *, max_new_tokens, stop_ids, slots, samples_per_prompt=1
-) -> int:
+def peer_tokens(model, prompts, *, max_new_tokens, stop_ids, slots, samples_per_prompt=1) -> int:
     """Useful tokens that transformers' generate made: up to the stop token of each row, in batches
     of `slots` rows."""
-    torch.manual_seed(seed)
     config = GenerationConfig(
         **DRAW,
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids or None,
+        eos_token_id=list(stop_ids) or None,
         num_return_sequences=samples_per_prompt,
     )
     useful = 0
-    stop = set(stop_ids)
-    batch = slots // samples_per_prompt
-    for start in range(0, len(prompts), batch):
-        ids = torch.tensor(prompts[start : start + batch], device=model.device)
+    for ids in torch.tensor(prompts, device=model.device).split(slots // samples_per_prompt):
         rows = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         for row in rows[:, ids.shape[1] :].tolist():
             for token in row:
                 useful += 1
-                if token in stop:
+                if token in stop_ids:
                     break
     return useful
 
 
-@torch.inference_mode()
-def bare_step(model, rows: int, columns: int, steps: int = 60) -> float:
-    """Seconds of one decode step of `rows` rows that attend to `columns` columns: the model alone,
-    nothing is drawn."""
-    prefilled = rollout.prefill(model, random_prompts(1, 8, model.config.vocab_size))
+def bare_steps(model, rows: int, columns: int, steps: int) -> Callable:
+    """A function that makes decode steps of `rows` rows that attend to `columns` columns, and
+    returns the number of tokens. It is the model alone, nothing is drawn."""
+    prefilled = rollout.prefill(model, [[0]])  # shows the kind of cache
     cache = rollout.SlotCache(rows, prefilled.cache, columns)
     cache.reserve(columns)
     token = torch.zeros(rows, dtype=torch.long, device=model.device)
-    step = partial(rollout.decode, model, cache, token, token + columns - 1, columns)
-    step()  # the first one also allocates
+    position = token + columns - 1
 
-    def steps_in_a_row():
+    def decode():
         for _ in range(steps):
-            step()
+            rollout.decode(model, cache, token, position, columns)
+        return rows * steps
 
-    return seconds(steps_in_a_row) / steps
-
-
-def compare_samplers(row: str, model, prompts, repeats: int, limit: Callable, **settings) -> dict:
-    """Tokens/s of ours and the peer; both are seeded with the turn's number."""
-
-    def rate(sampler, turn):
-        start = now()
-        tokens = sampler(model, prompts, turn, **settings)
-        return tokens / (now() - start)
-
-    ours = partial(rate, our_tokens)
-    peer = partial(rate, peer_tokens)
-    return take_turns(row, "tokens/s", repeats, ours=ours, peer=peer, limit=limit)
+    decode()  # the first time also allocates
+    return decode
 
 
-def mixed_lengths(device: str, repeats: int) -> Iterator[dict]:
+def compare_samplers(row, model, prompts, repeats, limit, **settings):
+    """Useful tokens per second. limit() does the work of the bare model, and returns the number of
+    its tokens."""
+    ours = partial(our_tokens, model, prompts, **settings)
+    peer = partial(peer_tokens, model, prompts, **settings)
+    return take_turns(
+        row, "tokens/s", repeats, tokens_per_second, ours=ours, peer=peer, limit=limit
+    )
+
+
+def mixed_lengths(device, repeats):
     model = random_model(device)
     vocabulary = model.config.vocab_size
-    stop_ids = list(range(0, vocabulary, 64))  # random weights stop after 64 tokens on average
-    # a row that is decoded has 48 tokens of prompt and on average 64 of completion
-    columns = 128
-
-    def limit(_):
-        return 32 / bare_step(model, 32, columns)
-
     yield compare_samplers(
         "1 mixed lengths",
         model,
         random_prompts(128, 48, vocabulary),
         repeats,
-        limit,
+        # a row that is decoded has 48 tokens of prompt and on average 64 of completion
+        bare_steps(model, 32, columns=128, steps=60),
         slots=32,
         max_new_tokens=512,
-        stop_ids=stop_ids,
+        stop_ids=range(0, vocabulary, 64),  # random weights stop after 64 tokens on average
     )
 
 
-def shared_prompts(device: str, repeats: int) -> Iterator[dict]:
+def shared_prompts(device, repeats):
     model = random_model(device)
     prompts = random_prompts(8, 512, model.config.vocab_size)
+    decode = bare_steps(model, 64, columns=544, steps=31)
 
-    @torch.inference_mode()
-    def limit(_):
-        prefill = seconds(partial(rollout.prefill, model, prompts))
-        return 8 * 8 * 32 / (prefill + 31 * bare_step(model, 64, 544))
+    def limit():
+        rollout.prefill(model, prompts)
+        return 64 + decode()  # each row's first token comes from the prefill
 
     yield compare_samplers(
         "2 shared prompts",
@@ -264,19 +251,18 @@ def shared_prompts(device: str, repeats: int) -> Iterator[dict]:
     )
 
 
-def whole_logits(head, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool):
+def whole_logits(head, hidden, targets, temperature, entropy):
     """As teacher.score, at temperature 1, by all logits at once."""
     logprobs = head(hidden).float().log_softmax(-1)
-    logp = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    logp = -nn.functional.nll_loss(logprobs, targets, reduction="none")
     if not entropy:
         return logp, None
     return logp, torch.special.entr(logprobs.exp()).sum(-1)
 
 
-def scoring(device: str, repeats: int) -> Iterator[dict]:
-    torch.manual_seed(0)
+def scoring(device, repeats):
     kind = {"device": device, "dtype": DTYPE[device]}
-    width = 2560 if device == "cuda" else 256
+    width = SHAPE[device]["hidden_size"]
     head = nn.Linear(width, VOCABULARY, bias=False, **kind).requires_grad_(False)
     hidden = torch.randn(4 * 1024, width, **kind)
     targets = torch.randint(VOCABULARY, (len(hidden),), device=device)
@@ -288,33 +274,23 @@ def scoring(device: str, repeats: int) -> Iterator[dict]:
     def backward(score):
         score(head, hidden.clone().requires_grad_(), targets, 1.0, False)[0].sum().backward()
 
-    def products(count):
+    def products(with_gradient):
         """The matrix products that cannot be avoided: logits, and for the gradient probabilities
         times weights."""
         for chunk in hidden.split(teacher.CHUNK_LOGITS // VOCABULARY):
             logits = head(chunk)
-            if count == 2:
+            if with_gradient:
                 logits @ head.weight
 
-    def rows(row, work, count):
+    for row, work, with_gradient in (
+        ("3 log-prob + entropy, forward", forward, False),
+        ("3 log-prob, forward + backward", backward, True),
+    ):
+        works = {"ours": partial(work, teacher.score), "peer": partial(work, whole_logits)}
         yield take_turns(
-            row,
-            "s",
-            repeats,
-            ours=lambda _: seconds(partial(work, teacher.score)),
-            peer=lambda _: seconds(partial(work, whole_logits)),
-            limit=lambda _: seconds(partial(products, count)),
+            row, "s", repeats, seconds, **works, limit=partial(products, with_gradient)
         )
-        yield take_turns(
-            row,
-            "peak GiB",
-            1,
-            ours=lambda _: peak_gib(partial(work, teacher.score)),
-            peer=lambda _: peak_gib(partial(work, whole_logits)),
-        )
-
-    yield from rows("3 log-prob + entropy, forward", forward, 1)
-    yield from rows("3 log-prob, forward + backward", backward, 2)
+        yield take_turns(row, "peak GiB", 1, peak_gib, **works)
 
 
 ROWS = {1: mixed_lengths, 2: shared_prompts, 3: scoring}
@@ -323,26 +299,21 @@ ROWS = {1: mixed_lengths, 2: shared_prompts, 3: scoring}
 def measure(s: BenchSettings) -> None:
     """All rows, printed as they come, and into --out."""
     Ranks.alone()  # on CUDA: the attention kernels that training takes
+    machine = re.search(r"model name\s*:\s*(.+)|$", Path("/proc/cpuinfo").read_text())[1]
     if s.device == "cuda":
         machine = torch.cuda.get_device_name()
-    else:
-        cpu = re.search(r"model name\s*:\s*(.+)|$", Path("/proc/cpuinfo").read_text())[1]
-        machine = f"{cpu}, {os.cpu_count()} cores"
     about = {
         "command": shlex.join([*PROGRAM.split(), *sys.argv[1:]]),
-        "machine": machine,
+        "machine": f"{machine}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "dtype": str(DTYPE[s.device]).removeprefix("torch."),
-        "turns": s.repeats,
     }
-    for key, value in about.items():
-        print(f"{key}: {value}")
-    print("\n| row | unit | ours | peer | ours / peer | limit | ours / limit |")
-    print("|---" * 7 + "|", flush=True)
+    print(json.dumps(about, indent=1))
+    print(
+        "\n| row | unit | ours | peer | ours / peer | limit | ours / limit |\n" + "|---" * 7 + "|"
+    )
     rows = []
     for number in s.rows:
         for row in ROWS[number](s.device, s.repeats):
@@ -355,10 +326,7 @@ def measure(s: BenchSettings) -> None:
 
 def main() -> None:
     with one_line_errors(PROGRAM, "stopped"):
-        s = parse(BenchSettings, sys.argv[1:], __doc__)
-        if s.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda needs a CUDA GPU, and torch sees none: leave it out")
-        measure(s)
+        measure(parse(BenchSettings, sys.argv[1:], __doc__))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def test_bench_measures_and_reports(monkeypatch, tmp_path, capsys):
     tiny = dict(
         vocab_size=128, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8
     )
-    monkeypatch.setattr(bench, "SMALL", bench.SMALL | tiny)
+    monkeypatch.setitem(bench.SHAPE, "cpu", bench.SHAPE["cpu"] | tiny)
     monkeypatch.setattr(bench, "VOCABULARY", 256)
     flags = ["--rows", "1", "2", "3", "--repeats", "1", "--out", str(tmp_path / "b.json")]
     monkeypatch.setattr(sys, "argv", ["bench", *flags])
@@ -47,9 +47,9 @@ def test_useful_tokens_are_counted_alike(model):
     the cap."""
     prompts = bench.random_prompts(4, 6, 61)
     for sampler in (bench.our_tokens, bench.peer_tokens):
-        assert sampler(model, prompts, 0, max_new_tokens=7, stop_ids=list(range(61)), slots=2) == 4
+        assert sampler(model, prompts, max_new_tokens=7, stop_ids=list(range(61)), slots=2) == 4
         assert (
-            sampler(model, prompts, 0, max_new_tokens=7, stop_ids=[], slots=4, samples_per_prompt=2)
+            sampler(model, prompts, max_new_tokens=7, stop_ids=[], slots=4, samples_per_prompt=2)
             == 4 * 2 * 7
         )
 
@@ -60,6 +60,6 @@ def test_the_peer_counts_as_ours_does(model, monkeypatch):
     monkeypatch.setattr(bench, "DRAW", {"do_sample": False, "pad_token_id": 0})
     prompts = bench.random_prompts(7, 6, 61)
     settings = dict(max_new_tokens=20, stop_ids=[3, 5, 7, 11, 13], slots=3)
-    ours = bench.our_tokens(model, prompts, 0, temperature=0, **settings)
+    ours = bench.our_tokens(model, prompts, temperature=0, **settings)
     assert 7 < ours < 7 * 20
-    assert bench.peer_tokens(model, prompts, 0, **settings) == ours
+    assert bench.peer_tokens(model, prompts, **settings) == ours

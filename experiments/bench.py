@@ -185,6 +185,7 @@ def peer_tokens(model, prompts, *, max_new_tokens, stop_ids, slots, samples_per_
     return useful
 
 
+@torch.inference_mode()
 def bare_steps(model, rows: int, columns: int, steps: int) -> Callable:
     """A function that makes decode steps of `rows` rows that attend to `columns` columns, and
     returns the number of tokens. It is the model alone, nothing is drawn."""

@@ -65,9 +65,7 @@ class RunningAdvantage:
     @property
     def std(self) -> float:
         """Population standard deviation of the rewards seen so far; 0 before the first."""
-        if self.count == 0:
-            return 0.0
-        return math.sqrt(self.sum_squares / self.count)
+        return math.sqrt(self.sum_squares / max(1, self.count))
 
     def advantage(self, rewards: Tensor) -> Tensor:
         """rewards [B] -> advantages [B]. Mean and std are those of earlier steps."""
@@ -97,10 +95,10 @@ class RunningAdvantage:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` gave; KeyError if a number is missing."""
-        self.steps = int(state["steps"])
-        self.count = int(state["count"])
-        self.mean = float(state["mean"])
-        self.sum_squares = float(state["sum_squares"])
+        self.steps = state["steps"]
+        self.count = state["count"]
+        self.mean = state["mean"]
+        self.sum_squares = state["sum_squares"]
 
 
 def magnitude(
@@ -124,7 +122,7 @@ def magnitude(
     _require_one_shape(teacher_logp=teacher_logp, student_logp=student_logp)
     if advantage.shape != teacher_logp.shape[:1]:
         raise ValueError(f"advantage must be of shape [B], got {list(advantage.shape)}")
-    direction = advantage.detach().sign().unsqueeze(-1)  # [B, 1]
+    direction = advantage.detach().sign().unsqueeze(1)  # [B, 1]
     delta = (teacher_logp - student_logp).detach()  # [B, T]
     ratio = torch.exp(direction * delta).clamp(1 - eps, 1 + eps)  # (2)
     # A token may be impossible for the teacher: delta is -inf, and 0 * -inf would be nan.
@@ -150,7 +148,7 @@ def lookahead_min(entropy: Tensor, mask: Tensor, window: int) -> Tensor:
     window = min(int(window), entropy.shape[1] - 1)
     inside = entropy.masked_fill(~mask, math.inf)
     ahead = torch.nn.functional.pad(inside, (0, window), value=math.inf)  # [B, T + window]
-    least = ahead.unfold(1, window + 1, 1).amin(-1)  # [B, T, window + 1] -> [B, T]
+    least = ahead.unfold(1, window + 1, 1).amin(2)  # [B, T, window + 1] -> [B, T]
     return least.masked_fill(~mask, 0.0)
 
 
@@ -231,7 +229,7 @@ def token_signals(
     entropy = entropy.detach()
     weight = magnitude(teacher_logp, student_logp, advantage, eps)
     gate = confidence_gate(entropy, mask, gamma, window, floor, max_entropy)
-    product = advantage.detach().unsqueeze(-1) * weight * gate
+    product = advantage.detach().unsqueeze(1) * weight * gate
     token_advantage = torch.where(mask, product, 0.0)
     least = lookahead_min(entropy, mask, soon)  # the gate looks `window` tokens ahead instead
     pivot_or_fork = torch.where(least < low, 1, 2)
@@ -262,7 +260,7 @@ def token_advantages(
     >>> token_advantages(torch.tensor([-2.0]), -one, -one, H, one.bool(), gamma=0.5).tolist()
     [[-2.0, -1.0]]
     """
-    signals = token_signals(
+    return token_signals(
         advantage,
         teacher_logp,
         student_logp,
@@ -273,8 +271,7 @@ def token_advantages(
         eps=eps,
         floor=floor,
         max_entropy=max_entropy,
-    )
-    return signals.advantage
+    ).advantage
 
 
 def policy_loss(
@@ -317,7 +314,7 @@ def policy_loss(
     return losses.sum() / num_tokens
 
 
-def _require_one_shape(**tensors: Tensor) -> None:
+def _require_one_shape(**tensors):
     """Torch would broadcast a tensor of another shape, and the numbers would be wrong."""
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     first, *others = shapes.values()

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -78,6 +78,7 @@ class LoRALinear(nn.Module):
         self.enabled = True
         self.is_sampling = False
         self.copies = None  # for sampling: A and (alpha / rank) B, in the dtype of the products
+        self.kind = None  # dtype and device of the copies
         weight = _weight(base)
         out_features, in_features = weight.shape
         self.lora_A = nn.Parameter(weight.new_empty(rank, in_features, dtype=torch.float32))
@@ -103,12 +104,13 @@ class LoRALinear(nn.Module):
         self.is_sampling = on
         if not on or not self.enabled:
             return
-        weight, dtype = self.base.weight, self.base.weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
+        dtype = self.base.weight.dtype
+        device = self.base.weight.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         parts = (self.lora_A, self.alpha / self.rank * self.lora_B)
-        kind = (dtype, weight.device)
-        if self.copies is None or kind != (self.copies[0].dtype, self.copies[0].device):
+        if self.kind != (dtype, device):
+            self.kind = (dtype, device)
             self.copies = [torch.empty_like(part, dtype=dtype) for part in parts]
         for copy, part in zip(self.copies, parts, strict=True):
             copy.copy_(part)
@@ -135,9 +137,7 @@ def add_lora(
         raise ValueError(f"targets: no linear layer of the model has such a name: {targets}")
     longest = max(max(layer.weight.shape) for layer in layers.values())
     if not 1 <= rank <= longest:
-        raise ValueError(
-            f"rank must be from 1 to {longest}, the longest side of an adapted layer, got {rank}"
-        )
+        raise ValueError(f"rank must be from 1 to {longest}, a layer's longest side, got {rank}")
     for name, layer in layers.items():
         model.set_submodule(name, LoRALinear(layer, rank, alpha))
     return list(layers)
@@ -203,11 +203,11 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         "base_model_name_or_path": getattr(model, "name_or_path", None),
     }
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(_by_peft_name(model), path / "adapter_model.safetensors")
-    # safetensors gives mode 0600, whatever the umask
-    (path / "adapter_model.safetensors").chmod((path / "adapter_config.json").stat().st_mode)
+    # safetensors' own save_file would give the file mode 0600, whatever the umask
+    (path / "adapter_model.safetensors").write_bytes(save(_by_peft_name(model)))
 
 
+@torch.no_grad()
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Read a PEFT LoRA directory into `model`, adding the adapter first if the model has none.
     ValueError if its files are unsupported, do not fit the model or are not finite,
@@ -229,39 +229,37 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             f"adapter_model.safetensors does not fit the model: {len(wrong)} tensors are "
             f"missing, left over or of another shape, first {wrong[0]}"
         )
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            if not tensors[name].isfinite().all():
-                raise ValueError(f"adapter_model.safetensors: {name} is not finite")
-            parameter.copy_(tensors[name])
+    for name, parameter in wanted.items():
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"adapter_model.safetensors: {name} is not finite")
+        parameter.copy_(tensors[name])
     for layer in _adapted(model).values():
         layer.alpha = config["lora_alpha"]
 
 
+@torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Add the adapter to the base weights and take it off: an ordinary model is left. ValueError if
     a weight would not be finite."""
     for name, layer in _adapted(model).items():
-        with torch.no_grad():
-            weight = _weight(layer.base)
-            # in float32, and rounded once
-            weight.copy_(weight.float() + layer.alpha / layer.rank * layer.lora_B @ layer.lora_A)
+        weight = _weight(layer.base)
+        # in float32, and rounded once
+        weight.copy_(weight.float() + layer.alpha / layer.rank * layer.lora_B @ layer.lora_A)
         if not weight.isfinite().all():
             raise ValueError(f"the merged weights of {name} are not finite")
         model.set_submodule(name, layer.base)
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def _weight(layer):
     """W [out, in]; Conv1D stores it transposed."""
     return layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
 
 
-def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
-    modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, LoRALinear)}
+def _adapted(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
-def _by_peft_name(model: nn.Module) -> dict[str, nn.Parameter]:
+def _by_peft_name(model):
     parameters = {}
     for name, layer in _adapted(model).items():
         parameters[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A

@@ -149,7 +149,7 @@ def read(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    if not prompts or not all(map(len, [*prompts, *completions])):
+    if not all([prompts, *prompts, *completions]):
         raise ValueError("prompts and completions: at least one, and none of them empty")
 
     device = model.device
@@ -175,8 +175,7 @@ def read(
     if entropy:
         entropies = pad(entropies.split(lengths))
     mask = torch.arange(max(lengths), device=device) < ends - starts
-    by_row = list(states.split(lengths)) if hidden else None
-    return Reading(logp, entropies, mask, by_row)
+    return Reading(logp, entropies, mask, list(states.split(lengths)) if hidden else None)
 
 
 def reading_mode(model) -> None:
@@ -192,14 +191,14 @@ def check_head(model) -> None:
     """ValueError if the model does more after its last hidden states than `output_head` knows: then
     its own logits of a few tokens differ. For a model in eval mode."""
     ids = torch.arange(4, device=model.device).unsqueeze(0)
-    head = output_head(model)
     theirs = model(input_ids=ids, use_cache=False).logits.float()
-    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    ours = output_head(model)(hidden)
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps) * theirs.abs().max()
-    if ours.shape != theirs.shape or (ours - theirs).abs().max() > tolerance:
+    if (ours - theirs).abs().max() > tolerance:
         raise ValueError(
-            f"the model's logits are not those of its head with a scale of {head.scale:.3g} and "
-            f"a cap of {head.cap}, as {', '.join(AFTER_HEAD)} in its config say"
+            "the model's logits are not those of its head with the scale and the cap that "
+            f"{', '.join(AFTER_HEAD)} in its config say"
         )
 
 
@@ -216,8 +215,7 @@ def read_in_batches(
     """`read` with entropies and without gradients, for as many completions as you like:
     `micro_batches` of at most `most_tokens` tokens each, put together to one `Reading` of all B
     completions in their order."""
-    longest = max(map(len, completions))
-    logp = torch.zeros(len(completions), longest, device=model.device)
+    logp = torch.zeros(len(completions), max(map(len, completions)), device=model.device)
     entropy = torch.zeros_like(logp)
     mask = torch.zeros_like(logp, dtype=torch.bool)
     states = [None] * len(completions)
@@ -241,14 +239,12 @@ def read_in_batches(
     return Reading(logp, entropy, mask, states if hidden else None)
 
 
-def micro_batches(
-    lengths: Sequence[int], most_tokens: int, most_padding: float = 0.1
-) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
     """Deal rows of these lengths in tokens into batches: indices, longest rows first, every row
     once.
 
     A batch is padded to its longest row. It has at most `most_tokens` tokens with padding (a row
-    that is longer is alone), of which at most the share `most_padding` is padding.
+    that is longer is alone), and at most a tenth of them is padding.
 
     >>> micro_batches([30, 100, 95, 31, 29], most_tokens=300)
     [[1, 2], [3, 0, 4]]
@@ -260,7 +256,7 @@ def micro_batches(
             batch = batches[-1]
             padded = (len(batch) + 1) * lengths[batch[0]]
             tokens += lengths[i]
-            if padded <= most_tokens and tokens >= (1 - most_padding) * padded:
+            if padded <= most_tokens and tokens >= 0.9 * padded:
                 batch.append(i)
                 continue
         batches.append([i])
@@ -279,13 +275,15 @@ def score(
     is_trained = any(parameter.requires_grad for parameter in head.linear.parameters())
     if hidden.requires_grad and not is_trained and not entropy:
         return _FrozenHead.apply(hidden, head, targets, temperature, size), None
-    kept = partial(_score_chunk, head, temperature, entropy)
     # The backward pass needs the logits of a chunk. They are not kept, but computed again.
-    recomputed = partial(checkpoint, kept, use_reentrant=False, preserve_rng_state=False)
+    recomputed = partial(
+        checkpoint,
+        partial(_score_chunk, head, temperature, entropy),
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
     logp, entropies = _by_chunks(recomputed, hidden, targets, size)
-    if not entropy:
-        return torch.cat(logp), None
-    return torch.cat(logp), torch.cat(entropies)
+    return torch.cat(logp), torch.cat(entropies) if entropy else None
 
 
 def _by_chunks(function, hidden, targets, size):
@@ -295,11 +293,11 @@ def _by_chunks(function, hidden, targets, size):
 
 
 def _score_chunk(head, temperature, entropy, hidden, targets):
-    logprobs = (head(hidden) / temperature).log_softmax(-1)  # [n, V]
-    logp = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    logprobs = (head(hidden) / temperature).log_softmax(1)  # [n, V]
+    logp = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1)
     if not entropy:
         return logp, None
-    return logp, torch.special.entr(logprobs.exp()).sum(-1)  # (4)
+    return logp, torch.special.entr(logprobs.exp()).sum(1)  # (4)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -310,13 +308,13 @@ class _FrozenHead(torch.autograd.Function):
         function = partial(_score_and_differentiate, head, temperature)
         logp, slopes = _by_chunks(function, hidden, targets, size)
         ctx.save_for_backward(torch.cat(slopes))  # [N, D]
-        ctx.dtype = hidden.dtype
         return torch.cat(logp)
 
     @staticmethod
     def backward(ctx, grad):
         (slopes,) = ctx.saved_tensors
-        return (grad.unsqueeze(-1) * slopes).to(ctx.dtype), None, None, None, None
+        # torch casts the product to the dtype of hidden
+        return grad.unsqueeze(1) * slopes, None, None, None, None
 
 
 def _score_and_differentiate(head, temperature, hidden, targets):
@@ -329,13 +327,13 @@ def _score_and_differentiate(head, temperature, hidden, targets):
     """
     logits = head(hidden)
     cap_slope = 1 - (logits / head.cap).square() if head.cap else None
-    logprobs = logits.div_(temperature).log_softmax(-1)
+    logprobs = logits.div_(temperature).log_softmax(1)
     del logits  # frees the chunk
-    y = targets.unsqueeze(-1)
-    logp = logprobs.gather(-1, y).squeeze(-1)
+    y = targets.unsqueeze(1)
+    logp = logprobs.gather(1, y).squeeze(1)
     # onehot(y) - p, in float32 before it is rounded to the head's dtype
     slope = logprobs.exp_().neg_()
-    slope.scatter_add_(-1, y, torch.ones_like(y, dtype=slope.dtype))
+    slope.scatter_add_(1, y, torch.ones_like(y, dtype=slope.dtype))
     if head.cap:
         slope.mul_(cap_slope)
     weight = head.linear.weight

@@ -114,10 +114,7 @@ class Graphs:
             torch.is_autocast_enabled(device),
             torch.get_autocast_dtype(device),
         )
-        is_same = wanted == self.recorded_for
-        if not is_same or columns > self.decoder.columns:
-            if is_same:  # prompts get longer: take some columns to spare
-                columns = bucket(columns, rollout.COLUMNS)
+        if wanted != self.recorded_for or columns > self.decoder.columns:
             columns = -(-columns // rollout.COLUMNS) * rollout.COLUMNS  # rounded up
             self.decoder = None  # the old memory is freed before the new one is taken
             self.recorded_for = None  # in case that fails
@@ -131,7 +128,5 @@ class Graphs:
 def choose(wanted: bool, device: torch.device) -> Graphs | None:
     """What --cuda-graphs means on this device."""
     if wanted and device.type != "cuda":
-        raise InputError(
-            "--cuda-graphs: torch sees no CUDA GPU here: leave it out, or say --no-cuda-graphs"
-        )
+        raise InputError("--cuda-graphs: torch sees no CUDA GPU here: leave it out")
     return Graphs() if wanted else None

@@ -109,7 +109,7 @@ def sample(
     if seeds is None:
         seeds = row_seeds(generator, total)
     if len(seeds) != total:
-        raise ValueError(f"seeds must be {total}, one for each result, got {len(seeds)}")
+        raise ValueError(f"seeds must be {total}, one for each result")
     slots = min(slots or total, total)
     make_decoder = make_decoder or Decoder
     completions = {}
@@ -187,16 +187,15 @@ class _Batch:
         batches are cheaper."""
         k = self.samples_per_prompt
         most = math.ceil(max(rows, self.decoder.slots // 4) / k)
-        same_length = has_states(self.decoder.model)  # because padding would enter a state
-        chosen = []
         longest = len(self.prompts[self.waiting[0]])
-        for i in self.waiting:
-            length = len(self.prompts[i])
-            if same_length and length != longest:
-                continue
-            longest = max(longest, length)
+        possible = self.waiting
+        if has_states(self.decoder.model):  # padding would enter a state
+            possible = [i for i in possible if len(self.prompts[i]) == longest]
+        chosen = []
+        for i in possible[:most]:
+            longest = max(longest, len(self.prompts[i]))
             tokens = (len(chosen) + 1) * longest  # with padding
-            if len(chosen) == most or (chosen and tokens > PREFILL_TOKENS):
+            if chosen and tokens > PREFILL_TOKENS:
                 break
             chosen.append(i)
         self.prefilled = None  # the old ones are freed before the new ones take memory
@@ -236,16 +235,14 @@ class _Batch:
         ended = [slot for slot in self.running if not alive[slot]]
         if not ended:
             return {}
-        first = min(ended)
         longest = max(ages[slot] for slot in ended)
-        # Here the CPU waits a second time. One copy is faster than many, even with slots between.
-        drawn = self.decoder.drawn(first, max(ended) + 1, longest)
+        # Here the CPU waits a second time. One copy is faster than many.
+        drawn = self.decoder.drawn(ended, longest)
         completions = {}
-        for slot in ended:
+        for slot, (ids, logprobs) in zip(ended, drawn, strict=True):
             row = self.running.pop(slot)
-            ids, logprobs = drawn[:, slot - first, : row.age]
-            ids = ids.long().tolist()
-            logprobs = logprobs.tolist()
+            ids = ids[: row.age].long().tolist()
+            logprobs = logprobs[: row.age].tolist()
             if not math.isfinite(logprobs[-1]):
                 raise FloatingPointError(
                     f"token {row.age} of completion {row.index} has the log-prob {logprobs[-1]}"
@@ -263,9 +260,7 @@ class Decoder:
     is drawn for it, and dropped.
     """
 
-    def __init__(
-        self, model, slots: int, columns: int, max_new_tokens: int, stop_ids: Iterable[int], **how
-    ):
+    def __init__(self, model, slots, columns, max_new_tokens, stop_ids, **how):
         """columns: of the longest row, prompt and completion; how: the settings of
         `draw_tokens`."""
         self.model = model
@@ -306,13 +301,13 @@ class Decoder:
         self.alive[slots] = True
         self.append(slots, prefilled.logits[prompts])
 
-    def run(self, rows: int, columns: int):
+    def run(self, rows, columns):
         """A step of the first `rows` slots, whose longest row has so many columns."""
         width = -(-columns // COLUMNS) * COLUMNS  # rounded up
         self.cache.reserve(width)
         self.step(rows, width)
 
-    def step(self, rows: int, width: int):
+    def step(self, rows, width):
         """One more token for the first `rows` slots. A CUDA graph can record it: the two numbers
         alone set all shapes, the CPU waits for nothing, and all tensors that it reads and writes
         keep their place in memory until the cache grows."""
@@ -321,7 +316,7 @@ class Decoder:
         logits = decode(self.model, self.cache, self.token[:rows], position, width)
         self.append(self.every_slot[:rows], logits)
 
-    def append(self, slots: Tensor, logits: Tensor):
+    def append(self, slots, logits):
         """Draw the next token of the rows in these n slots from their logits [n, V]."""
         age = self.age[slots]
         alive = self.alive[slots]
@@ -331,8 +326,8 @@ class Decoder:
         self.logprobs[slots, age] = logprob
         # an ended row stands still: here `alive` counts as 0 or 1
         self.age[slots] = age + alive
-        self.position[slots] = self.position[slots] + alive
-        stopped = (token.unsqueeze(-1) == self.stops).any(-1)
+        self.position[slots] += alive
+        stopped = (token.unsqueeze(1) == self.stops).any(1)
         alive = alive & ~stopped & (age + 1 < self.max_new_tokens) & (logprob > -torch.inf)
         self.alive[slots] = alive
 
@@ -342,22 +337,21 @@ class Decoder:
         for tensor in self.memory():
             tensor[new] = tensor[old]
 
-    def memory(self) -> list[Tensor]:
+    def memory(self):
         """Everything that a step reads or writes, except for the model: [slots, ...] each."""
-        now = [self.token, self.position, self.age, self.alive]
-        cached = self.cache.memory() if self.cache else []
-        return [*now, self.token_ids, self.logprobs, self.uniforms, *cached]
+        own = [self.token, self.position, self.age, self.alive]
+        own += [self.token_ids, self.logprobs, self.uniforms]
+        return own + self.cache.memory() if self.cache else own
 
-    def poll(self, rows: int):
+    def poll(self, rows):
         """Of the first `rows` slots: a list of 0 or 1 (alive), and one of the tokens drawn."""
         return torch.stack((self.alive, self.age))[:, :rows].tolist()
 
-    def drawn(self, first: int, end: int, tokens: int) -> Tensor:
-        """The first so many token ids and log-probs of the slots first, ..., end - 1, on the CPU:
-        [2, end - first, tokens] in float64, which holds both exactly."""
-        ids = self.token_ids[first:end, :tokens]
-        logprobs = self.logprobs[first:end, :tokens]
-        return torch.stack((ids.double(), logprobs.double())).cpu()
+    def drawn(self, slots, tokens):
+        """The first so many token ids and log-probs of these n slots, a list, on the CPU:
+        [n, 2, tokens] in float64, which holds both exactly."""
+        ids = self.token_ids[slots, :tokens].double()
+        return torch.stack((ids, self.logprobs[slots, :tokens].double()), 1).cpu()
 
 
 class SlotCache(Cache):
@@ -374,7 +368,7 @@ class SlotCache(Cache):
         self.columns = 0
         self.most_columns = most_columns
 
-    def reserve(self, columns: int):
+    def reserve(self, columns):
         """Make room for at least this many columns. The room grows by half, so that all copying
         together takes time in proportion to the last size."""
         if columns <= self.columns:
@@ -387,7 +381,7 @@ class SlotCache(Cache):
                 layer.keys = nn.functional.pad(layer.keys, more)
                 layer.values = nn.functional.pad(layer.values, more)
 
-    def load(self, slots: Tensor, prefilled: "Prefilled", prompts: Tensor):
+    def load(self, slots, prefilled, prompts):
         """Copy prompt number prompts[n] of `prefilled` into slot slots[n]."""
         width = prefilled.width  # padding included: `decode` masks it until the row overwrites it
         self.reserve(width)
@@ -411,7 +405,7 @@ class SlotCache(Cache):
 class SlotLayer(LinearAttentionAndFullAttentionLayer):
     """One layer of a SlotCache."""
 
-    def __init__(self, slots: int, like: CacheLayerMixin):
+    def __init__(self, slots, like):
         super().__init__(getattr(like, "number_of_states", 0))
 
         def zeros_like(tensor):
@@ -428,7 +422,7 @@ class SlotLayer(LinearAttentionAndFullAttentionLayer):
             self.has_previous_state[i] = True
             getattr(self, f"is_{kind}_initialized")[i] = True
 
-    def begin_step(self, rows: Tensor, position: Tensor, width: int):
+    def begin_step(self, rows, position, width):
         """The model is about to run one new token for each of the first R slots: rows [R], position
         [R] < width."""
         self.place = rows, slice(None), position  # of the new keys
@@ -482,8 +476,8 @@ def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
         # the model expects to find its layers there; this kind has room for keys and values, too
         config = model.config.get_text_config()
         number = getattr(config, "number_of_conv_states", 1)
-        count = config.num_hidden_layers
-        cache.layers = [LinearAttentionAndFullAttentionLayer(number) for _ in range(count)]
+        for _ in range(config.num_hidden_layers):
+            cache.layers.append(LinearAttentionAndFullAttentionLayer(number))
     output = model(
         input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last.unsqueeze(1)
     )
@@ -493,8 +487,8 @@ def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
 def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int) -> Tensor:
     """One token for each of the first R slots: token [R], position [R] < width -> logits [R, V] of
     the next. A row sees the columns up to its position, whatever stands in the others."""
-    columns = torch.arange(width, device=position.device)
-    distance = position.unsqueeze(1) - columns  # [R, width]; negative: the future
+    # [R, width]; negative: the future
+    distance = position.unsqueeze(1) - torch.arange(width, device=position.device)
     masks = {}
     for kind, window in attention_windows(model).items():
         hidden = (distance < 0) | (distance >= window)
@@ -557,7 +551,7 @@ def check_model(model) -> None:
         )
 
 
-def _difference_by_cache(model) -> Tensor:
+def _difference_by_cache(model):
     """The largest KL divergence, in nats, of the next-token distributions with a cache from those
     without, after some tokens."""
     ids = torch.arange(6, device=model.device)
@@ -571,9 +565,9 @@ def _difference_by_cache(model) -> Tensor:
         for token in ids[3:].split(1):
             # token t stands at position t
             cached.append(decode(model, cache, token, token, len(ids)))
-    log_p = plain.float().log_softmax(-1)
-    log_q = torch.cat(cached).float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).max()
+    log_p = plain.float().log_softmax(1)
+    log_q = torch.cat(cached).float().log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1).max()
 
 
 def has_states(model) -> bool:
@@ -583,9 +577,10 @@ def has_states(model) -> bool:
 
 def layer_kinds(model) -> set[str]:
     config = model.config.get_text_config()
-    sliding = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    kinds = kinds or ["sliding_attention" if sliding else "full_attention"]
+    if not kinds:
+        sliding = getattr(config, "sliding_window", None)
+        kinds = ["sliding_attention" if sliding else "full_attention"]
     return set(kinds) - {"mlp", "moe"}  # these remember nothing
 
 
@@ -606,26 +601,26 @@ def draw_tokens(
     (0, 0.625)
     """
     if temperature < 1e-6:  # also where a division would give inf - inf
-        highest, token = logits.float().max(-1)
+        highest, token = logits.float().max(1)
         return token, highest - highest  # 0, or nan
     logits = logits.float() / temperature
     ids = None
     if top_k > 0 or top_p < 1:
         # Likeliest first: top_p needs this order. With both settings it needs only the top_k.
-        most = logits.shape[-1]
+        most = logits.shape[1]
         logits, ids = logits.topk(min(top_k or most, most))
-    probs = logits.softmax(-1)
+    probs = logits.softmax(1)
     if top_p < 1:
         # mass of the likelier tokens: 0 for the likeliest, which stays
-        likelier = probs.cumsum(-1) - probs
+        likelier = probs.cumsum(1) - probs
         probs = probs.masked_fill(likelier >= top_p, 0)
-        probs = probs / probs.sum(-1, keepdim=True)
+        probs = probs / probs.sum(1, keepdim=True)
     chosen = _invert_cdf(probs, uniform)
-    token = chosen if ids is None else ids.gather(-1, chosen)
-    return token.squeeze(-1), probs.gather(-1, chosen).log().squeeze(-1)
+    token = chosen if ids is None else ids.gather(1, chosen)
+    return token.squeeze(1), probs.gather(1, chosen).log().squeeze(1)
 
 
-def _invert_cdf(probs: Tensor, uniform: Tensor, block: int = 256) -> Tensor:
+def _invert_cdf(probs, uniform, block=256):
     """The first token at which the running sum of probs [R, V] exceeds uniform [R]; [R, 1]. Probs
     may sum to nearly 1.
 
@@ -633,23 +628,22 @@ def _invert_cdf(probs: Tensor, uniform: Tensor, block: int = 256) -> Tensor:
     we find the block of tokens, then the token in the block: a running sum over all of V takes
     several times as long.
     """
-    vocabulary = probs.shape[-1]
+    vocabulary = probs.shape[1]
     padding = -vocabulary % block
     padded = nn.functional.pad(probs, (0, padding)) if padding else probs
-    blocks = padded.unflatten(-1, (-1, block))  # [R, V / block, block]
-    ends = blocks.sum(-1).cumsum(-1, dtype=torch.double)  # [R, V / block]
+    blocks = padded.unflatten(1, (-1, block))  # [R, V / block, block]
+    ends = blocks.sum(2).cumsum(1, dtype=torch.double)  # [R, V / block]
     # Keep the target below the last sum, or rounding could pick a token of probability 0.
-    zero = ends.new_zeros(())
     last = ends[:, -1:]
-    target = (uniform.double().unsqueeze(-1) * last).minimum(last.nextafter(zero))
+    target = (uniform.double().unsqueeze(1) * last).minimum(last.nextafter(-last))
     # Indices are clamped for nan, which is below no sum. Any token will do: its log-prob is nan.
-    which = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[-1] - 1)
-    inside = blocks.take_along_dim(which.unsqueeze(-1), 1).squeeze(1)  # [R, block]
-    inside = inside.cumsum(-1, dtype=torch.double)
+    which = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)
+    inside = blocks.take_along_dim(which.unsqueeze(2), 1).squeeze(1)  # [R, block]
+    inside = inside.cumsum(1, dtype=torch.double)
     # The target in the block, measured from its end, where both sums agree.
     last = inside[:, -1:]
-    target = last - (ends.gather(-1, which) - target)
-    target = target.clamp(min=0).minimum(last.nextafter(zero))
+    target = last - (ends.gather(1, which) - target)
+    target = target.clamp(min=0).minimum(last.nextafter(-last))
     place = torch.searchsorted(inside, target, right=True)
     return (which * block + place).clamp_(max=vocabulary - 1)
 
@@ -732,21 +726,20 @@ def _sampling_mode(model):
             module.training = True
 
 
-def _longest_row(model, prompts, max_new_tokens, temperature, top_p, top_k) -> int:
+def _longest_row(model, prompts, max_new_tokens, temperature, top_p, top_k):
     """In tokens. ValueError for what would otherwise sample wrong tokens without an error."""
     attention_windows(model)
     if not (max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(
-            "need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0, "
-            f"got {max_new_tokens}, {temperature}, {top_p} and {top_k}"
+            "need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0"
         )
     lengths = [len(prompt) for prompt in prompts]
-    if not all(lengths):
+    if 0 in lengths:
         raise ValueError(f"prompts[{lengths.index(0)}] is empty")
     longest = max(lengths, default=0) + max_new_tokens
     if longest > window(model):
         raise ValueError(
-            f"the longest prompt and max_new_tokens={max_new_tokens} make {longest} tokens, more "
-            f"than the model's window of {window(model)}"
+            f"the longest prompt and max_new_tokens make {longest} tokens, more than the model's "
+            f"window of {window(model)}"
         )
     return longest

@@ -215,10 +215,12 @@ def read_in_batches(
     """`read` with entropies and without gradients, for as many completions as you like:
     `micro_batches` of at most `most_tokens` tokens each, put together to one `Reading` of all B
     completions in their order."""
-    logp = torch.zeros(len(completions), max(map(len, completions)), device=model.device)
-    entropy = torch.zeros_like(logp)
-    mask = torch.zeros_like(logp, dtype=torch.bool)
-    states = [None] * len(completions)
+    # rows of all batches, in the order of the batches
+    logp = []
+    entropy = []
+    mask = []
+    states = []
+    order = []
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     for batch in micro_batches(lengths, most_tokens):
         reading = read(
@@ -229,14 +231,13 @@ def read_in_batches(
             entropy=True,
             hidden=hidden,
         )
-        width = reading.mask.shape[1]
-        logp[batch, :width] = reading.logp
-        entropy[batch, :width] = reading.entropy
-        mask[batch, :width] = reading.mask
-        if hidden:
-            for i, state in zip(batch, reading.hidden, strict=True):
-                states[i] = state
-    return Reading(logp, entropy, mask, states if hidden else None)
+        logp += reading.logp
+        entropy += reading.entropy
+        mask += reading.mask
+        states += reading.hidden or []
+        order += batch
+    whole = Reading(pad(logp), pad(entropy), pad(mask), states)
+    return whole.select(torch.tensor(order).argsort().tolist(), max(map(len, completions)))
 
 
 def micro_batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
@@ -278,7 +279,10 @@ def score(
     # The backward pass needs the logits of a chunk. They are not kept, but computed again.
     recomputed = partial(
         checkpoint,
-        partial(_score_chunk, head, temperature, entropy),
+        _score_chunk,
+        head,
+        temperature,
+        entropy,
         use_reentrant=False,
         preserve_rng_state=False,
     )

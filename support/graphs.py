@@ -14,8 +14,6 @@ No GPU has run this yet. What a recording needs is tested on the CPU, with torch
 (tests/test_graphs.py).
 """
 
-from collections.abc import Iterable
-
 import torch
 
 import lora
@@ -48,7 +46,7 @@ class RecordedDecoder(rollout.Decoder):
         self.recordings = {}
         self.pool = None  # memory that all graphs share: no two of them run at the same time
 
-    def run(self, rows: int, columns: int):
+    def run(self, rows, columns):
         self.cache.reserve(self.columns)
         width = min(bucket(columns, rollout.COLUMNS), self.columns)
         shape = min(bucket(rows, 1), self.slots), width
@@ -62,7 +60,7 @@ class RecordedDecoder(rollout.Decoder):
         if len(self.recordings) > MOST_GRAPHS:
             del self.recordings[next(iter(self.recordings))]  # the first one
 
-    def warm_up(self, rows: int, width: int):
+    def warm_up(self, rows, width):
         """A step as it is, on a stream of its own, as CUDA wants it before a capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -70,7 +68,7 @@ class RecordedDecoder(rollout.Decoder):
             self.step(rows, width)
         torch.cuda.current_stream().wait_stream(stream)
 
-    def record(self, rows: int, width: int):
+    def record(self, rows, width):
         """A function that does what `step` does with these numbers."""
         graph = torch.cuda.CUDAGraph()
         # nccl has threads of its own
@@ -90,9 +88,7 @@ class Graphs:
         self.decoder = None
         self.recorded_for = None
 
-    def __call__(
-        self, model, slots: int, columns: int, max_new_tokens: int, stop_ids: Iterable[int], **how
-    ) -> rollout.Decoder:
+    def __call__(self, model, slots, columns, max_new_tokens, stop_ids, **how) -> rollout.Decoder:
         stop_ids = sorted(stop_ids)
         device = model.device.type
         weights = [*model.parameters(), *model.buffers()]

@@ -25,27 +25,23 @@ def slots_that_fit(
     column, states = rollout.row_size(model)
     row = columns * column + states  # bytes
     slots = sampling.slots
+    fitting = slots
     free = free_memory(model.device)
-    if free is None:
-        fitting = slots
-        known = "unknown"
-    else:
+    if free is not None:
         fitting = max(1, min(slots, int(MEMORY_SHARE * free / row)))
-        known = f"{free / 2**30:.1f} GiB"
     return fitting, (
         f"the cache of {slots} rows of {columns:,} tokens takes up to {slots * row / 2**30:.1f} "
-        f"GiB, free memory is {known}: {fitting} rows are decoded together"
+        f"GiB: {fitting} rows are decoded together"
     )
 
 
 def free_memory(device: torch.device) -> int | None:
     """In bytes, for this process; None if the system does not say."""
-    with suppress(AssertionError, OSError, RuntimeError):
+    with suppress(AssertionError, IndexError, OSError, RuntimeError):
         if device.type == "cuda":
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             return torch.cuda.mem_get_info(device)[0] + unused
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                # in KiB; the processes share it
-                return 1024 * int(line.split()[1]) // environment_number("LOCAL_WORLD_SIZE", 1)
+        text = Path("/proc/meminfo").read_text()
+        available = text.split("MemAvailable:")[1].split()[0]  # in KiB
+        return 1024 * int(available) // environment_number("LOCAL_WORLD_SIZE", 1)  # of a process
     return None

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 POLL_EVERY = 2  # decode steps between two polls; a row that has ended waits for the next one
 # On a GPU a poll costs more: the GPU has nothing to do until the CPU has asked and answered.
@@ -85,7 +85,7 @@ def sample(
     seeds: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_completion: Callable[[int, Completion], None] | None = None,
-    make_decoder: Callable[..., "Decoder"] | None = None,
+    make_decoder: Callable | None = None,
 ) -> list[Completion]:
     """Draw `samples_per_prompt` completions of each prompt (token ids, any lengths).
 
@@ -111,10 +111,9 @@ def sample(
     if len(seeds) != total:
         raise ValueError(f"seeds must be {total}, one for each result")
     slots = min(slots or total, total)
-    make_decoder = make_decoder or Decoder
     completions = {}
     with torch.inference_mode(), _sampling_mode(model):
-        decoder = make_decoder(
+        decoder = (make_decoder or Decoder)(
             model,
             slots,
             columns,
@@ -179,8 +178,8 @@ class _Batch:
             self.decoder.start(list(started), self.prefilled, places, seeds)
             self.running.update(started)
             self.tokens += len(started)
-        if not self.ready:
-            self.prefilled = None  # frees its memory
+            if not self.ready:
+                self.prefilled = None  # frees its memory
 
     def prefill_next(self, rows):
         """Prefill the prompts of the next `rows` rows, or of slots / 4 rows if that is more: large
@@ -198,7 +197,6 @@ class _Batch:
             if chosen and tokens > PREFILL_TOKENS:
                 break
             chosen.append(i)
-        self.prefilled = None  # the old ones are freed before the new ones take memory
         self.prefilled = prefill(self.decoder.model, [self.prompts[i] for i in chosen])
         for place, i in enumerate(chosen):
             self.waiting.remove(i)
@@ -235,9 +233,8 @@ class _Batch:
         ended = [slot for slot in self.running if not alive[slot]]
         if not ended:
             return {}
-        longest = max(ages[slot] for slot in ended)
         # Here the CPU waits a second time. One copy is faster than many.
-        drawn = self.decoder.drawn(ended, longest)
+        drawn = self.decoder.drawn(ended, max(ages))
         completions = {}
         for slot, (ids, logprobs) in zip(ended, drawn, strict=True):
             row = self.running.pop(slot)
@@ -274,7 +271,6 @@ class Decoder:
         # Rows that have ended write what is still drawn for them behind their last token.
         places = max_new_tokens + 1
         with model.device:  # where torch makes these tensors
-            self.every_slot = torch.arange(slots)
             self.stops = torch.tensor(self.stop_ids, dtype=torch.long)
             # the last token, its column, and how many were drawn
             self.token, self.position, self.age = torch.zeros(3, slots, dtype=torch.long)
@@ -314,7 +310,7 @@ class Decoder:
         # an idle row farther on might see no column
         position = self.position[:rows].clamp(max=width - 1)
         logits = decode(self.model, self.cache, self.token[:rows], position, width)
-        self.append(self.every_slot[:rows], logits)
+        self.append(torch.arange(rows, device=logits.device), logits)
 
     def append(self, slots, logits):
         """Draw the next token of the rows in these n slots from their logits [n, V]."""
@@ -328,8 +324,8 @@ class Decoder:
         self.age[slots] = age + alive
         self.position[slots] += alive
         stopped = (token.unsqueeze(1) == self.stops).any(1)
-        alive = alive & ~stopped & (age + 1 < self.max_new_tokens) & (logprob > -torch.inf)
-        self.alive[slots] = alive
+        has_room = age + 1 < self.max_new_tokens
+        self.alive[slots] = alive & ~stopped & has_room & (logprob > -torch.inf)
 
     def move(self, old, new):
         """Copy the rows in the slots `old` to the slots `new`, lists of integers."""
@@ -339,8 +335,15 @@ class Decoder:
 
     def memory(self):
         """Everything that a step reads or writes, except for the model: [slots, ...] each."""
-        own = [self.token, self.position, self.age, self.alive]
-        own += [self.token_ids, self.logprobs, self.uniforms]
+        own = [
+            self.token,
+            self.position,
+            self.age,
+            self.alive,
+            self.token_ids,
+            self.logprobs,
+            self.uniforms,
+        ]
         return own + self.cache.memory() if self.cache else own
 
     def poll(self, rows):
@@ -363,7 +366,7 @@ class SlotCache(Cache):
     times its value, and 0 times nan would be nan.
     """
 
-    def __init__(self, slots: int, like: Cache, most_columns: int):
+    def __init__(self, slots, like, most_columns):
         super().__init__(layers=[SlotLayer(slots, layer) for layer in like.layers])
         self.columns = 0
         self.most_columns = most_columns
@@ -383,16 +386,17 @@ class SlotCache(Cache):
 
     def load(self, slots, prefilled, prompts):
         """Copy prompt number prompts[n] of `prefilled` into slot slots[n]."""
-        width = prefilled.width  # padding included: `decode` masks it until the row overwrites it
-        self.reserve(width)
         for ours, theirs in zip(self.layers, prefilled.cache.layers, strict=True):
             if ours.keys is not None:
+                # with padding: `decode` masks it until the row overwrites it
+                width = theirs.keys.shape[2]
+                self.reserve(width)
                 ours.keys[slots, :, :width] = theirs.keys[prompts]
                 ours.values[slots, :, :width] = theirs.values[prompts]
             for name, state in states_of(theirs).items():
                 ours.states[name][slots] = state[prompts]
 
-    def memory(self) -> list[Tensor]:
+    def memory(self):
         """All keys, values and states: [slots, ...] each."""
         found = []
         for layer in self.layers:
@@ -440,7 +444,7 @@ class SlotLayer(LinearAttentionAndFullAttentionLayer):
         return self.keys[self.seen], self.values[self.seen]
 
 
-def states_of(layer: CacheLayerMixin) -> dict:
+def states_of(layer):
     """The states that a layer of one of transformers' caches has, by (kind, number): tensors
     [rows, ...]."""
     found = {}
@@ -458,7 +462,6 @@ class Prefilled:
     cache: Cache
     logits: Tensor  # [N, V], of the next token
     last: Tensor  # [N], the column of each prompt's last token
-    width: int  # columns of the cache
 
 
 def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
@@ -481,19 +484,19 @@ def prefill(model, prompts: Sequence[Sequence[int]]) -> Prefilled:
     output = model(
         input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last.unsqueeze(1)
     )
-    return Prefilled(output.past_key_values, output.logits[:, -1], last, ids.shape[1])
+    return Prefilled(output.past_key_values, output.logits[:, -1], last)
 
 
 def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int) -> Tensor:
     """One token for each of the first R slots: token [R], position [R] < width -> logits [R, V] of
     the next. A row sees the columns up to its position, whatever stands in the others."""
-    # [R, width]; negative: the future
-    distance = position.unsqueeze(1) - torch.arange(width, device=position.device)
+    columns = torch.arange(width, device=position.device)
+    distance = position[:, None, None, None] - columns  # [R, 1, 1, width]; negative: the future
     masks = {}
     for kind, window in attention_windows(model).items():
         hidden = (distance < 0) | (distance >= window)
-        mask = torch.zeros_like(hidden, dtype=model.dtype).masked_fill_(hidden, -torch.inf)
-        masks[kind] = mask[:, None, None]
+        mask = torch.zeros_like(hidden, dtype=model.dtype)
+        masks[kind] = mask.masked_fill_(hidden, -torch.inf)
     # Models with several kinds of attention want a mask for each kind of layer, or None.
     if len(masks) > 1:
         masks.update(dict.fromkeys(STATES))
@@ -502,22 +505,23 @@ def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int)
     rows = torch.arange(len(token), device=token.device)
     for layer in cache.layers:
         layer.begin_step(rows, position, width)
-    output = model(
+    return model(
         input_ids=token.unsqueeze(1),
         attention_mask=masks,
         position_ids=position.unsqueeze(1),
         past_key_values=cache,
         use_cache=True,
-    )
-    return output.logits[:, -1]
+    ).logits[:, 0]
 
 
 def attention_windows(model) -> dict[str, float]:
     """How far back each kind of attention in the model sees, in tokens; ValueError if `decode`
     cannot run it."""
     config = model.config.get_text_config()
-    sliding = getattr(config, "sliding_window", None)
-    windows = {"full_attention": torch.inf, "sliding_attention": sliding}
+    windows = {
+        "full_attention": torch.inf,
+        "sliding_attention": getattr(config, "sliding_window", None),
+    }
     kinds = layer_kinds(model)
     by = config._attn_implementation
     if kinds - windows.keys() - STATES or by not in ("sdpa", "eager"):
@@ -554,17 +558,16 @@ def check_model(model) -> None:
 def _difference_by_cache(model):
     """The largest KL divergence, in nats, of the next-token distributions with a cache from those
     without, after some tokens."""
-    ids = torch.arange(6, device=model.device)
+    ids = torch.arange(6, device=model.device)  # token t stands at position t
     with _sampling_mode(model):
         plain = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, 2:]
         prefilled = prefill(model, [[0, 1, 2]])
-        cache = SlotCache(1, prefilled.cache, len(ids))
+        cache = SlotCache(1, prefilled.cache, 6)
         cache.load(ids[:1], prefilled, ids[:1])  # prompt 0 into slot 0
-        cache.reserve(len(ids))
+        cache.reserve(6)
         cached = [prefilled.logits]
         for token in ids[3:].split(1):
-            # token t stands at position t
-            cached.append(decode(model, cache, token, token, len(ids)))
+            cached.append(decode(model, cache, token, token, 6))
     log_p = plain.float().log_softmax(1)
     log_q = torch.cat(cached).float().log_softmax(1)
     return (log_p.exp() * (log_p - log_q)).sum(1).max()
@@ -652,7 +655,7 @@ def stop_ids(model, tokenizer) -> list[int]:
     """Every end-of-sequence id in tokenizer, config and generation_config: they may disagree.
     ValueError if none is."""
     found = set()
-    for source in (tokenizer, model.config, getattr(model, "generation_config", None)):
+    for source in (tokenizer, model.config, model.generation_config):
         ids = getattr(source, "eos_token_id", None)
         found.update(ids if isinstance(ids, Sequence) else [ids])
     found.discard(None)
@@ -701,7 +704,7 @@ def window(model) -> float:
 def row_size(model) -> tuple[int, int]:
     """Bytes that the cache takes for one row: (for every column, for its states)."""
     with torch.inference_mode(), _sampling_mode(model):
-        cache = SlotCache(1, prefill(model, [[0]]).cache, most_columns=1)
+        cache = SlotCache(1, prefill(model, [[0]]).cache, 1)
     states = sum(tensor.nbytes for tensor in cache.memory())  # it has no columns yet
     cache.reserve(1)
     return sum(tensor.nbytes for tensor in cache.memory()) - states, states

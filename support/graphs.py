@@ -124,5 +124,7 @@ class Graphs:
 def choose(wanted: bool, device: torch.device) -> Graphs | None:
     """What --cuda-graphs means on this device."""
     if wanted and device.type != "cuda":
-        raise InputError("--cuda-graphs: torch sees no CUDA GPU here: leave it out")
+        raise InputError(
+            "--cuda-graphs: torch sees no CUDA GPU here: leave it out, or say --no-cuda-graphs"
+        )
     return Graphs() if wanted else None

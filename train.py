@@ -24,7 +24,6 @@ inference engine, and only LoRA adapters are trained. `Trainer` is the loop and 
 
 import json
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from support import settings
 from support.errors import InputError, LocalError, parse_early
 
 if __name__ == "__main__":
-    parse_early("train.py", lambda: settings.check_start(*settings.parse(sys.argv[1:], __doc__)))
+    parse_early("train.py", lambda: settings.parse(sys.argv[1:], __doc__)[0].check())
 
 import numpy as np
 import torch
@@ -104,7 +103,7 @@ class EGRSD:
     def begin(self, t: "Trainer") -> None:
         """Once, before the first step: InputError if a prompt is too long for the model."""
 
-        def prompts(problem: Problem) -> list[list[int]]:
+        def prompts(problem):
             return [t.student_prompt(problem), t.teacher_prompt(problem, problem.solution)]
 
         check_window(t.model, t.files["--data"], t.problems, t.s.max_new_tokens, prompts)
@@ -143,8 +142,8 @@ class EGRSD:
         own = batch.by_student
         theirs = batch.by_teacher
         how = {"gamma": s.gamma, "window": s.window, "eps": s.eps, "floor": s.floor}
-        how["max_entropy"] = batch.max_entropy
-        return (batch.advantage, theirs.logp, own.logp, theirs.entropy, own.mask), how
+        readings = (batch.advantage, theirs.logp, own.logp, theirs.entropy, own.mask)
+        return readings, how | {"max_entropy": batch.max_entropy}
 
     def token_metrics(self, t: "Trainer", batch: Batch) -> dict[str, Tensor]:
         """Tensors [B, T] for the log; metrics.jsonl has their means. The loss computes its own.
@@ -198,14 +197,16 @@ class Trainer:
             self.parameters, lr=s.lr, betas=(0.9, 0.999), weight_decay=s.weight_decay
         )
         if self.held_out:
-            longest = s.eval_max_new_tokens or s.max_new_tokens
-            path = self.files["--eval-data"]
             check_window(
-                self.model, path, self.held_out, longest, lambda p: [self.student_prompt(p)]
+                self.model,
+                self.files["--eval-data"],
+                self.held_out,
+                s.eval_max_new_tokens or s.max_new_tokens,
+                lambda problem: [self.student_prompt(problem)],
             )
         self.objective.begin(self)
 
-    def load_data(self) -> None:
+    def load_data(self):
         """Training and held-out problems, and the files that they stand in."""
         s = self.s
         load = partial(self.ranks.together, load_problems)
@@ -218,7 +219,7 @@ class Trainer:
             self.held_out, _ = load(data, False, s.skip_ungradable)
             self.files["--eval-data"] = data
 
-    def load_model(self) -> None:
+    def load_model(self):
         """Model, tokenizer and the adapter that is trained."""
         s = self.s
         device = self.ranks.device
@@ -283,8 +284,12 @@ class Trainer:
         norm, lr = self.update()
         self.baseline.update(ranks.gather(rewards).flatten())  # (9), for the steps to come
         more = objective.after_update(self)
-        figures = {"grad_norm": norm, "lr": lr, "max_entropy": max_entropy}
-        figures["tokens"] = int(all_tokens)
+        figures = {
+            "grad_norm": norm,
+            "lr": lr,
+            "max_entropy": max_entropy,
+            "tokens": int(all_tokens),
+        }
         return log.finish_step(self.step, rollouts, num_tokens, **figures) | more
 
     def update(self) -> tuple[float, float]:
@@ -339,14 +344,7 @@ class Trainer:
                 hidden=hidden,
             )
 
-    def read_as_student(
-        self,
-        indices: list[int],
-        examples: list[Rollout],
-        by_teacher: Reading,
-        max_entropy: float,
-        num_tokens: float,
-    ) -> Batch:
+    def read_as_student(self, indices, examples, by_teacher, max_entropy, num_tokens):
         """log p_theta of some examples, beside what the teacher said of them."""
         some = [examples[i] for i in indices]
         with self.autocast():
@@ -360,19 +358,19 @@ class Trainer:
         advantage = torch.tensor([one.advantage for one in some], device=self.ranks.device)
         return Batch(some, by_student, by_teacher, advantage, max_entropy, num_tokens)
 
-    def not_finite(self, what: str) -> str:
+    def not_finite(self, what):
         last = checkpoint.latest(self.out / "checkpoints") or "none yet"
         return (
             f"step {self.step + 1}: {what} is not finite, so the step was not applied: lower "
             f"--lr; the last good checkpoint is {last}"
         )
 
-    def state(self) -> tuple[dict, dict]:
+    def state(self):
         """(tensors, numbers) of a checkpoint, besides adapter, optimizer and random state."""
         own = {"step": self.step, "running_advantage": self.baseline.state_dict()}
         return self.objective.tensors, own | self.objective.numbers
 
-    def load_state(self, tensors: dict, numbers: dict) -> None:
+    def load_state(self, tensors, numbers):
         """Put back what `state` gave."""
         self.step = numbers["step"]
         self.baseline.load_state_dict(numbers["running_advantage"])
@@ -387,7 +385,7 @@ class Trainer:
             self.tokenizer, teacher.teacher_messages(problem.problem, shown), self.s.thinking
         )
 
-    def next_problems(self) -> list[Problem]:
+    def next_problems(self):
         """This rank's problems of the step: the data in a new random order every epoch, dealt out
         without gaps."""
         n = len(self.problems)
@@ -401,9 +399,7 @@ class Trainer:
             found.append(self.problems[orders[epoch][place]])
         return found
 
-    def sample(
-        self, problems: list[Problem], sampling: Sampling, seed: int, first_row: int, show
-    ) -> list[Rollout]:
+    def sample(self, problems, sampling, seed, first_row, show):
         """Rollouts of this rank's problems. The rollouts of all ranks are numbered, and the first one
         here has the number `first_row`. `seed`, mostly the step, is combined with --seed."""
         return self.until_stopped(
@@ -418,7 +414,7 @@ class Trainer:
             make_decoder=self.make_decoder,
         )
 
-    def until_stopped(self, draw: Callable[..., list], *arguments, **more) -> list:
+    def until_stopped(self, draw, *arguments, **more):
         """Call draw(*arguments, **more), which samples. If any rank got a signal, raise Stop on all."""
         found = []
         try:
@@ -429,7 +425,7 @@ class Trainer:
         self.stop.obey()
         return found
 
-    def most_tokens(self, prompts: list[list[int]]) -> int:
+    def most_tokens(self, prompts):
         """The most tokens in a forward pass: --micro-batch x (longest prompt + --max-new-tokens)."""
         return self.s.micro_batch * (max(map(len, prompts)) + self.s.max_new_tokens)
 

@@ -1,4 +1,4 @@
-"""Sampling, scoring and a training step, measured beside what one would otherwise use and beside
+"""Sampling and scoring, measured beside what one would otherwise use and beside
 the limit.
 
     python -m experiments.bench                    all rows on the CPU, ten minutes on two cores

@@ -87,7 +87,7 @@ def atomic_directory(path: Path):
     shutil.rmtree(older, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def _flush(path):
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -136,7 +136,7 @@ def drop_later_steps(path: Path, step: int) -> None:
     made again."""
     kept = []
 
-    def take(record: dict) -> None:
+    def take(record):
         if record["step"] <= step:
             kept.append(record)
 
@@ -158,13 +158,13 @@ def save(path: Path, model, optimizer, ranks: Ranks, tensors: dict, numbers: dic
     if ranks.rank == 0 and not path.exists():
         with atomic_directory(path) as work:
             lora.save_adapter(model, work / "adapter")
-            state = {"optimizer": optimizer.state_dict(), "rng": rng}
-            torch.save(state | tensors, work / "state.pt")
+            tensors = tensors | {"optimizer": optimizer.state_dict(), "rng": rng}
+            torch.save(tensors, work / "state.pt")
             write_json(work / "state.json", numbers | {"sha256": _checksums(work, numbers)})
     ranks.barrier()
 
 
-def _checksums(path: Path, numbers: dict) -> dict[str, str]:
+def _checksums(path, numbers):
     """Of all that a checkpoint holds. Tensors with a flipped bit would load without a word."""
     found = {"state.json": hashlib.sha256(json.dumps(numbers).encode()).hexdigest()}
     for file in [*sorted(path.glob("adapter/*")), path / "state.pt"]:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +74,9 @@ def load_problems(
             is_gradable = reward.is_equal(problem.answer, problem.answer)
             (problems if is_gradable else ungradable).append(problem)
     if ungradable and not skip_ungradable:
-        shown = ", ".join(str(problem.line) for problem in ungradable[:20])
+        first = ", ".join(str(problem.line) for problem in ungradable[:20])
         raise InputError(
-            f"{path}: line {shown}{', ...' * (len(ungradable) > 20)}: field 'answer': "
+            f"{path}: line {first}: field 'answer': "
             f"{len(ungradable)} gold answers are missing, or the verifier cannot grade them: "
             "correct them, or leave these problems out with --skip-ungradable"
         )
@@ -85,7 +85,7 @@ def load_problems(
     return problems, len(ungradable)
 
 
-def _parse(path, number: int, line: bytes, need_solution: bool) -> Problem:
+def _parse(path, number, line, need_solution):
     where = f"{path}: line {number}"
     try:
         record = json.loads(line.decode("utf-8-sig"))
@@ -113,7 +113,7 @@ def _parse(path, number: int, line: bytes, need_solution: bool) -> Problem:
     return Problem(record[name], solution, answer, number, record.get("restated") or "")
 
 
-def _check_field(where: str, field: str, value, is_needed: bool) -> None:
+def _check_field(where, field, value, is_needed):
     if value is None:
         if is_needed:
             raise InputError(f"{where}: field '{field}' is missing: add it")
@@ -180,9 +180,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
         if scored:
             teacher.check_head(model)
     except Exception as error:  # a model of unknown kind raises what it likes
-        what = reason(error).removeprefix("ValueError: ")
         raise InputError(
-            f"{name}: cannot be sampled or scored: {what}: choose another --model, "
+            f"{name}: cannot be sampled or scored ({reason(error)}): choose another --model, "
             "docs/models.md has a table"
         ) from None
     _check_tokenizer(name, model, tokenizer, scored)
@@ -190,7 +189,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
     return model, tokenizer
 
 
-def _without_dropout(name: str, dtype: torch.dtype):
+def _without_dropout(name, dtype):
     """(model, what transformers says of its weights). Its layers have no dropout, its config keeps
     the rates for an export."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -212,11 +211,9 @@ def _without_dropout(name: str, dtype: torch.dtype):
     return model, found
 
 
-def _check_weights(name: str, model, found: dict) -> None:
+def _check_weights(name, model, found):
     wrong = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
-    for key, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            wrong.append(key)
+    wrong += [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if wrong:
         raise InputError(
             f"{name}: {len(wrong)} weights are missing, of another shape or not finite, first "
@@ -231,7 +228,7 @@ def _check_weights(name: str, model, found: dict) -> None:
         )
 
 
-def _check_tokenizer(name: str, model, tokenizer, scored: bool) -> None:
+def _check_tokenizer(name, model, tokenizer, scored):
     """InputError if prompts do not depend on the problem, or have tokens that the model lacks.
 
     If `scored`, InputError also if the prompts of student and teacher end differently after the
@@ -265,7 +262,7 @@ def _check_tokenizer(name: str, model, tokenizer, scored: bool) -> None:
             )
         ends = {text.rpartition(teacher.INSTRUCTION)[2] for text in texts}
         if scored and len(ends) > 1:
-            shown = " and ".join(repr(end)[:80] for end in sorted(ends))
+            shown = " and ".join(map(repr, sorted(ends)))
             raise InputError(
                 f"{name}: student and teacher must be asked alike, but their prompts end in "
                 f"{shown}: correct chat_template.jinja (--model)"
@@ -310,7 +307,7 @@ def add_adapter(model, rank: int, alpha: float, targets: Sequence[str] = lora.TA
     return line
 
 
-def _ends(names: Iterable[str]) -> list[str]:
+def _ends(names):
     """Their last parts, each once."""
     return list(dict.fromkeys(map(lora.short_name, names)))
 

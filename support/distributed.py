@@ -78,7 +78,7 @@ class Ranks:
     def max(self, value: float) -> float:
         return self._reduce([value], dist.ReduceOp.MAX)[0]
 
-    def _reduce(self, values: list[float], operation) -> list[float]:
+    def _reduce(self, values, operation):
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.distributed:
             dist.all_reduce(tensor, operation)

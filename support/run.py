@@ -47,7 +47,7 @@ def hold(out: str | Path, ranks: Ranks, remedy: str | None = "choose another --o
     directory is not empty; files that a killed start left do not count.
     """
 
-    def enter() -> None:
+    def enter():
         path = Path(out)
         if not path.exists():
             stack.callback(remove_if_empty, path)
@@ -67,7 +67,7 @@ def hold(out: str | Path, ranks: Ranks, remedy: str | None = "choose another --o
         yield
 
 
-def remove_if_empty(path: Path) -> None:
+def remove_if_empty(path):
     with suppress(OSError):
         path.rmdir()
 
@@ -79,7 +79,7 @@ class StopRequest:
         self.ranks = ranks
         self.number = None  # of the signal that came
 
-    def note(self, number: int, frame) -> None:
+    def note(self, number, frame):
         self.number = number
 
     def interrupt(self) -> None:
@@ -174,11 +174,11 @@ class Watch:
         self.steps = Counter()  # in a row, by metric
         self.before = self.sums()
 
-    def sums(self) -> Tensor:
+    def sums(self):
         """One number for each parameter: a copy of all would take memory on the GPU."""
         return torch.stack([p.detach().sum(dtype=torch.double) for p in self.parameters])
 
-    def warnings(self, metrics: dict) -> list[str]:
+    def warnings(self, metrics):
         """To be called after every step, with its metrics."""
         sums = self.sums()
         metrics = metrics | {"moved": not torch.equal(sums, self.before)}
@@ -205,7 +205,7 @@ class StepLog:
         self.status = ""  # of the last step, shown while the next one samples
         self.begin_step()
 
-    def begin_step(self) -> None:
+    def begin_step(self):
         self.seconds = Counter()
         self.loss = 0.0
         self.token_sums = Counter()
@@ -213,7 +213,7 @@ class StepLog:
         self.began = time.perf_counter()
         self.phase_began = self.began
 
-    def begin(self, phase: str) -> None:
+    def begin(self, phase):
         now = time.perf_counter()
         self.seconds[self.phase] += now - self.phase_began
         self.phase = phase
@@ -223,7 +223,7 @@ class StepLog:
         flag = "--slots" if self.phase in ("rollout", "ask", "evaluation") else "--micro-batch"
         return f"in the {self.phase or 'first'} phase: lower {flag} or --max-new-tokens"
 
-    def add(self, loss: Tensor, values: dict[str, Tensor], batch) -> None:
+    def add(self, loss, values, batch):
         """Add a micro-batch: its loss, and values [B, T], one for each token. The log gets the mean of
         each value over the tokens of rollouts."""
         self.loss += loss.item()
@@ -233,7 +233,7 @@ class StepLog:
         for i, example in enumerate(batch.examples):
             self.read[id(example)] = (batch, shown, i)
 
-    def by_token(self, step: int, rollout: Rollout) -> dict:
+    def by_token(self, step, rollout):
         """Text and values of a rollout's tokens, in the steps that a report may show."""
         s = self.trainer.s
         middle = (s.steps + 1) // 2
@@ -281,7 +281,7 @@ class StepLog:
         means["memory_gib"] = self.ranks.max(peak_memory_gib())
         return {"step": step, "loss": loss, **metrics, **means}
 
-    def set_status(self, means: dict, num_tokens: float) -> None:
+    def set_status(self, means, num_tokens):
         """What stands beside the bar; nothing where there were no rollouts."""
         if "reward" in means:
             self.status = (
@@ -292,7 +292,7 @@ class StepLog:
             if self.bar is not None:
                 self.bar.set_postfix_str(f"{self.status}{rate:.0f} tokens/s", refresh=False)
 
-    def write_samples(self, step: int, rollouts: list[Rollout]) -> None:
+    def write_samples(self, step, rollouts):
         records = []
         for r in rollouts:
             record = {"step": step, **r.as_json(), "reward": r.reward, "advantage": r.advantage}
@@ -308,7 +308,7 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def fingerprint(files: dict[str, str]) -> dict[str, str]:
+def fingerprint(files):
     """By flag, what changes with the content of the files that it names."""
     found = {}
     for flag, name in files.items():
@@ -316,11 +316,11 @@ def fingerprint(files: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def check_inputs(trainer) -> None:
+def check_inputs(trainer):
     """InputError if a resumed run would go on with other data, another model, or in another
     precision than it began with."""
 
-    def check() -> None:
+    def check():
         config = read_config(trainer)
         if config["derived"]["bf16"] != trainer.bf16:  # without a flag the device decides
             words = {True: "with", False: "without"}
@@ -338,7 +338,7 @@ def check_inputs(trainer) -> None:
     trainer.ranks.on_first(check)
 
 
-def write_config(trainer) -> None:
+def write_config(trainer):
     """config.json: the settings in use and what follows from them. Also say what is trained, and on
     what."""
     s = trainer.s
@@ -389,7 +389,7 @@ def write_config(trainer) -> None:
     )
 
 
-def thinking_line(tokenizer, thinking: bool) -> str:
+def thinking_line(tokenizer, thinking):
     """What --thinking does with this chat template, and how prompts end."""
     messages = teacher.student_messages("1?")
     own, other = (
@@ -405,7 +405,7 @@ def thinking_line(tokenizer, thinking: bool) -> str:
     return f"{flag}: prompts end in {end!r}; {effect}"
 
 
-def is_done(trainer) -> bool:
+def is_done(trainer):
     """True if a resumed run has no steps left and its model is exported. Then rank 0 says so."""
     exported = read_config(trainer).get("exported")
     is_complete = exported == trainer.step >= trainer.s.steps and (trainer.out / "model").is_dir()
@@ -417,11 +417,11 @@ def is_done(trainer) -> bool:
     return is_complete
 
 
-def read_config(trainer) -> dict:
+def read_config(trainer):
     return json.loads((trainer.out / "config.json").read_text())
 
 
-def export(trainer) -> None:
+def export(trainer):
     """Write model/, an ordinary checkpoint with the adapter merged in. Print the evaluations, and
     where the files are."""
     out = trainer.out

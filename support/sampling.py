@@ -79,10 +79,10 @@ def sample(
     if len(rows) < total:  # every row brings its own prompt, which is prefilled more often
         shared = [prompts[i // k] for i in rows]
 
-    def rollout_of(i: int, c: rollout.Completion) -> Rollout:
+    def rollout_of(i, c):
         return Rollout(c.token_ids, c.logprobs, c.finished, problems[i // k], prompts[i // k])
 
-    def on_completion(number: int, completion: rollout.Completion) -> None:
+    def on_completion(number, completion):
         if on_rollout:
             on_rollout(rows[number], rollout_of(rows[number], completion))
 
@@ -147,7 +147,7 @@ def progress(
     start = time.perf_counter()
     tokens = 0
 
-    def show(new_tokens: int, finished: int) -> None:
+    def show(new_tokens, finished):
         nonlocal tokens
         check()
         tokens += new_tokens

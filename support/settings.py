@@ -277,11 +277,12 @@ def resolve(given: dict, kind: type[Settings]) -> tuple[Settings, bool]:
         preset |= PRESETS[name]
     if "data" in given:
         preset.pop("eval_data", None)  # a preset's held-out problems belong to its training data
-    make = _stored if resume else _new
-    return make(preset, given, kind), resume
+    if resume:
+        return _stored(preset, given, kind), True
+    return _new(preset, given, kind), False
 
 
-def _new(preset: dict, given: dict, kind: type[Settings]) -> Settings:
+def _new(preset, given, kind):
     """Settings of a new run; InputError for flags that contradict the method's name."""
     method = given.get("method", Settings.method)
     s = kind(**preset | kind.bring(method, preset, given) | given)
@@ -295,7 +296,7 @@ def _new(preset: dict, given: dict, kind: type[Settings]) -> Settings:
     return s
 
 
-def _stored(preset: dict, given: dict, kind: type[Settings]) -> Settings:
+def _stored(preset, given, kind):
     """Settings of the run in --out; InputError if it is another run than what is given."""
     out = given.get("out", Settings.out)
     s, world = read_config(Path(out), kind)
@@ -348,14 +349,6 @@ def in_use(out: str | Path) -> bool:
     """Whether something of the user's is in this directory."""
     path = Path(out)
     return path.is_dir() and any(entry.name not in LEFT_BY_A_KILL for entry in path.iterdir())
-
-
-def check_start(s: Settings, resume: bool) -> None:
-    """What can be known of a start before anything is imported or made."""
-    s.check()
-    is_alone = environment_number("WORLD_SIZE", 1) == 1  # several processes say it together, later
-    if is_alone and not resume and in_use(s.out):
-        raise InputError(f"{s.out}: output directory in use: {REMEDY}")
 
 
 def read_config(run: Path, kind: type[Settings]) -> tuple[Settings, int]:

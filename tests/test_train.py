@@ -607,7 +607,7 @@ def test_presets():
     [
         ("train.py", ["--help"], 0, "--gamma"),
         ("train.py", ["--gama", "1"], 1, "unrecognized arguments: --gama"),
-        ("train.py", ["--out", "tests"], 1, "tests: output directory in use"),
+        ("train.py", ["--steps", "0"], 1, "--steps must be at least 1, got 0"),
         ("eval.py", ["--help"], 0, "--samples"),
         ("eval.py", ["--model", "toy"], 1, "--model and --data are needed"),
     ],

@@ -173,7 +173,7 @@ class CompareSettings:
     """The command line."""
 
     only: list = flag(["all"], f"methods and variants to run: {'; '.join(variants())}")
-    seeds: list = flag(list(range(20)), "seeds of the runs", SEEDS)
+    seeds: list = flag(list(range(20)), "seeds of the runs", **SEEDS)
     other_seeds: int = flag(5, "how many of them for rows that no question is about", least=1)
     lr: float = flag(0.0, "learning rate of every row, 0: those of RATES", least=0)
     steps: int = flag(40, "updates of every run", least=1)

@@ -20,7 +20,7 @@ BOUNDS = {  # of a number: what the message says, and what must hold
 SEEDS = {"least": 0, "most": 10**18}  # torch takes 64 bits
 
 
-def flag(default, help: str, choices: tuple | None = None, **bounds):
+def flag(default, help: str, *, choices: tuple | None = None, **bounds):
     """One setting. bounds: least, above, most and below, as in BOUNDS; such a number is finite.
 
     A list takes several values at once, all of the type of its first default. A list that is empty

@@ -5,7 +5,7 @@ r"""EGRSD and CL-EGRSD: the objective, as pure functions on tensors.
 from the student p_S; the teacher p_T is the same weights shown the reference solution. Three
 signals make the weight of a token, A_i * w_it * omega_it:
 
-    direction   D_i  = sign(A_i)                                        did the verifier like the completion?
+    direction   D_i  = sign(A_i)                                        is the completion better than earlier ones?
     magnitude   w_it = clip((p_T(y_it) / p_S(y_it)) ^ D_i, 1-eps, 1+eps)   does the teacher agree?      (2)
     gate        omega_it = clip(1 - gamma * H_it / max(1, max H), floor, 1)    is the teacher sure?  (5), (6)
 
@@ -14,8 +14,8 @@ signals make the weight of a token, A_i * w_it * omega_it:
 window = 0 is EGRSD, window > 0 is CL-EGRSD (8). gamma = 0 switches the gate off, eps = 0 the
 magnitude. There is no importance ratio, no PPO clip and no KL term: every batch of rollouts gets one
 optimizer step. The paper leaves three things open. Here the maximum in (5) is of the raw entropies,
-also under (8). The std of (9) is the population's. While all earlier rewards are equal, A_i = r_i -
-0.5 as in the first steps.
+also under (8). The std of (9) is the population's. While all earlier rewards are equal, the
+advantage is r_i - 0.5, as in the first steps.
 
 Letters: B completions, T tokens of the longest one. A mask is a bool tensor [B, T], True on the
 tokens of a completion and on its stop token. Values outside the mask are never read. Entropies are
@@ -39,8 +39,8 @@ SOON = 3  # tokens: how far ahead a pivot looks
 class RunningAdvantage:
     """A_i = (r_i - mean) / std over all rewards of earlier steps; eq. (9), arXiv 2605.13255.
 
-    In the first `warmup_steps` steps, and while all earlier rewards are equal (std = 0), A_i = r_i
-    - `warmup_baseline`. Warm-up rewards count in mean and std. Call `update` once a step, after the
+    In the first `warmup_steps` steps, and while all earlier rewards are equal (std = 0), it is
+    r_i - `warmup_baseline`. Warm-up rewards count in mean and std. Call `update` once a step, after the
     optimizer step, with the rewards of all ranks. Mean and std are kept by Welford's method in
     float64. ValueError if `warmup_steps` < 0.
 
@@ -188,7 +188,7 @@ def confidence_gate(
 
 
 class Signals(NamedTuple):
-    """The factors of the loss for every token: [B, T] each, constants."""
+    """What is known of every token: [B, T] each, without gradient. The loss uses `advantage` only."""
 
     magnitude: Tensor  # w, (2)
     gate: Tensor  # omega, (5) and (6); 0 outside the mask
@@ -287,7 +287,7 @@ def policy_loss(
     student_logp [B, T] in nats carries the gradient, token_advantages [B, T] are constants.
     `num_tokens` counts the completion tokens of the whole step, so that the losses of its
     micro-batches and ranks add up. None counts the tokens of this batch. If no token is in the
-    mask, L is an exact 0 with a graph. reduction="none" gives the terms of the sum, [B, T],
+    mask, L is exactly 0, and backward() still works. reduction="none" gives the terms of the sum, [B, T],
     undivided. ValueError if the shapes differ, if a number `num_tokens` is not > 0, or if
     `reduction` is unknown.
 

@@ -230,9 +230,8 @@ def load(s, name, adapter, files, device):
 
 
 def run(s, ranks, out):
-    """Every checkpoint on every data file, into `out`. Nothing is written before the data and the
-    first model were checked."""
-    choose(s.cuda_graphs, ranks.device)  # refuses where there is no GPU
+    """Every checkpoint on every data file, into `out`. A new evaluation writes nothing before the data
+    and the first model were checked. A resumed one first joins its samples files."""
     files = []
     digests = check_files(s.model, s.adapter)
     for data in s.data:
@@ -249,7 +248,7 @@ def run(s, ranks, out):
             print(thinking_line(tokenizer, s.thinking), file=sys.stderr)
         log.begin(digests | {name: model_digest(toy.resolve(name, "model"))})
         checkpoint = f"{name} + {adapter}" if adapter else name
-        solve_here = partial(solve, model, tokenizer, s)
+        solve_here = partial(solve, model, tokenizer, s, choose(s.cuda_graphs, ranks.device))
         for data, path, problems in files:
             label = {"checkpoint": checkpoint, "data": path}
             records = evaluate(
@@ -277,6 +276,7 @@ def solve(
     model,
     tokenizer,
     s: EvaluationSettings,
+    make_decoder,
     problems: list[Problem],
     first_row: int,
     graded: set[int],
@@ -300,7 +300,7 @@ def solve(
         seed=(s.seed,),
         first_row=first_row,
         show=progress(bar),
-        make_decoder=choose(s.cuda_graphs, model.device),
+        make_decoder=make_decoder,
         leave_out=graded,
         on_rollout=on_rollout,
     )

@@ -15,8 +15,8 @@ thousands of tokens with the same weights: it uses copies of A and B that are ro
 
 Adapters on disk are in PEFT's format. PEFT 0.21.2 was tried (tests/test_lora.py). vLLM reads the
 same format, but was not tried. There is no dropout, no bias and no rank per layer: a file that
-needs them is refused. The embedding, the head, routers and experts stay frozen. The experts that
-see a token change from batch to batch.
+needs them is refused. The embedding, the head, routers and experts stay frozen. Experts stay frozen
+because a token may go to others in another batch.
 
 Copy this file: it needs torch and safetensors (which transformers brings).
 """
@@ -52,11 +52,12 @@ TARGETS = (
 )
 # PEFT's name for every linear layer but the head. Here it leaves out routers and experts, too.
 ALL_LINEAR = "all-linear"
-# In names of modules: routers, experts, and a layer of Mamba that is never called, as the model
-# reads its weight
+# In names of modules: routers, experts, and dt_proj of Mamba. The model reads the weight of dt_proj
+# and never calls the layer, so an adapter would have no effect.
 FROZEN = re.compile(r"(^|\.)(gate|\w*router\w*|shared_expert_gate|experts|dt_proj)(\.|$)")
-# Fields of an adapter_config.json that would change the numbers, but neither names nor shapes of the
-# tensors: the scale, tokens without the adapter, other base weights. With these values they do not.
+# These fields of an adapter_config.json can change what an adapter computes, and its tensors would
+# not show it: the scale, tokens without the adapter, other base weights. Only these values are
+# accepted. They change nothing.
 HARMLESS = {
     "use_rslora": (None, False),
     "alpha_pattern": (None, {}),
@@ -130,6 +131,8 @@ def add_lora(
         raise ValueError("model already has an adapter: merge it or load the base model again")
     model.requires_grad_(False)
     layers = linear_layers(model)
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        targets = (targets,)
     if targets != ALL_LINEAR:
         ends = tuple(f".{target}" for target in targets)
         layers = {name: layer for name, layer in layers.items() if f".{name}".endswith(ends)}
@@ -240,7 +243,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Add the adapter to the base weights and take it off: an ordinary model is left. ValueError if
-    a weight would not be finite."""
+    a merged weight is not finite: then load the model again, a part of it is merged."""
     for name, layer in _adapted(model).items():
         weight = _weight(layer.base)
         # in float32, and rounded once

@@ -11,7 +11,7 @@ teacher has the same weights without the adapter, and its prompt shows the refer
 and teacher read the completions. The weight of a token in the loss is a product of three signals:
 
     advantage    how much better the completion is than earlier ones; its sign is the direction
-    magnitude    the ratio of the two likelihoods: does the teacher like the token more?
+    magnitude    teacher's likelihood / student's, inverted where the advantage is negative, and clipped
     gate         less trust in the teacher where its entropy is high
 
 train.py trains the same way: tests/test_minimal.py compares prompts, rewards and every gradient.

@@ -14,13 +14,13 @@ a completion ends, the next one takes its place (continuous batching). Its words
 
 Three classes share the work. `_Batch`, on the CPU, knows which row is in which slot. `Decoder`, on
 the GPU, has the tokens and draws new ones. `SlotCache` is the memory of the model: keys, values and
-states of all slots. `sample` repeats four steps:
+states of all slots. `sample` repeats four stages:
 
     start     Waiting rows take the free slots. Their prompts go through the model together (prefill), each prompt only
               once: every sample of a prompt starts from a copy of its columns
     close     The rows in the last slots move into slots that are still free, so the batch gets smaller
     decode    Every row gets one token, at its own position. A row that has ended stands still: what is drawn for it is
-              dropped. There are POLL_EVERY of these steps. In them the CPU never waits for the GPU
+              dropped. At most POLL_EVERY such steps follow each other. In them the CPU never waits
     poll      The CPU asks which rows have ended, and fetches their tokens. Their slots are free then
 
 Every row has random numbers of its own. So its tokens do not depend on the rows decoded beside it:
@@ -307,7 +307,7 @@ class Decoder:
         """One more token for the first `rows` slots. A CUDA graph can record it: the two numbers
         alone set all shapes, the CPU waits for nothing, and all tensors that it reads and writes
         keep their place in memory until the cache grows."""
-        # an idle row farther on might see no column
+        # A slot without a row may hold a position beyond `width`. It might see no column: nan.
         position = self.position[:rows].clamp(max=width - 1)
         logits = decode(self.model, self.cache, self.token[:rows], position, width)
         self.append(torch.arange(rows, device=logits.device), logits)
@@ -347,12 +347,13 @@ class Decoder:
         return own + self.cache.memory() if self.cache else own
 
     def poll(self, rows):
-        """Of the first `rows` slots: a list of 0 or 1 (alive), and one of the tokens drawn."""
+        """Two lists for the first `rows` slots: whether the row is alive (0 or 1), and how many tokens
+        it has drawn."""
         return torch.stack((self.alive, self.age))[:, :rows].tolist()
 
     def drawn(self, slots, tokens):
-        """The first so many token ids and log-probs of these n slots, a list, on the CPU:
-        [n, 2, tokens] in float64, which holds both exactly."""
+        """Ids and log-probs of the first `tokens` tokens of each of these n slots: [n, 2, tokens], on the
+        CPU, in float64, which holds both exactly."""
         ids = self.token_ids[slots, :tokens].double()
         return torch.stack((ids, self.logprobs[slots, :tokens].double()), 1).cpu()
 
@@ -501,7 +502,7 @@ def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int)
     if len(masks) > 1:
         masks.update(dict.fromkeys(STATES))
     else:
-        masks = masks[kind]
+        (masks,) = masks.values()  # one kind: the model wants the mask itself
     rows = torch.arange(len(token), device=token.device)
     for layer in cache.layers:
         layer.begin_step(rows, position, width)
@@ -556,8 +557,8 @@ def check_model(model) -> None:
 
 
 def _difference_by_cache(model):
-    """The largest KL divergence, in nats, of the next-token distributions with a cache from those
-    without, after some tokens."""
+    """The largest KL(p || q) over some positions, in nats. p is the next-token distribution without a
+    cache, q the one with a cache."""
     ids = torch.arange(6, device=model.device)  # token t stands at position t
     with _sampling_mode(model):
         plain = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, 2:]
@@ -627,7 +628,7 @@ def _invert_cdf(probs, uniform, block=256):
     """The first token at which the running sum of probs [R, V] exceeds uniform [R]; [R, 1]. Probs
     may sum to nearly 1.
 
-    The sums are in float64: float32 would round the rare tokens of a large vocabulary away. First
+    Running sums are in float64: float32 would round the rare tokens of a large vocabulary away. First
     we find the block of tokens, then the token in the block: a running sum over all of V takes
     several times as long.
     """
@@ -639,11 +640,12 @@ def _invert_cdf(probs, uniform, block=256):
     # Keep the target below the last sum, or rounding could pick a token of probability 0.
     last = ends[:, -1:]
     target = (uniform.double().unsqueeze(1) * last).minimum(last.nextafter(-last))
-    # Indices are clamped for nan, which is below no sum. Any token will do: its log-prob is nan.
+    # With nan in a row, searchsorted returns an index past the end: clamp it. Any token will do, as
+    # its log-prob is nan.
     which = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)
     inside = blocks.take_along_dim(which.unsqueeze(2), 1).squeeze(1)  # [R, block]
     inside = inside.cumsum(1, dtype=torch.double)
-    # The target in the block, measured from its end, where both sums agree.
+    # Measure the target from the block's end: there both running sums mean the same place.
     last = inside[:, -1:]
     target = last - (ends.gather(1, which) - target)
     target = target.clamp(min=0).minimum(last.nextafter(-last))
@@ -668,8 +670,8 @@ def stop_ids(model, tokenizer) -> list[int]:
 
 
 def generator_for_rows(seed: Sequence[int], first_row: int) -> torch.Generator:
-    """A generator with which `sample` draws what rows first_row, first_row + 1, ... of one large
-    call would draw.
+    """A generator for a part of the rows. Row 0 of the `sample` call that gets it draws the same
+    tokens as row `first_row` of one large call.
 
     `seed` is any tuple of non-negative integers, such as (seed, step). A rank that samples rows [a,
     b) of a step takes first_row = a, and all ranks together sample what one process would.
@@ -730,7 +732,8 @@ def _sampling_mode(model):
 
 
 def _longest_row(model, prompts, max_new_tokens, temperature, top_p, top_k):
-    """In tokens. ValueError for what would otherwise sample wrong tokens without an error."""
+    """Length of the longest row, in tokens. ValueError for arguments with which sampling would run
+    but give wrong tokens."""
     attention_windows(model)
     if not (max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(

@@ -11,9 +11,9 @@ token,
 
 The logits of a whole batch would be B x T x V floats: 20 GB for 32 completions of 1,024 tokens and
 Qwen3's vocabulary of 151,936. They never exist. The head, the last layer, makes the logits of a
-chunk of completion tokens at a time. What the backward pass needs depends on the head. A frozen
-head (LoRA) does it on the spot: the gradient of log p(y) with respect to the hidden state is
-W[y] - p W, where W are the head's weights, and the probabilities p are at hand. For a head that is
+chunk of completion tokens at a time. If the head is frozen (LoRA) and no entropy is asked for,
+the gradient is made at once: that of log p(y) with respect to the hidden state is W[y] - p W, where
+W are the head's weights, and the probabilities p are at hand. For a head that is
 trained the chunk is computed again in the backward pass. Some models scale or cap their logits
 after the head (`Head`): this is part of the distribution, and of its gradient.
 
@@ -92,7 +92,7 @@ def output_head(model) -> Head:
 
 
 def student_messages(problem: str) -> list[dict]:
-    """The prompt that is trained, and asked at evaluation."""
+    """The student's prompt, the same in training and in evaluation."""
     return [{"role": "user", "content": problem + "\n\n" + INSTRUCTION}]
 
 
@@ -180,7 +180,8 @@ def read(
 
 def reading_mode(model) -> None:
     """Switch off what a model does in training only (dropout, noise in routers, kernels that leave
-    adapters out): the student is read as it samples. Only layers with gradient checkpointing stay
+    adapters out): so scoring uses the same network
+    as sampling. Only layers with gradient checkpointing stay
     in training mode, because checkpointing works in this mode only."""
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)

@@ -1,5 +1,5 @@
-"""What a method, a teacher or a gate of the family changes in the training step: the object that
-train.Trainer asks in place of train.EGRSD."""
+"""`Neighbour` takes the place of train.EGRSD in train.Trainer. It holds what a method, a teacher or a
+gate of the family changes in the training step."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -80,7 +80,8 @@ class Neighbour(train.EGRSD):
         self.source = s.source
         self.context = CONTEXTS[s.teacher_context if s.has_teacher else "none"]
         self.needs_solution = self.source == "reference" or self.context.needs == "solution"
-        self.has_rollouts = self.method.rollouts or self.source == "teacher"  # for samples.jsonl
+        # something is sampled, so samples.jsonl is written
+        self.has_rollouts = self.method.rollouts or self.source == "teacher"
         self.keeps_states = self.method.full_distributions or s.gate in ("two-view", "dual")
         if s.advantage == "group":
             self.baseline = GroupAdvantage(s.rollouts_per_prompt)
@@ -252,8 +253,8 @@ class Neighbour(train.EGRSD):
 
     @torch.no_grad()
     def compare_views(self, t, examples, reading):
-        """The teacher reads again without a text. The KL between its two views is normalised by mean
-        and deviation over all tokens so far of rollouts whose teacher had something to be shown."""
+        """The teacher reads again without a text: these are its two views. Their KL is normalised. Mean
+        and deviation are over all tokens so far, of rollouts whose teacher had a text."""
         n = len(self.rollouts)
         with self.as_teacher(t):
             self.bare = t.read([example.prompt for example in examples], examples, hidden=True)
@@ -388,8 +389,8 @@ class Neighbour(train.EGRSD):
     # ---- after the update
 
     def after_update(self, t):
-        """Update the teacher as --teacher-schedule says. An average is one of the matrices A and of
-        the matrices B, not of their product. Returns what was noted in the step."""
+        """Update the teacher as --teacher-schedule says. With `ema` the matrices A and the matrices B
+        are averaged, not their products. Returns what was noted in the step."""
         # for a frozen teacher the first list is empty
         for old, new in zip(self.tensors["teacher"], t.parameters, strict=False):
             if self.s.teacher_schedule == "ema":

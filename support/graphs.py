@@ -2,8 +2,8 @@
 
 A decode step of a model of 36 layers is thousands of small kernels. If the CPU launches them one by
 one, this takes longer than the GPU needs to run them. A CUDA graph launches all of them at once. It
-is a recording of kernels with fixed shapes and fixed addresses in memory. So there must be few of
-both, and they must stay:
+is a recording of kernels with fixed shapes and fixed addresses in memory. So three things must not
+change between recording and replay:
 
     shapes      rows and columns are rounded up to buckets, which lie about a quarter apart
     addresses   the memory of all slots is taken once, at its full size, and serves many calls of rollout.sample

@@ -73,7 +73,8 @@ def remove_if_empty(path):
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM or SIGHUP: noted when it comes, obeyed where all ranks agree to."""
+    """Ctrl-C, SIGTERM or SIGHUP. The signal is only noted when it comes. All ranks stop together at
+    the next call of `obey`."""
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
@@ -201,7 +202,7 @@ class StepLog:
         self.trainer = trainer
         self.ranks = trainer.ranks
         self.bar = None
-        self.phase = ""
+        self.phase = "first"
         self.status = ""  # of the last step, shown while the next one samples
         self.begin_step()
 
@@ -221,7 +222,7 @@ class StepLog:
 
     def advice(self) -> str:  # for `name_lack_of_memory`
         flag = "--slots" if self.phase in ("rollout", "ask", "evaluation") else "--micro-batch"
-        return f"in the {self.phase or 'first'} phase: lower {flag} or --max-new-tokens"
+        return f"in the {self.phase} phase: lower {flag} or --max-new-tokens"
 
     def add(self, loss, values, batch):
         """Add a micro-batch: its loss, and values [B, T], one for each token. The log gets the mean of
@@ -252,8 +253,9 @@ class StepLog:
         return {"by_token": found}
 
     def finish_step(self, step: int, rollouts: list[Rollout], num_tokens: float, **metrics) -> dict:
-        """Write the step's samples. Returns its line of metrics.jsonl: means over all ranks."""
-        self.begin("")
+        """Write the step's samples. Returns its line of metrics.jsonl: means over all ranks, seconds of
+        this rank, the largest memory of a rank."""
+        self.begin("checkpoint")
         sums = {
             "reward": sum(r.reward for r in rollouts),
             "accuracy": sum(r.correct for r in rollouts),
@@ -309,7 +311,7 @@ def peak_memory_gib() -> float:
 
 
 def fingerprint(files):
-    """By flag, what changes with the content of the files that it names."""
+    """By flag, a digest of the file or model that it names."""
     found = {}
     for flag, name in files.items():
         found[flag] = model_digest(name) if flag == "--model" else digest(Path(name))

@@ -107,8 +107,8 @@ def read_completions(path, data, problems, pass_over) -> list[dict]:
     which are from the file `data`.
 
     A line has `completion` or `text`, and `line`, a line of `data`, or the same `problem`. It may
-    have `finished` and `tokens`. InputError for completions of other problems, or they are passed
-    over; if the problems do not all have the same number of completions; if the lines are from
+    have `finished` and `tokens`. InputError for completions of other problems, unless
+    `pass_over`; if the problems do not all have the same number of completions; if the lines are from
     several checkpoints.
     """
     known = {}

@@ -131,9 +131,8 @@ def add_lora(
         raise ValueError("model already has an adapter: merge it or load the base model again")
     model.requires_grad_(False)
     layers = linear_layers(model)
-    if isinstance(targets, str) and targets != ALL_LINEAR:
-        targets = (targets,)
-    if targets != ALL_LINEAR:
+    targets = [targets] if isinstance(targets, str) else targets
+    if ALL_LINEAR not in targets:
         ends = tuple(f".{target}" for target in targets)
         layers = {name: layer for name, layer in layers.items() if f".{name}".endswith(ends)}
     if not layers:

@@ -180,6 +180,8 @@ def load_latest(
     checkpoint is damaged."""
     path = latest(directory)
     if path is None:
+        if directory.is_symlink() and not directory.exists():
+            raise InputError(f"{directory}: its disk is not there: mount it, or put it back")
         if ranks.rank == 0:
             print(f"{directory}: no checkpoint is here, the run starts again", file=sys.stderr)
         return
@@ -207,5 +209,5 @@ def load_latest(
 
 def latest(directory: Path) -> Path | None:
     """The last complete checkpoint in `directory`, None if there is none."""
-    found = directory.glob("step-*[0-9]")  # no step-000025.tmp
-    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    found = [path for path in directory.glob("step-*") if path.name[5:].isdecimal()]
+    return max(found, key=lambda path: int(path.name[5:]), default=None)

@@ -59,13 +59,9 @@ def load_problems(
     A gold answer that does not equal itself under reward.is_equal could never be rewarded. Such
     problems raise InputError with their lines, or are left out and counted if `skip_ungradable`.
     """
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(
-            f"{path}: no such data file, or it cannot be read ({reason(error)}): check the path "
-            "(--data, --eval-data, --from)"
-        ) from None
+    if not Path(path).is_file():  # a pipe cannot be read twice, nor be recognised later
+        raise InputError(f"{path}: no such data file: check the path (--data, --eval-data)")
+    lines = Path(path).read_bytes().splitlines()
     problems = []
     ungradable = []
     for number, line in enumerate(lines, 1):
@@ -302,8 +298,6 @@ def add_adapter(model, rank: int, alpha: float, targets: Sequence[str] = lora.TA
     line = f"adapter: {len(chosen)} of {len(layers)} linear layers ({', '.join(_ends(chosen))})"
     if rest:
         line += f"; left out: {', '.join(_ends(rest))}"
-    if any(name.endswith("experts") for name, _ in model.named_modules()):
-        line += "; routers and experts stay frozen"
     return line
 
 

@@ -47,8 +47,7 @@ class Ranks:
         # With WORLD_SIZE alone every process would be rank 0, and train on the same part of a step.
         if missing and ("RANK" not in missing or self.world > 1):
             raise LocalError(
-                f"the environment has RANK={os.environ.get('RANK', '')} and "
-                f"WORLD_SIZE={self.world}, but no {' or '.join(missing)}: start with torchrun, or "
+                f"RANK or WORLD_SIZE is set, but no {' or '.join(missing)}: start with torchrun, or "
                 "unset RANK and WORLD_SIZE"
             )
         self.device = torch.device("cpu")

@@ -80,8 +80,9 @@ class SampleLog:
             )
 
     def _read_samples(self):
-        for path in self.out.glob("samples.*jsonl"):
-            read_jsonl(path, self._take)
+        for path in [self.samples, *self.out.glob("samples.rank*.jsonl")]:
+            if path.exists():
+                read_jsonl(path, self._take)
 
     def _take(self, record):
         if not isinstance(record["finished"], bool):  # the text "false" would count as true

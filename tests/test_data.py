@@ -196,9 +196,7 @@ def test_routers_and_experts_stay_frozen():
         )
     )
     line = add_adapter(model, 4, 8, ["all-linear"])
-    assert line.startswith("adapter: 7 of 7 linear layers") and line.endswith(
-        "; routers and experts stay frozen"
-    )
+    assert line.startswith("adapter: 7 of 7 linear layers")
     assert isinstance(model.model.layers[0].mlp.shared_expert_gate, torch.nn.Linear)
     assert isinstance(model.model.layers[0].mlp.shared_expert.up_proj, lora.LoRALinear)
 

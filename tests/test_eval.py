@@ -243,6 +243,14 @@ def test_a_stopped_evaluation_goes_on(
     assert capsys.readouterr().out == table and len(again) == 24 - (9 if ranks == 1 else 8)
 
 
+def test_a_user_s_copy_of_the_samples_is_not_read(small, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "whole"
+    wrong = whole.replace('"correct": true', '"correct": false')
+    (out / "samples.backup.jsonl").write_text(wrong)
+    call(monkeypatch, *small, "--out", out, "--resume")
+    assert wrong != whole == (out / "samples.jsonl").read_text()
+
+
 def test_what_cannot_be_resumed_is_refused(small, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "whole"
     assert "--resume needs --out" in fails(monkeypatch, capsys, *small, "--resume")

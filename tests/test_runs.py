@@ -339,6 +339,20 @@ def test_damaged_content_is_one_line_with_the_file(copied, tmp_path, what):
     one_line(run_train(tmp_path, "--out", copied, "--resume", "--steps", 3), file)
 
 
+def test_checkpoints_whose_disk_is_not_there_stop_a_resume(copied, tmp_path):
+    """The run would start again at step 1, and drop what is in the logs."""
+    shutil.rmtree(copied / "checkpoints")
+    (copied / "checkpoints").symlink_to("/nowhere/disk")
+    before = (copied / "metrics.jsonl").read_bytes()
+    one_line(run_train(tmp_path, "--out", copied, "--resume", "--steps", 3), "mount it")
+    assert (copied / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_copy_beside_the_checkpoints_is_passed_over(copied, tmp_path):
+    shutil.copytree(copied / "checkpoints/step-000001", copied / "checkpoints/step-000003-copy")
+    assert checkpoint.latest(copied / "checkpoints").name == "step-000002"
+
+
 def test_a_run_without_its_checkpoints_says_that_it_starts_again(copied, tmp_path):
     shutil.rmtree(copied / "checkpoints")
     code, lines, _ = run_train(tmp_path, "--out", copied, "--resume", "--steps", 2)
@@ -629,15 +643,21 @@ def test_an_answer_of_hundreds_of_digits(tmp_path):
     assert load_problems(tmp_path / "data.jsonl")[0][0].answer == "1" + "0" * 400
 
 
-def test_unreadable_data(tmp_path, monkeypatch):
+def test_unreadable_data(tmp_path, monkeypatch, capsys):
     def read_bytes(self):
         raise PermissionError(13, "Permission denied", str(self))
 
-    with pytest.raises(InputError, match="cannot be read .IsADirectoryError.*check the path"):
+    with pytest.raises(InputError, match="no such data file.*check the path"):
         load_problems(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="no such data file.*check the path"):
+        load_problems(tmp_path / "pipe")
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    with pytest.raises(InputError, match="cannot be read .PermissionError.*check the path"):
+    (tmp_path / "data.jsonl").write_text("{}")
+    with pytest.raises(SystemExit), run.one_line_errors("train.py", ""):
         load_problems(tmp_path / "data.jsonl")
+    line = capsys.readouterr().err
+    assert f"{tmp_path / 'data.jsonl'}: cannot be read" in line and "Permission denied" in line
 
 
 # ---- disks that are full, directories that go, readers that leave

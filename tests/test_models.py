@@ -518,7 +518,8 @@ def adapter_note(model):
     except InputError as error:
         names = re.search("leave out all of the .*: say --lora-targets (.*), or", str(error))[1]
         return f"`--lora-targets {names}`"
-    rest, experts, _ = line.split(")", 1)[1].partition("; routers and experts")
+    rest = line.split(")", 1)[1]
+    experts = any(name.endswith("experts") for name, _ in model.named_modules())
     if all(map(ATTENTION.search, lora.linear_layers(model))) and experts:
         return "attention only"
     left_out = rest.removeprefix("; left out: ").split(", ") if rest else []

@@ -263,14 +263,14 @@ class Trainer:
         by_teacher = objective.read_as_teacher(self, examples)  # log p_T and H [N, T], (4)
         # over all micro-batches and ranks: the largest H for (5), the number of tokens for (7)
         max_entropy = ranks.max(by_teacher.entropy.max().item())
-        counts = [sum(len(one.token_ids) for one in some) for some in (rollouts, examples)]
-        num_tokens, all_tokens = ranks.sum(counts)
+        tokens = [len(one.token_ids) for one in examples]  # those of the rollouts come first
+        num_tokens, all_tokens = ranks.sum([sum(tokens[: len(rollouts)]), sum(tokens)])
 
         log.begin("student")
         teacher.reading_mode(self.model)
         lengths = [len(one.prompt) + len(one.token_ids) for one in examples]
-        most_tokens = self.most_tokens([one.prompt for one in examples])
-        batches = teacher.micro_batches(lengths, most_tokens)
+        prompts = [one.prompt for one in examples]
+        batches = teacher.micro_batches(lengths, self.most_tokens(prompts))
         for indices in batches:
             if ranks.distributed:  # only the last backward averages the gradients of the ranks
                 self.student.require_backward_grad_sync = indices is batches[-1]

@@ -86,7 +86,7 @@ class ReadingSettings(Sampling):
         1024, "longest completion in tokens, also L_max of the length reward", least=1
     )
     top_p: float = flag(1.0, "draw from the likeliest tokens of this mass", above=0, most=1)
-    slots: int = flag(128, "rows decoded together; lower it to save memory", least=1)
+    slots: int = flag(128, "completions sampled at the same time; fewer save memory", least=1)
     thinking: bool = flag(False, "let the chat template open a thinking block")
     seed: int = flag(0, "seed of sampling and of everything else that is random", **SEEDS)
     floor: float = flag(0.1, "smallest gate", above=0, most=1)

@@ -40,5 +40,5 @@ DAMAGED = (ValueError, TypeError, LookupError, AttributeError)
 
 def reason(error: BaseException) -> str:
     """Type and first line of a library's message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    first, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {first}"

@@ -290,8 +290,8 @@ class StepLog:
                 f"reward {means['reward']:.2f}, accuracy {means['accuracy']:.2f}, "
                 f"length {means['length']:.0f}, "
             )
-            rate = num_tokens / self.seconds["rollout"]
             if self.bar is not None:
+                rate = num_tokens / self.seconds["rollout"]
                 self.bar.set_postfix_str(f"{self.status}{rate:.0f} tokens/s", refresh=False)
 
     def write_samples(self, step, rollouts):

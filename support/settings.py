@@ -145,7 +145,7 @@ class Settings:
     eval_temperature: float = flag(1.0, "sampling temperature in evaluation", least=0)
     eval_top_p: float = flag(0.95, "top-p in evaluation", above=0, most=1)
     skip_ungradable: bool = flag(
-        False, "leave out rows whose gold answer the verifier cannot grade"
+        False, "leave out problems whose gold answer the verifier cannot grade"
     )
 
     @classmethod
@@ -188,7 +188,7 @@ class Sampling:
     temperature: float = flag(1.0, "sampling temperature, 0: greedy", least=0)
     top_p: float = flag(0.95, "draw from the likeliest tokens of this mass", above=0, most=1)
     top_k: int = flag(0, "draw from this many likeliest tokens, 0: all", least=0)
-    slots: int = flag(32, "rows decoded together; lower it to save memory", least=1)
+    slots: int = flag(32, "completions sampled at the same time; fewer save memory", least=1)
     thinking: bool = flag(True, "let the chat template open a thinking block")
 
 
@@ -209,7 +209,7 @@ class EvaluationSettings(Sampling):
     resume: bool = flag(False, "go on in --out: keep the samples that are there, and make the rest")
     cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
     skip_ungradable: bool = flag(
-        False, "leave out rows whose gold answer the verifier cannot grade"
+        False, "leave out problems whose gold answer the verifier cannot grade"
     )
 
 

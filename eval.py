@@ -58,9 +58,9 @@ from support.data import (
 from support.distributed import Ranks
 from support.graphs import choose
 from support.memory import slots_that_fit
-from support.run import hold, name_lack_of_memory, one_line_errors, thinking_line
+from support.run import hold, name_lack_of_memory, one_line_errors, stop_line, thinking_line
 from support.samples import SampleLog, read_completions
-from support.sampling import check_window, grade_rollouts, progress, sample, student_prompt
+from support.sampling import check_prompts, grade_rollouts, progress, sample, student_prompt
 from support.settings import EvaluationSettings
 
 BOOTSTRAP_RESAMPLES = 10_000
@@ -222,10 +222,10 @@ def load(s, name, adapter, files, device):
         load_adapter(model, adapter, merge=True)
 
     def prompts(problem):
-        return [student_prompt(tokenizer, problem, s.thinking)]
+        return [student_prompt(tokenizer, problem, s)]
 
     for _, path, problems in files:
-        check_window(model, path, problems, s.max_new_tokens, prompts)
+        check_prompts(model, tokenizer, path, problems, s.max_new_tokens, prompts)
     return model, tokenizer
 
 
@@ -240,12 +240,15 @@ def run(s, ranks, out):
         files.append((data, path, problems))
         digests[path] = digest(Path(path))
     log = SampleLog(out, asdict(s), ranks)
+    s.date = log.settings["date"] or ranks.today()
+    log.settings["date"] = s.date
     found = []
     adapters = [None] * (len(s.model) - len(s.adapter)) + s.adapter
     for name, adapter in zip(s.model, adapters, strict=True):
         model, tokenizer = ranks.once_per_node(partial(load, s, name, adapter, files, ranks.device))
         if ranks.rank == 0:
-            print(thinking_line(tokenizer, s.thinking), file=sys.stderr)
+            print(thinking_line(tokenizer, s.thinking, s.date), file=sys.stderr)
+            print(stop_line(model, tokenizer), file=sys.stderr)
         log.begin(digests | {name: model_digest(toy.resolve(name, "model"))})
         checkpoint = f"{name} + {adapter}" if adapter else name
         solve_here = partial(solve, model, tokenizer, s, choose(s.cuda_graphs, ranks.device))

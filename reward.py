@@ -17,7 +17,14 @@ import re
 
 from verifier import is_equal
 
-__all__ = ["extract_answer", "grade", "is_equal", "shaped_reward"]
+__all__ = [
+    "after_thought",
+    "extract_answer",
+    "grade",
+    "is_equal",
+    "outside_thoughts",
+    "shaped_reward",
+]
 
 MAX_BRACES = 2_000  # a box with more braces counts as unclosed
 MAX_PLACEHOLDER = 200  # a box that begins with so many characters of placeholders holds no answer
@@ -25,16 +32,53 @@ MAX_PLACEHOLDER = 200  # a box that begins with so many characters of placeholde
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
 _BARE_BOX = re.compile(r"[-+−]?[0-9]+(?:[.,/][0-9]+)*|[A-Za-z]|")  # as in \boxed 5; or nothing
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # not \{ and \}
+# Marks that open or close a thought. A channel's name follows its mark: <|channel|>analysis
+_MARK = re.compile(
+    r"<\|?/?(?:[a-z]+:)?(?:begin_of_|end_of_)?(?:think|thinking|thought)\|?>"
+    r"|<\|(?:START|END)_THINKING\|>|\[/?THINK\]|◁/?think▷|<\|inner_(?:prefix|suffix)\|>"
+    r"|<\|?channel\|?>\s*(?:analysis|commentary|thought|)"
+)
+_CLOSES = re.compile(r"/|end_of|END|suffix|channel\|?>\s*$")  # found in a mark that closes
 _PLACEHOLDER = re.compile(
     r"(?:\\text|\\[a-z]*dots|\\[ ,;:!]|[{}$~\s.?…]|your|final|<?answer>?|here)*", re.IGNORECASE
 )
 
 
-def extract_answer(text: str) -> str | None:
-    r"""Content of the last box after the last </think>; None if there is none or it holds no
-    answer.
+def after_thought(text: str, prompt_end: str = "") -> str | None:
+    """What a completion says after its last thought; None if that thought has no end.
 
-    An unfinished <think> gives None. So does a last box that is unclosed (truncated), empty or a
+    `prompt_end` is what the prompt ends in, after the question. Some chat templates open the
+    thought there.
+
+    >>> after_thought("<think>7?</think>It is 8."), after_thought("7?", "assistant\\n<think>\\n")
+    ('It is 8.', None)
+    """
+    whole = prompt_end + text
+    marks = list(_MARK.finditer(whole))
+    if not marks:
+        return text
+    if not _CLOSES.search(marks[-1][0]):
+        return None
+    return whole[max(len(prompt_end), marks[-1].end()) :]
+
+
+def outside_thoughts(text: str) -> str:
+    """`text` up to its first mark of a thought and from its last one on, without space at the end.
+
+    >>> outside_thoughts("assistant\\n<think>\\n\\n</think>\\n\\n")
+    'assistant'
+    """
+    marks = list(_MARK.finditer(text))
+    if marks:
+        text = text[: marks[0].start()] + text[marks[-1].end() :]
+    return text.rstrip()
+
+
+def extract_answer(text: str, prompt_end: str = "") -> str | None:
+    r"""Content of the last box after the last thought (`after_thought`); None if there is none or it
+    holds no answer.
+
+    An unfinished thought gives None. So does a last box that is unclosed (truncated), empty or a
     placeholder: an earlier box was not the final answer.
 
     >>> extract_answer(r"\boxed{1}, or rather \fbox{\{\frac{1}{2}\}}")
@@ -44,11 +88,11 @@ def extract_answer(text: str) -> str | None:
     """
     if not isinstance(text, str):
         return None
-    thought_end = text.rfind("</think>")
-    boxes = list(_BOX.finditer(text, max(0, thought_end)))
-    if not boxes or text.rfind("<think>") > thought_end:
+    said = after_thought(text, prompt_end) or ""
+    boxes = list(_BOX.finditer(said))
+    if not boxes:
         return None
-    answer = _content(text, boxes[-1].end())
+    answer = _content(said, boxes[-1].end())
     return None if _PLACEHOLDER.fullmatch(answer, 0, MAX_PLACEHOLDER) else answer
 
 
@@ -64,9 +108,10 @@ def _content(text, start):
     return ""
 
 
-def grade(text: str, gold: str) -> bool:
-    """Whether the boxed answer of a completion equals the gold answer; False if there is none."""
-    answer = extract_answer(text)
+def grade(text: str, gold: str, prompt_end: str = "") -> bool:
+    """Whether the boxed answer of a completion equals the gold answer; False if there is none.
+    `prompt_end` as in `after_thought`."""
+    answer = extract_answer(text, prompt_end)
     return answer is not None and is_equal(answer, gold)
 
 

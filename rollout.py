@@ -653,10 +653,10 @@ def _invert_cdf(probs, uniform, block=256):
     return (which * block + place).clamp_(max=vocabulary - 1)
 
 
-def stop_ids(model, tokenizer) -> list[int]:
-    """Every end-of-sequence id in tokenizer, config and generation_config: they may disagree.
-    ValueError if none is."""
-    found = set()
+def stop_ids(model, tokenizer, more: Iterable[int] = ()) -> list[int]:
+    """Every end-of-sequence id in tokenizer, config and generation_config: they may disagree. And
+    `more`. ValueError if there is none."""
+    found = set(more)
     for source in (tokenizer, model.config, model.generation_config):
         ids = getattr(source, "eos_token_id", None)
         found.update(ids if isinstance(ids, Sequence) else [ids])

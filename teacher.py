@@ -22,9 +22,12 @@ Prompts and completions stay token ids from end to end; nothing is decoded and e
 Copy this file: it needs torch, and a transformers model and tokenizer to work on.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from datetime import date
+from functools import cache, partial
+from string import ascii_letters
 
 import torch
 from torch import Tensor, nn
@@ -108,13 +111,16 @@ def teacher_messages(problem: str, solution: str) -> list[dict]:
 
 
 def encode(
-    tokenizer, messages: list[dict], thinking: bool = False, tokenize: bool = True
+    tokenizer, messages: list[dict], thinking: bool = False, day: str = "", tokenize: bool = True
 ) -> list[int] | str:
     """Token ids, or the text, of `messages` through the chat template, up to where the assistant
     begins to speak.
 
     `thinking` goes to the template under both names that are in use; templates that do not know
-    them ignore them. ValueError if the tokenizer has no chat template.
+    them ignore them. `day` (YYYY-MM-DD) is the date that a template is told when it asks for it; ""
+    is the real one. Control tokens that a message spells, such as <|im_end|>, stay ordinary text:
+    only the template writes control tokens. ValueError if the tokenizer has no chat template, or
+    cannot keep such a text apart from the token.
     """
     if not tokenizer.chat_template:
         raise ValueError(
@@ -123,12 +129,48 @@ def encode(
         )
     return tokenizer.apply_chat_template(
         messages,
+        chat_template=_on_day(tokenizer.get_chat_template(), day),
         add_generation_prompt=True,
         enable_thinking=thinking,
         thinking=thinking,
         tokenize=tokenize,
+        sanitize_control_tokens=tokenize,  # the text has no tokens yet
         return_dict=False,
     )
+
+
+@cache
+def _on_day(template, day):
+    """The chat template with a clock of its own, which stands still: strftime_now("%d %b %Y") gives
+    the parts of `day`."""
+    if not day or "strftime_now" not in template:
+        return template
+    text = "format"
+    for letter in ascii_letters:
+        for code in (f"%{letter}", f"%-{letter}"):
+            part = date.fromisoformat(day).strftime(code)
+            text += f" | replace({json.dumps(code)}, {json.dumps(part)})"
+    return f"{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro %}}\n{template}"
+
+
+def prompt_end(tokenizer, thinking: bool = False, day: str = "") -> str:
+    """What prompts end in after the instruction. It may open a thought, or open and close one."""
+    text = encode(tokenizer, student_messages("1?"), thinking, day, tokenize=False)
+    return text.rpartition(INSTRUCTION)[2]
+
+
+def turn_end(tokenizer) -> int | None:
+    """The control token that follows the assistant's words in the chat template; None if there is
+    none."""
+    said = "The answer is 2."
+    messages = student_messages("1?") + [{"role": "assistant", "content": said}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    _, is_there, rest = text.rpartition(said)
+    lengths = {}  # of the tokens that `rest` begins with
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if is_there and token.content.strip() and rest.lstrip().startswith(token.content):
+            lengths[token_id] = len(token.content)
+    return max(lengths, key=lengths.get, default=None)
 
 
 def read(

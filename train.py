@@ -51,7 +51,16 @@ from support import checkpoint, graphs, run
 from support.data import Problem, add_adapter, load_model, load_problems
 from support.distributed import Ranks
 from support.memory import slots_that_fit
-from support.sampling import Rollout, check_window, grade_rollouts, progress, sample, student_prompt
+from support.sampling import (
+    Rollout,
+    check_prompts,
+    check_thinking,
+    grade_rollouts,
+    progress,
+    sample,
+    student_prompt,
+    teacher_prompt,
+)
 from support.settings import Sampling, Settings
 from teacher import Reading
 
@@ -106,7 +115,9 @@ class EGRSD:
         def prompts(problem):
             return [t.student_prompt(problem), t.teacher_prompt(problem, problem.solution)]
 
-        check_window(t.model, t.files["--data"], t.problems, t.s.max_new_tokens, prompts)
+        check_prompts(
+            t.model, t.tokenizer, t.files["--data"], t.problems, t.s.max_new_tokens, prompts
+        )
 
     def examples(
         self, t: "Trainer", problems: list[Problem]
@@ -197,8 +208,9 @@ class Trainer:
             self.parameters, lr=s.lr, betas=(0.9, 0.999), weight_decay=s.weight_decay
         )
         if self.held_out:
-            check_window(
+            check_prompts(
                 self.model,
+                self.tokenizer,
                 self.files["--eval-data"],
                 self.held_out,
                 s.eval_max_new_tokens or s.max_new_tokens,
@@ -231,7 +243,9 @@ class Trainer:
         self.model, self.tokenizer = self.ranks.once_per_node(
             lambda: load_model(name, dtype, device)
         )
-        self.student_prompt = partial(student_prompt, self.tokenizer, thinking=s.thinking)
+        check_thinking(self.tokenizer, s)
+        self.student_prompt = partial(student_prompt, self.tokenizer, s=s)
+        self.teacher_prompt = partial(teacher_prompt, self.tokenizer, s=s)
         torch.manual_seed(s.seed)
         # a line that says what the adapter covers
         self.adapter = add_adapter(self.model, s.lora_rank, s.lora_alpha, s.lora_targets)
@@ -319,6 +333,7 @@ class Trainer:
             s.top_k,
             s.slots or None,
             s.thinking,
+            s.date,
         )
         first_row = self.ranks.rank * len(problems) * s.rollouts_per_prompt
         show = progress(log.bar, log.status, counts=False, check=self.stop.interrupt)
@@ -380,11 +395,6 @@ class Trainer:
         for name in self.objective.numbers:
             self.objective.numbers[name] = numbers[name]
 
-    def teacher_prompt(self, problem: Problem, shown: str) -> list[int]:
-        return teacher.encode(
-            self.tokenizer, teacher.teacher_messages(problem.problem, shown), self.s.thinking
-        )
-
     def next_problems(self):
         """This rank's problems of the step: the data in a new random order every epoch, dealt out
         without gaps."""
@@ -442,6 +452,7 @@ class Trainer:
             0,
             s.slots or EVALUATION_SLOTS,
             s.thinking,
+            s.date,
         )
         sampling.slots, _ = slots_that_fit(self.model, self.tokenizer, self.held_out, sampling)
 
@@ -475,6 +486,7 @@ def train(s: Settings, resume: bool, objective: EGRSD | None = None) -> None:
     """The whole run; every rank calls it. Evaluate, train, evaluate; then rank 0 exports."""
     ranks = Ranks()
     s.check()
+    s.date = s.date or ranks.today()  # a resumed run has the date of its start
     with run.hold(s.out, ranks, None if resume else settings.REMEDY):
         with run.name_lack_of_memory(
             lambda: "while loading: lower --lora-rank, or take a smaller --model"

@@ -42,7 +42,16 @@ from support.distributed import Ranks
 from support.flags import SEEDS, flag, parse
 from support.report import COLUMNS
 from support.run import hold, one_line_errors
-from support.sampling import Rollout, check_window, grade_rollouts, progress, sample
+from support.sampling import (
+    Rollout,
+    check_prompts,
+    check_thinking,
+    grade_rollouts,
+    progress,
+    said,
+    sample,
+    teacher_prompt,
+)
 from support.settings import Sampling
 
 PROGRAM = "python -m experiments.diagnostics"
@@ -88,6 +97,9 @@ class ReadingSettings(Sampling):
     top_p: float = flag(1.0, "draw from the likeliest tokens of this mass", above=0, most=1)
     slots: int = flag(128, "completions sampled at the same time; fewer save memory", least=1)
     thinking: bool = flag(False, "let the chat template open a thinking block")
+    teacher_thinking: bool = flag(
+        None, "the same for the teacher's prompt (default: as --thinking says)"
+    )
     seed: int = flag(0, "seed of sampling and of everything else that is random", **SEEDS)
     floor: float = flag(0.1, "smallest gate", above=0, most=1)
 
@@ -177,11 +189,6 @@ def auroc_interval(scores, labels, resamples=2000):
 # ---- sample and read
 
 
-def teacher_prompt(tokenizer, problem: Problem, thinking: bool) -> list[int]:
-    messages = teacher.teacher_messages(problem.problem, problem.solution)
-    return teacher.encode(tokenizer, messages, thinking)
-
-
 def sample_student(model, tokenizer, s: ReadingSettings, problems: list[Problem]) -> list[Rollout]:
     """The student's solutions, with rewards and advantages. These very rewards stand for those of
     earlier steps in eq. (9)."""
@@ -203,7 +210,7 @@ def read_both(model, tokenizer, s, rollouts):
     states [T_i, D])."""
     token_ids = [r.token_ids for r in rollouts]
     prompts = [r.prompt for r in rollouts]
-    shown = [teacher_prompt(tokenizer, r.problem, s.thinking) for r in rollouts]
+    shown = [teacher_prompt(tokenizer, r.problem, r.problem.solution, s) for r in rollouts]
     by_student = teacher.read_in_batches(model, prompts, token_ids, BATCH_TOKENS, hidden=True)
     with lora.disabled(model):
         by_teacher = teacher.read_in_batches(model, shown, token_ids, BATCH_TOKENS, hidden=True)
@@ -309,8 +316,9 @@ def correct_shares(model, tokenizer, s, branches):
     correct = []
     for k, end in enumerate(ends):
         r, first = branches[k // CONTINUATIONS]
-        text = tokenizer.decode(first + end.token_ids, skip_special_tokens=True)
-        correct.append(end.finished and reward.grade(text, r.problem.answer))
+        end.token_ids = first + end.token_ids
+        text = said(tokenizer, end)
+        correct.append(end.finished and reward.grade(text, r.problem.answer, r.prompt_end))
     return np.reshape(correct, (-1, CONTINUATIONS)).mean(1).tolist()
 
 
@@ -385,11 +393,14 @@ def diagnose(s: DiagnosticsSettings) -> dict:
         if s.adapter:
             load_adapter(model, s.adapter)
 
+        s.date = s.date or ranks.today()
+        check_thinking(tokenizer, s)
+
         def prompts(problem):
-            return [teacher_prompt(tokenizer, problem, s.thinking)]
+            return [teacher_prompt(tokenizer, problem, problem.solution, s)]
 
         # twice, as a branch goes on behind a part of a completion
-        check_window(model, path, problems, 2 * s.max_new_tokens, prompts)
+        check_prompts(model, tokenizer, path, problems, 2 * s.max_new_tokens, prompts)
         rollouts = sample_student(model, tokenizer, s, problems)
         values, hidden = read_both(model, tokenizer, s, rollouts)
         result = summarise(rollouts, values)

@@ -46,7 +46,7 @@ import teacher
 import toy
 import train
 from experiments import compare
-from experiments.diagnostics import ReadingSettings, sample_student, teacher_prompt
+from experiments.diagnostics import ReadingSettings, sample_student
 from family import __main__ as lab
 from family.contexts import show_answer
 from support.checkpoint import write_json
@@ -55,7 +55,7 @@ from support.distributed import Ranks
 from support.errors import InputError
 from support.flags import flag, parse
 from support.run import name_lack_of_memory, one_line_errors
-from support.sampling import Rollout, check_window
+from support.sampling import Rollout, check_prompts, check_thinking, teacher_prompt
 
 PROGRAM = "python -m experiments.gradients"
 NAMES = {  # of (gamma, window, eps), as in experiments.compare
@@ -138,7 +138,7 @@ def batch_sketches(model, tokenizer, rows, s):
     parameters = lora.lora_parameters(model)
     prompts = [row.prompt for row in rows]
     completions = [row.token_ids for row in rows]
-    privileged = [teacher_prompt(tokenizer, row.problem, s.thinking) for row in rows]
+    privileged = [teacher_prompt(tokenizer, row.problem, row.problem.solution, s) for row in rows]
     with lora.disabled(model):
         seen = teacher.read_in_batches(model, privileged, completions, s.pass_tokens)
 
@@ -319,7 +319,9 @@ def measure(s: GradientsSettings) -> dict:
     for name in s.also:
         if name not in others:
             raise InputError(f"--also {name}: no other row of experiments.compare, see its --help")
-    device = Ranks.alone().device
+    ranks = Ranks.alone()
+    s.date = s.date or ranks.today()
+    device = ranks.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = load_model(toy.resolve(s.model, "model"), dtype, device)
     torch.manual_seed(s.seed)
@@ -328,6 +330,7 @@ def measure(s: GradientsSettings) -> dict:
     else:
         add_adapter(model, rank=16, alpha=32.0)
 
+    check_thinking(tokenizer, s)
     path = toy.resolve(s.data, "train.jsonl")
     shows_solution = s.teacher_context == "solution"
     problems, _ = load_problems(path, shows_solution, s.skip_ungradable)
@@ -335,12 +338,13 @@ def measure(s: GradientsSettings) -> dict:
         problems = [
             replace(p, solution=show_answer(Rollout([], [], False, p, []))) for p in problems
         ]
-    check_window(
+    check_prompts(
         model,
+        tokenizer,
         path,
         problems,
         s.max_new_tokens,
-        lambda p: [teacher_prompt(tokenizer, p, s.thinking)],
+        lambda p: [teacher_prompt(tokenizer, p, p.solution, s)],
     )
     order = np.random.default_rng(s.seed).permutation(len(problems))
     order = np.resize(order, s.batches * s.batch)  # from the first again after the last

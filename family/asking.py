@@ -13,7 +13,7 @@ import torch
 import rollout
 import teacher
 from family.contexts import Example, show_answer
-from support.sampling import progress
+from support.sampling import progress, said, teacher_thinks
 
 SEEDS = {  # the rollouts have 0
     "contexts": 1,
@@ -59,7 +59,8 @@ def ask(t, prompts, what, by_teacher=False):
 
 def encode(t, text):
     """Token ids of a question."""
-    return teacher.encode(t.tokenizer, [{"role": "user", "content": text}], t.s.thinking)
+    messages = [{"role": "user", "content": text}]
+    return teacher.encode(t.tokenizer, messages, t.s.thinking, t.s.date)
 
 
 def question_prompt(t, example):
@@ -87,8 +88,7 @@ def ask_about(t, rollouts):
             prompts.append(None)
     for example, answer in zip(rollouts, ask(t, prompts, question.name), strict=True):
         if answer:
-            said = t.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-            question.take(example, said, t.tokenizer)
+            question.take(example, said(t.tokenizer, answer), t.tokenizer)
     if question.name == "marks":
         t.objective.note(t, "unmarked", [not example.label for example in asked])
 
@@ -142,7 +142,8 @@ def graded(t, first, completion):
         **vars(completion),
         problem=first.problem,
         prompt=first.prompt,
-        text=t.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+        prompt_end=teacher.prompt_end(t.tokenizer, teacher_thinks(t.s), t.s.date),
+        text=said(t.tokenizer, completion),
         is_reference=True,
         has_context=first.has_context,
         teacher_prompt=first.teacher_prompt,

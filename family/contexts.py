@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import reward
 from support.sampling import Rollout
 
 LEAST_SEGMENT = 5  # tokens
@@ -79,10 +80,9 @@ def verdict(example):
     return f"The answer {example.answer[:200]} is wrong."
 
 
-def without_thought(answer):
-    """The text after the thinking block; "" if the block has no end."""
-    said = answer.rpartition("</think>")[2]
-    return "" if "<think>" in said else said
+def thoughtless(example, answer):
+    """What follows the thought in an answer about `example`; "" if the thought has no end."""
+    return reward.after_thought(answer, example.prompt_end) or ""
 
 
 def reflection_question(example, tokenizer):
@@ -96,7 +96,7 @@ def reflection_question(example, tokenizer):
 
 
 def take_reflection(example, answer, tokenizer):
-    example.asked["reflection"] = without_thought(answer).strip()
+    example.asked["reflection"] = thoughtless(example, answer).strip()
 
 
 def segments(example, tokenizer):
@@ -147,7 +147,7 @@ def take_marks(example, answer, tokenizer):
     MOST_MARKED of the tokens. An answer of another form, or with nothing to mark, leaves no label:
     the teacher has no say."""
     example.asked["marks"] = answer
-    plain = re.sub(r"[*\[\]`]", "", without_thought(answer))
+    plain = re.sub(r"[*\[\]`]", "", thoughtless(example, answer))
     said = re.findall(MARKS_FORM, plain, re.IGNORECASE)
     if said:
         numbers, label = said[-1]

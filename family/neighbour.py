@@ -30,7 +30,7 @@ from family.settings import FamilySettings
 from support import checkpoint
 from support.data import InputError
 from support.run import SAMPLES_PER_STEP
-from support.sampling import check_window
+from support.sampling import check_prompts
 from teacher import Reading
 
 
@@ -130,7 +130,7 @@ class Neighbour(train.EGRSD):
 
         # the completion, and those that a text quotes
         tokens = (1 + context.quoted) * self.s.max_new_tokens
-        check_window(t.model, data, t.problems, tokens, prompts)
+        check_prompts(t.model, t.tokenizer, data, t.problems, tokens, prompts)
         for problem in t.problems:
             if context.needs == "restated" and not problem.restated:
                 raise InputError(
@@ -173,9 +173,16 @@ class Neighbour(train.EGRSD):
     def reference(self, t, problem):
         """The reference solution and a stop token as a completion; not finished if it is cut at
         --max-new-tokens."""
-        ids = t.tokenizer.encode(problem.solution, add_special_tokens=False)
-        # without an eos token, or if its id is 0, the first of the sorted stop ids
-        ids.append(t.tokenizer.eos_token_id or rollout.stop_ids(t.model, t.tokenizer)[0])
+        # a solution that spells a control token has no control token
+        ids = t.tokenizer.encode(
+            problem.solution, add_special_tokens=False, split_special_tokens=True
+        )
+        ends = [
+            teacher.turn_end(t.tokenizer),
+            t.tokenizer.eos_token_id,
+            rollout.stop_ids(t.model, t.tokenizer)[0],
+        ]
+        ids.append(next(end for end in ends if end is not None))
         kept = ids[: self.s.max_new_tokens]
         prompt = t.student_prompt(problem)
         return Example(

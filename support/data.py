@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
         ) from None
     _check_weights(name, model, found)
     try:
-        rollout.stop_ids(model, tokenizer)
+        _set_stop_tokens(model, tokenizer)
         rollout.check_model(model)
         if scored:
             teacher.check_head(model)
@@ -222,6 +223,32 @@ def _check_weights(name, model, found):
             f"model, first {min(unexpected)}",
             file=sys.stderr,
         )
+
+
+def _set_stop_tokens(model, tokenizer):
+    """generation_config names every token at which completions stop, here and in an export: those
+    of tokenizer, config and generation_config, and the one that ends a turn in the chat template.
+    ValueError if there is none, or if generation_config could not be exported."""
+    ends = stop_sources(tokenizer)
+    generation = model.generation_config
+    generation.eos_token_id = rollout.stop_ids(model, tokenizer, ends)
+    with suppress(ValueError):
+        generation.validate(strict=True)
+        return
+    generation.do_sample = True  # mostly that is missing, and a temperature is there
+    generation.validate(strict=True)
+
+
+def stop_sources(tokenizer) -> dict[int, str]:
+    """Stop tokens, and what names them; the model's configs may name more."""
+    found = {}
+    if tokenizer.eos_token_id is not None:
+        found[tokenizer.eos_token_id] = "tokenizer"
+    with suppress(Exception):  # a template may refuse an assistant's turn
+        end = teacher.turn_end(tokenizer)
+        if end is not None:
+            found[end] = "chat template"
+    return found
 
 
 def _check_tokenizer(name, model, tokenizer, scored):

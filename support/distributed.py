@@ -7,7 +7,7 @@ process is a group of one.
 import gc
 import os
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import date, timedelta
 
 import torch
 import torch.distributed as dist
@@ -99,6 +99,10 @@ class Ranks:
         parts = [None] * self.world
         dist.all_gather_object(parts, items)
         return sum(parts, [])
+
+    def today(self) -> str:
+        """The date where rank 0 is, YYYY-MM-DD."""
+        return self.gather_lists([date.today().isoformat()])[0]
 
     def share(self, count: int) -> range:
         """This rank's part of range(count), in the order of ranks. Sizes differ by at most one."""

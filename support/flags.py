@@ -5,8 +5,9 @@ import argparse
 import math
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, field, fields
+from datetime import date
 from pathlib import Path
 
 from support.errors import InputError
@@ -20,18 +21,31 @@ BOUNDS = {  # of a number: what the message says, and what must hold
 SEEDS = {"least": 0, "most": 10**18}  # torch takes 64 bits
 
 
-def flag(default, help: str, *, choices: tuple | None = None, **bounds):
-    """One setting. bounds: least, above, most and below, as in BOUNDS; such a number is finite.
+def flag(
+    default,
+    help: str,
+    *,
+    choices: tuple | None = None,
+    kind: Callable | None = None,
+    **bounds,
+):
+    """One setting. bounds: least, above, most and below, as in BOUNDS; such a number is finite. kind
+    makes the value of the text on the command line; without it the field's type does.
 
     A list takes several values at once, all of the type of its first default. A list that is empty
     by default is a flag to be repeated.
     """
     if bounds:
         bounds.setdefault("below", math.inf)
-    metadata = {"help": help, "choices": choices, "bounds": bounds}
+    metadata = {"help": help, "choices": choices, "kind": kind, "bounds": bounds}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def day(value: str) -> str:
+    """The kind of a flag that is a date, YYYY-MM-DD."""
+    return date.fromisoformat(value).isoformat()
 
 
 def nonempty(value: str) -> str:
@@ -71,7 +85,7 @@ def add_flags(parser, settings: Iterable[Field]) -> None:
     """A flag per field."""
     for f in settings:
         default = f.default
-        keywords = {"type": f.type, "choices": f.metadata["choices"]}
+        keywords = {"type": f.metadata["kind"] or f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             keywords = {"action": argparse.BooleanOptionalAction}
         elif f.type is list:

@@ -19,7 +19,7 @@ def slots_that_fit(
 ) -> tuple[int, str]:
     """(rows to decode together, why). There are at most `sampling.slots`, and at full length their
     cache takes at most MEMORY_SHARE of the free memory. One row is always allowed."""
-    lengths = [len(student_prompt(tokenizer, p, sampling.thinking)) for p in problems]
+    lengths = [len(student_prompt(tokenizer, p, sampling)) for p in problems]
     columns = max(lengths, default=0) + sampling.max_new_tokens
     column, states = rollout.row_size(model)
     row = columns * column + states  # bytes

@@ -18,12 +18,13 @@ import transformers
 from torch import Tensor
 
 import lora
+import rollout
 import teacher
 from support import checkpoint, distributed, report
-from support.data import digest, model_digest
+from support.data import digest, model_digest, stop_sources
 from support.distributed import Ranks
 from support.errors import InputError, LocalError, one_line, reason
-from support.sampling import Rollout
+from support.sampling import Rollout, teacher_thinks
 from support.settings import FORMAT, in_use
 
 SAMPLES_PER_STEP = 4  # rollouts of rank 0 that go into samples.jsonl at each step
@@ -376,7 +377,9 @@ def write_config(trainer):
         "versions": versions,
         "fingerprint": fingerprint(trainer.files),
         "adapter": trainer.adapter,
-        "thinking": thinking_line(trainer.tokenizer, s.thinking),
+        "stop_tokens": stop_line(trainer.model, trainer.tokenizer),
+        "thinking": thinking_line(trainer.tokenizer, s.thinking, s.date),
+        "teacher_thinking": thinking_line(trainer.tokenizer, teacher_thinks(s), s.date),
         "first_prompts": {"student": decode(student), "teacher": decode(shown)},
     }
     path = trainer.out / "config.json"
@@ -385,17 +388,28 @@ def write_config(trainer):
     print(
         f"{s.method} trains an adapter of {trained:,} weights for {s.model} on "
         f"{len(trainer.problems):,} problems{left_out}: {s.steps} steps of {completions} "
-        f"completions (device: {derived['device']}, processes: {world})\nall settings: {path}; "
-        "--help has a sentence for each",
+        f"completions (device: {derived['device']}, processes: {world})\n"
+        f"{config['stop_tokens']}\nall settings: {path}; --help has a sentence for each",
         flush=True,
     )
 
 
-def thinking_line(tokenizer, thinking):
+def stop_line(model, tokenizer):
+    """Where completions stop, and what says so."""
+    sources = stop_sources(tokenizer)
+    shown = []
+    for token in rollout.stop_ids(model, tokenizer):
+        source = sources.get(token, "model's configs")
+        shown.append(f"{tokenizer.decode([token])!r} ({token}, {source})")
+    return f"completions stop at {' or '.join(shown)}"
+
+
+def thinking_line(tokenizer, thinking, day=""):
     """What --thinking does with this chat template, and how prompts end."""
     messages = teacher.student_messages("1?")
     own, other = (
-        teacher.encode(tokenizer, messages, on, tokenize=False) for on in (thinking, not thinking)
+        teacher.encode(tokenizer, messages, on, day, tokenize=False)
+        for on in (thinking, not thinking)
     )
     flag, switched = (
         ("--thinking", "--no-thinking") if thinking else ("--no-thinking", "--thinking")

@@ -68,6 +68,7 @@ class SampleLog:
                 f"{self.results}: no evaluation that can be resumed here ({reason(error)}): "
                 "check --out, or leave --resume out"
             ) from None
+        self.settings["date"] = self.settings["date"] or before.get("date")
         changed = [
             f"{flag_name(key)} was {before.get(key)}"
             for key, value in self.settings.items()
@@ -108,7 +109,7 @@ def read_completions(path, data, problems, pass_over) -> list[dict]:
     which are from the file `data`.
 
     A line has `completion` or `text`, and `line`, a line of `data`, or the same `problem`. It may
-    have `finished` and `tokens`. InputError for completions of other problems, unless
+    have `finished`, `tokens` and `prompt_end`. InputError for completions of other problems, unless
     `pass_over`; if the problems do not all have the same number of completions; if the lines are from
     several checkpoints.
     """
@@ -129,12 +130,15 @@ def read_completions(path, data, problems, pass_over) -> list[dict]:
                 f"{data} has no such line, counted from 1, or no such problem, or they disagree"
             )
         text = record.get("completion", record.get("text"))
+        prompt_end = record.get("prompt_end", "")
         finished = record.get("finished", True)
         tokens = record.get("tokens")
         is_count = tokens is None or type(tokens) is int and tokens > 0
-        if not isinstance(text, str) or not isinstance(finished, bool) or not is_count:
+        are_texts = isinstance(text, str) and isinstance(prompt_end, str)
+        if not are_texts or not isinstance(finished, bool) or not is_count:
             raise ValueError(
-                "completion must be text, finished true or false, tokens a whole number above 0"
+                "completion must be text, prompt_end as well, finished true or false, tokens a "
+                "whole number above 0"
             )
         sources.add((record.get("checkpoint"), record.get("data")))
         if len(sources) > 1:
@@ -142,7 +146,8 @@ def read_completions(path, data, problems, pass_over) -> list[dict]:
                 "another checkpoint or data file than before: put them into files of their own"
             )
         own = found[problem.line]
-        graded = Rollout([], [], finished, problem, [], text).grade().as_json()
+        said = Rollout([], [], finished, problem, [], text, prompt_end=prompt_end)
+        graded = said.grade().as_json()
         own.append(
             {"checkpoint": path, "data": data, "sample": len(own), **graded, "tokens": tokens}
         )

@@ -1,5 +1,6 @@
 """Problems in, graded rollouts out: what training, evaluation and diagnostics have in common."""
 
+import re
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -19,16 +20,17 @@ class Rollout(rollout.Completion):
 
     problem: Problem
     prompt: list[int]  # token ids of the student's prompt
-    text: str = ""  # decoded, without special tokens
+    text: str = ""  # decoded, control tokens and all, but without the stop token
     answer: str | None = None  # the box's content, None if there is none
     correct: bool = False  # finished, and the verifier says that the answer is right
     reward: float = 0.0
     advantage: float = 0.0
+    prompt_end: str = ""  # what the prompt ends in, see teacher.prompt_end
 
     def grade(self) -> "Rollout":
         """Fill in answer and correct, from the text. A truncated completion is wrong whatever it
         says."""
-        self.answer = reward.extract_answer(self.text)
+        self.answer = reward.extract_answer(self.text, self.prompt_end)
         can_be_right = self.finished and self.answer is not None
         self.correct = can_be_right and reward.is_equal(self.answer, self.problem.answer)
         return self
@@ -38,6 +40,7 @@ class Rollout(rollout.Completion):
             "line": self.problem.line,
             "problem": self.problem.problem,
             "gold": self.problem.answer,
+            "prompt_end": self.prompt_end,
             "completion": self.text,
             "answer": self.answer,
             "correct": self.correct,
@@ -46,9 +49,34 @@ class Rollout(rollout.Completion):
         }
 
 
-def student_prompt(tokenizer, problem: Problem, thinking: bool) -> list[int]:
-    """Token ids of the student's prompt, the same in training and in evaluation."""
-    return teacher.encode(tokenizer, teacher.student_messages(problem.problem), thinking)
+def student_prompt(tokenizer, problem: Problem, s) -> list[int]:
+    """Token ids of the student's prompt, the same in training and in evaluation. `s` are settings:
+    thinking and date are used."""
+    return teacher.encode(tokenizer, teacher.student_messages(problem.problem), s.thinking, s.date)
+
+
+def teacher_prompt(tokenizer, problem: Problem, shown: str, s) -> list[int]:
+    """Token ids of the teacher's prompt. It is `shown` the reference solution, or something else."""
+    messages = teacher.teacher_messages(problem.problem, shown)
+    return teacher.encode(tokenizer, messages, teacher_thinks(s), s.date)
+
+
+def teacher_thinks(s) -> bool:
+    """--teacher-thinking, by default --thinking."""
+    return s.thinking if s.teacher_thinking is None else s.teacher_thinking
+
+
+def check_thinking(tokenizer, s) -> None:
+    """InputError if the prompts of student and teacher end differently, thoughts left out."""
+    ends = []
+    for thinking in (s.thinking, teacher_thinks(s)):
+        end = teacher.prompt_end(tokenizer, thinking, s.date)
+        ends.append(reward.outside_thoughts(end))
+    if ends[0] != ends[1]:
+        raise InputError(
+            f"--teacher-thinking: apart from the thought, prompts end in {ends[0]!r} for the "
+            f"student, in {ends[1]!r} for the teacher: leave the flag out with this model"
+        )
 
 
 def sample(
@@ -71,7 +99,8 @@ def sample(
     changes no other rollout. `on_rollout(number, rollout)` gets each one as soon as it is there.
     """
     k = sampling.samples
-    prompts = [student_prompt(tokenizer, problem, sampling.thinking) for problem in problems]
+    prompts = [student_prompt(tokenizer, problem, sampling) for problem in problems]
+    end = teacher.prompt_end(tokenizer, sampling.thinking, sampling.date)
     total = k * len(problems)
     seeds = rollout.row_seeds(rollout.generator_for_rows(seed, first_row), total)
     rows = [i for i in range(total) if i not in leave_out]
@@ -80,7 +109,7 @@ def sample(
         shared = [prompts[i // k] for i in rows]
 
     def rollout_of(i, c):
-        return Rollout(c.token_ids, c.logprobs, c.finished, problems[i // k], prompts[i // k])
+        return Rollout(**vars(c), problem=problems[i // k], prompt=prompts[i // k], prompt_end=end)
 
     def on_completion(number, completion):
         if on_rollout:
@@ -107,28 +136,44 @@ def sample(
 def grade_rollouts(tokenizer, rollouts: list[Rollout]) -> list[Rollout]:
     """Fill in text, answer and correct. Returns the same rollouts."""
     for one in rollouts:
-        one.text = tokenizer.decode(one.token_ids, skip_special_tokens=True)
+        one.text = said(tokenizer, one)
         one.grade()
     return rollouts
 
 
-def check_window(
+def said(tokenizer, completion: rollout.Completion) -> str:
+    """The text of a completion without its stop token. Other control tokens stay: they may mark
+    where a thought ends."""
+    ids = completion.token_ids
+    return tokenizer.decode(ids[:-1] if completion.finished else ids)
+
+
+def check_prompts(
     model,
+    tokenizer,
     path: str,
     problems: Sequence[Problem],
     new_tokens: int,
     prompts: Callable[[Problem], list[list[int]]],
 ) -> None:
-    """InputError with the line of the first problem whose `prompts`, or one of them, leave no room
-    for `new_tokens` tokens."""
+    """InputError with the line of the first problem that leaves no room for `new_tokens` tokens in one
+    of its `prompts`, or that spells a control token which the tokenizer cannot read as text."""
     window = rollout.window(model)
     template = max(map(len, prompts(Problem("", "", "", 0))))
+    names = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    spelled = re.compile("|".join(re.escape(name) for name in names if name.strip()) or "(?!)")
     for p in problems:
+        text = "\n".join((p.problem, p.solution, p.answer, p.restated))
         # A token has at least one byte, so most problems need no tokenizer here.
-        most = len((p.problem + p.solution + p.answer + p.restated).encode())
-        if most + template + new_tokens <= window:
+        fits = len(text.encode()) + template + new_tokens <= window
+        if fits and not spelled.search(text):
             continue
-        length = max(map(len, prompts(p)))
+        try:
+            length = max(map(len, prompts(p)))
+        except ValueError as error:  # from transformers, about a control token
+            raise InputError(
+                f"{path}: line {p.line}: {error}: spell it in another way, or remove the line"
+            ) from None
         if length + new_tokens > window:
             raise InputError(
                 f"{path}: line {p.line}: field 'problem' (with 'solution', where it is shown) "

@@ -17,6 +17,7 @@ from support.flags import (
     Parser,
     add_flags,
     check_ranges,
+    day,
     environment_number,
     flag,
     flag_name,
@@ -25,7 +26,8 @@ from support.flags import (
 # those of lora.py, without its import of torch
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS += ["qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "c_fc", "c_proj"]
-FORMAT = 2  # of config.json
+FORMAT = 3  # of config.json
+DATE = "YYYY-MM-DD, the date for chat templates that print one; empty: the day of the start"
 # Files that a killed start may leave. A directory with only these counts as empty.
 LEFT_BY_A_KILL = {"lock", "config.json.tmp", "results.json.tmp"}
 REMEDY = "go on with --resume, or choose another --out"
@@ -104,6 +106,10 @@ class Settings:
     thinking: bool = flag(
         False, "let the chat template open a thinking block, in training and evaluation"
     )
+    teacher_thinking: bool = flag(
+        None, "the same for the teacher's prompt (default: as --thinking says)"
+    )
+    date: str = flag("", DATE, kind=day)
     lr: float = flag(5e-6, "learning rate of AdamW", least=0)
     lr_warmup_steps: int = flag(
         0, "steps of linear warm-up; the rate is constant after them", least=0
@@ -190,6 +196,7 @@ class Sampling:
     top_k: int = flag(0, "draw from this many likeliest tokens, 0: all", least=0)
     slots: int = flag(32, "completions sampled at the same time; fewer save memory", least=1)
     thinking: bool = flag(True, "let the chat template open a thinking block")
+    date: str = flag("", DATE, kind=day)
 
 
 @dataclass

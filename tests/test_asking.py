@@ -249,7 +249,10 @@ def test_the_chosen_solution(tokenizer, monkeypatch, overlap, texts, hint, chose
             else [hint and "shown The final answer is \\boxed{7}."]
         )
         found = texts if what == "solutions" else [hint]
-        return [text and rollout.Completion(tokenizer.encode(text), [], True) for text in found]
+        stop = [tokenizer.eos_token_id]
+        return [
+            text and rollout.Completion(tokenizer.encode(text) + stop, [], True) for text in found
+        ]
 
     def prompts_of(t, rows):
         for row in rows:
@@ -261,7 +264,7 @@ def test_the_chosen_solution(tokenizer, monkeypatch, overlap, texts, hint, chose
     monkeypatch.setattr(asking, "top_tokens", lambda t, rows: [torch.tensor([b] * 50)])
     notes, first = {}, row_of(tokenizer, "bbb", False)
     t = SimpleNamespace(
-        s=SimpleNamespace(teacher_rollouts=3),
+        s=SimpleNamespace(teacher_rollouts=3, thinking=False, teacher_thinking=None, date=""),
         objective=SimpleNamespace(
             method=SimpleNamespace(overlap=overlap),
             note=lambda t, name, values: notes.update({name: values}),

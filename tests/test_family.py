@@ -412,7 +412,8 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
         contexts, "segments", lambda row, _: [range(3), range(3, len(row.token_ids))]
     )
     monkeypatch.setattr(train, "grade_rollouts", every_other_one_is_correct(train.grade_rollouts))
-    marks = [t.tokenizer.encode(f"Segments: {i % 4 // 2}, 7. Kind: idea") for i in range(8)]
+    stop = t.tokenizer.eos_token
+    marks = [t.tokenizer.encode(f"Segments: {i % 4 // 2}, 7. Kind: idea{stop}") for i in range(8)]
     monkeypatch.setattr(
         asking,
         "ask",
@@ -1274,7 +1275,7 @@ def test_position_gate(tiny_toy, tmp_path):
 
 
 def write_config(place, s, **changes):
-    config = {"format": 2, "entry": s.ENTRY, "settings": asdict(s), "world_size": 1} | changes
+    config = {"format": 3, "entry": s.ENTRY, "settings": asdict(s), "world_size": 1} | changes
     (place / "config.json").write_text(json.dumps(config))
 
 
@@ -1353,6 +1354,8 @@ def test_what_may_change_on_resume(tmp_path, monkeypatch):
             flags = [f"--no-{flag[2:]}" if value else flag]
         if f.type is list:
             flags = [flag, "q_proj"]
+        if f.name == "date":
+            flags = [flag, "2026-03-05"]
         with pytest.raises(InputError, match=f"changed settings .*{flag} was"):
             train.parse_arguments([*command, *flags])
     for world in (1, 4):
@@ -1362,13 +1365,13 @@ def test_what_may_change_on_resume(tmp_path, monkeypatch):
             train.parse_arguments(command)
 
 
-@pytest.mark.parametrize("version", [None, 1, 3, "2"])
+@pytest.mark.parametrize("version", [None, 2, 4, "3"])
 def test_a_run_of_another_format_is_refused(tmp_path, version):
     s, *_ = train.parse_arguments(["--preset", "toy", "--out", str(tmp_path)])
     write_config(tmp_path, s, format=version)
     if version is None:  # before there was one
         (tmp_path / "config.json").write_text(json.dumps({"settings": asdict(s), "world_size": 1}))
-    with pytest.raises(InputError, match="this version reads 2: .* start anew: python train.py"):
+    with pytest.raises(InputError, match="this version reads 3: .* start anew: python train.py"):
         train.parse_arguments(["--out", str(tmp_path), "--resume"])
 
 
@@ -1382,7 +1385,7 @@ def test_a_run_without_one_of_the_settings_does_not_get_its_default(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"format": 2, "entry": "python -m family", "settings": []}', "[]", "half a fi"]
+    "text", ['{"format": 3, "entry": "python -m family", "settings": []}', "[]", "half a fi"]
 )
 def test_a_damaged_config_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

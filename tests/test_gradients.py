@@ -61,7 +61,7 @@ def test_every_gradient_equals_that_of_a_plain_loop(monkeypatch, pass_tokens):
         )
     ]
     monkeypatch.setattr(
-        gradients, "teacher_prompt", lambda tokenizer, problem, thinking: privileged[problem.line]
+        gradients, "teacher_prompt", lambda tokenizer, problem, shown, s: privileged[problem.line]
     )
     s = GradientsSettings(
         gamma=[0.3, 2.0], window=[0, 2], eps=[0.6], floor=0.2, sketch=10**6, pass_tokens=pass_tokens

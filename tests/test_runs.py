@@ -456,6 +456,9 @@ BROKEN = {
             with_config(p, "config.json", eos_token_id=None),
             with_config(p, "generation_config.json", eos_token_id=None),
             with_config(p, "tokenizer_config.json", eos_token=None),
+            (p / "chat_template.jinja").write_text(
+                "{% for m in messages %}{{ m.content }}{% endfor %}"
+            ),
         ),
         ["eos_token_id"],
     ),

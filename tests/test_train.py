@@ -164,7 +164,7 @@ def test_exported_model_is_an_ordinary_checkpoint(tiny_run, tiny_toy):
     base = [parameter.clone() for parameter in adapted.parameters()]
     lora.load_adapter(adapted, tiny_run / "checkpoints/step-000004/adapter")
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(base, exported.parameters(), strict=True))
-    assert exported.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert exported.generation_config.eos_token_id == [tokenizer.eos_token_id]
     prompts = [
         teacher.encode(tokenizer, teacher.student_messages(f"What is {n}?")) for n in (11, 58, 90)
     ]
@@ -633,11 +633,12 @@ def test_help_and_mistakes_are_answered_without_torch(program, flags, code, said
 
 def test_a_start_says_what_is_trained_and_where_the_settings_are(tiny_toy, tmp_path, capsys):
     train_here(*train_arguments(tiny_toy, tmp_path / "run", steps=1))
-    first, second, *_, model, report = capsys.readouterr().out.splitlines()
+    first, stops, second, *_, model, report = capsys.readouterr().out.splitlines()
     assert (
         first.startswith("cl-egrsd trains an adapter of ")
         and " on 96 problems: 1 steps of 8 " in first
     )
+    assert stops == "completions stop at '<|im_end|>' (2, chat template)"
     assert f"{tmp_path / 'run' / 'config.json'}" in second and "--help" in second
     assert (
         model == f"the trained model is {tmp_path / 'run' / 'model'}"

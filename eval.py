@@ -21,7 +21,8 @@ of arXiv 2605.13255: K = 4, temperature 1.0, top-p 0.95, 32,768 tokens, thinking
 Every sample goes into samples.jsonl, with its text and gold answer, as soon as it is graded. So
 anybody can grade it again, and --resume can go on after a stop. A line of a --from file has
 `completion` or `text`. It names its problem by `line`, a line of the data file, or by the same
-`problem`. It may have `finished` (default: true) and `tokens`, a number.
+`problem`. It may have `finished` (default: true), `tokens`, a number, and `prompt_end`, what the
+prompt ended in, if that opened a thought.
 """
 
 import signal

@@ -77,7 +77,11 @@ def encode(tokenizer, text):
     messages = [{"role": "user", "content": text}]
     switches = {"enable_thinking": False, "thinking": False}  # names that chat templates use
     return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False, **switches
+        messages,
+        add_generation_prompt=True,
+        return_dict=False,
+        sanitize_control_tokens=True,  # a problem that spells one does not become one
+        **switches,
     )
 
 

@@ -22,22 +22,17 @@ SEEDS = {"least": 0, "most": 10**18}  # torch takes 64 bits
 
 
 def flag(
-    default,
-    help: str,
-    *,
-    choices: tuple | None = None,
-    kind: Callable | None = None,
-    **bounds,
+    default, help: str, *, choices: tuple | None = None, keywords: dict | None = None, **bounds
 ):
-    """One setting. bounds: least, above, most and below, as in BOUNDS; such a number is finite. kind
-    makes the value of the text on the command line; without it the field's type does.
+    """One setting. bounds: least, above, most and below, as in BOUNDS; such a number is finite.
+    keywords: more of argparse's add_argument.
 
     A list takes several values at once, all of the type of its first default. A list that is empty
     by default is a flag to be repeated.
     """
     if bounds:
         bounds.setdefault("below", math.inf)
-    metadata = {"help": help, "choices": choices, "kind": kind, "bounds": bounds}
+    metadata = {"help": help, "choices": choices, "keywords": keywords or {}, "bounds": bounds}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -85,7 +80,7 @@ def add_flags(parser, settings: Iterable[Field]) -> None:
     """A flag per field."""
     for f in settings:
         default = f.default
-        keywords = {"type": f.metadata["kind"] or f.type, "choices": f.metadata["choices"]}
+        keywords = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             keywords = {"action": argparse.BooleanOptionalAction}
         elif f.type is list:
@@ -98,6 +93,7 @@ def add_flags(parser, settings: Iterable[Field]) -> None:
             keywords["type"] = nonempty_path
         elif f.type is str and default != "":
             keywords["type"] = nonempty
+        keywords |= f.metadata["keywords"]
         help = f.metadata["help"]
         if default not in (None, ""):
             help += f" (default: {default})"

@@ -109,7 +109,7 @@ class Settings:
     teacher_thinking: bool = flag(
         None, "the same for the teacher's prompt (default: as --thinking says)"
     )
-    date: str = flag("", DATE, kind=day)
+    date: str = flag("", DATE, keywords={"type": day})
     lr: float = flag(5e-6, "learning rate of AdamW", least=0)
     lr_warmup_steps: int = flag(
         0, "steps of linear warm-up; the rate is constant after them", least=0
@@ -196,7 +196,7 @@ class Sampling:
     top_k: int = flag(0, "draw from this many likeliest tokens, 0: all", least=0)
     slots: int = flag(32, "completions sampled at the same time; fewer save memory", least=1)
     thinking: bool = flag(True, "let the chat template open a thinking block")
-    date: str = flag("", DATE, kind=day)
+    date: str = flag("", DATE, keywords={"type": day})
 
 
 @dataclass
@@ -213,7 +213,12 @@ class EvaluationSettings(Sampling):
         [], "JSONL file of completions to grade instead of sampling; repeat it to compare several"
     )
     seed: int = flag(0, "seed of the sampling", **SEEDS)
-    resume: bool = flag(False, "go on in --out: keep the samples that are there, and make the rest")
+    resume: str = flag(
+        False,
+        "go on in --out: keep the samples that are there, and make the rest; auto: if there are "
+        "any, or start",
+        keywords={"nargs": "?", "const": True, "choices": ["auto"]},
+    )
     cuda_graphs: bool = flag(False, "replay decode steps as CUDA graphs; no GPU has run this yet")
     skip_ungradable: bool = flag(
         False, "leave out problems whose gold answer the verifier cannot grade"
@@ -262,7 +267,11 @@ def make_parser(description: str, kind: type[Settings]) -> Parser:
         "other model paper-4b, that is, the defaults below)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last complete checkpoint in --out"
+        "--resume",
+        nargs="?",
+        const=True,
+        choices=["auto"],
+        help="go on from the last complete checkpoint in --out; auto: if there is a run, or start one",
     )
     add_flags(parser, fields(kind))
     return parser
@@ -274,7 +283,7 @@ def resolve(given: dict, kind: type[Settings]) -> tuple[Settings, bool]:
     With --resume, the settings are those of the run in --out. Flags may repeat them. Only those in
     MAY_CHANGE_ON_RESUME may change.
     """
-    resume = given.pop("resume", False)
+    resume = resumes(given.pop("resume", False), given.get("out", Settings.out), "config.json")
     names = given.pop("preset", None)
     if names is None:
         default = "toy" if given.get("model", "toy") == "toy" else "paper-4b"
@@ -287,6 +296,15 @@ def resolve(given: dict, kind: type[Settings]) -> tuple[Settings, bool]:
     if resume:
         return _stored(preset, given, kind), True
     return _new(preset, given, kind), False
+
+
+def resumes(wanted: bool | str, out: str, name: str) -> bool:
+    """Whether to go on in `out`. With --resume auto: if `name` is there, the first file of a run.
+
+    All ranks find the same. Rank 0 writes that file after collectives, and every rank calls this
+    before them.
+    """
+    return (Path(out) / name).exists() if wanted == "auto" else wanted
 
 
 def _new(preset, given, kind):
@@ -344,6 +362,7 @@ def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
         raise InputError("--model and --data are needed; see --help")
     if s.resume and not s.out:
         raise InputError("--resume needs --out, the directory of the evaluation to go on with")
+    s.resume = resumes(s.resume, s.out, "results.json")
     if len(s.adapter) > len(s.model):
         raise InputError(
             f"{len(s.adapter)} times --adapter, {len(s.model)} times --model: name a model "

@@ -280,6 +280,20 @@ def test_what_cannot_be_resumed_is_refused(small, whole, tmp_path, monkeypatch, 
         assert (out / "samples.jsonl").read_text() == damage + whole
 
 
+def test_resume_auto_starts_an_evaluation_and_goes_on(small, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = [*small, "--out", out, "--resume", "auto"]
+    call(monkeypatch, *command)
+    assert (out / "samples.jsonl").read_text() == whole
+    (out / "samples.jsonl").write_text("".join(whole.splitlines(keepends=True)[:9]))
+    call(monkeypatch, *command)
+    assert (out / "samples.jsonl").read_text() == whole
+    assert "--samples was 2" in fails(monkeypatch, capsys, *command, "--samples", 3)
+    (out / "results.json").rename(out / "mine.json")
+    assert "output directory in use" in fails(monkeypatch, capsys, *command)
+    assert "--resume needs --out" in fails(monkeypatch, capsys, *small, "--resume", "auto")
+
+
 def test_another_adapter_of_the_same_name_is_refused(
     small, tiny_run, tmp_path, monkeypatch, capsys
 ):

@@ -1297,8 +1297,9 @@ def test_the_command_that_started_a_run_resumes_it(tmp_path, flags):
     started, *_ = lab.parse_arguments(command)
     write_config(tmp_path, started)
     for again in (command, ["--out", str(tmp_path), *flags]):
-        resumed, resume, _ = lab.parse_arguments([*again, "--resume"])
-        assert resume and resumed == started
+        for how in (["--resume"], ["--resume", "auto"]):
+            resumed, resume, _ = lab.parse_arguments([*again, *how])
+            assert resume and resumed == started
     with pytest.raises(InputError, match="--resume with changed settings .--seed was 0."):
         lab.parse_arguments([*command, "--resume", "--seed", "3"])
 

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import forked, tiny_qwen3, train_arguments, train_here
+from conftest import (
+    assert_ended_well,
+    forked,
+    start_ranks,
+    tiny_qwen3,
+    train_arguments,
+    train_here,
+)
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
@@ -382,6 +389,43 @@ def test_nothing_to_do(copied, tmp_path):
     shutil.rmtree(copied / "model")
     code, lines, out = run_train(tmp_path, "--out", copied, "--resume")
     assert code == 0 and "nothing to do" not in out and (copied / "model").is_dir()
+
+
+def test_resume_auto_starts_and_goes_on_with_the_same_command(flags, tmp_path):
+    """As a requeued job does, after a kill that left a lock, at a step, and when all is done."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").touch()
+    command = [*flags("run"), "--checkpoint-every", 1, "--resume", "auto"]
+    assert run_train(tmp_path, *command)[0] == 0
+    whole = files_of(tmp_path / "run")
+    assert "all 2 steps are done" in run_train(tmp_path, *command)[2]
+    assert files_of(tmp_path / "run") == whole
+
+    shutil.rmtree(tmp_path / "run/model")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000002")
+    assert run_train(tmp_path, *command)[0] == 0
+    shutil.rmtree(tmp_path / "run/checkpoints")  # a kill before the first checkpoint
+    code, lines, _ = run_train(tmp_path, *command)
+    assert code == 0 and "no checkpoint is here, the run starts again" in lines[0]
+    for name in ("model/model.safetensors", "checkpoints/step-000002/state.json"):
+        assert files_of(tmp_path / "run")[Path(name)] == whole[Path(name)]
+    one_line(run_train(tmp_path, *command, "--lr", 0.5), "changed settings (--lr was 0.01)")
+
+
+def test_resume_auto_leaves_the_files_of_others_alone(flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    one_line(run_train(tmp_path, *flags("run"), "--resume", "auto"), "output directory in use")
+    one_line(run_train(tmp_path, *flags("run"), "--resume", "maybe"), "--resume", "auto")
+    assert files_of(tmp_path / "run") == {Path("notes.txt"): b"mine"}
+
+
+def test_all_ranks_find_the_same_with_resume_auto(flags, tmp_path):
+    for steps in (1, 2):
+        command = ["train.py", *flags(tmp_path / "run", steps=steps), "--resume", "auto"]
+        assert_ended_well(start_ranks(tmp_path, train.main, *command), tmp_path)
+    metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [1, 2]
 
 
 # ---- broken weights, tokenizers, adapters

@@ -79,6 +79,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    unused: Sequence[int] = (),
     samples_per_prompt: int = 1,
     slots: int | None = None,
     generator: torch.Generator | None = None,
@@ -90,13 +91,14 @@ def sample(
     """Draw `samples_per_prompt` completions of each prompt (token ids, any lengths).
 
     Result i * samples_per_prompt + j belongs to prompt i. Temperature 0 is greedy; top_p = 1 and
-    top_k = 0 are off; nothing is taken from the model's generation_config. At most `slots` rows are
-    decoded together, which bounds the memory; None: all of them. `seeds`, one for each result, seed
-    the rows. Without them they are drawn from `generator`, or from torch's global random state if
-    there is no generator either. `progress(tokens, finished)` gets the numbers of tokens and of
-    finished rows since its last call. `on_completion(index, completion)` gets every result as soon
-    as it is there. An exception from either ends the sampling. `make_decoder` has the arguments of
-    `Decoder` and returns one. It may return the same one in several calls (support/graphs.py).
+    top_k = 0 are off; nothing is taken from the model's generation_config. Ids in `unused` are never
+    drawn, except for stop ids (`unused_ids` finds them). At most `slots` rows are decoded together,
+    which bounds the memory; None: all of them. `seeds`, one for each result, seed the rows. Without
+    them they are drawn from `generator`, or from torch's global random state if there is no
+    generator either. `progress(tokens, finished)` gets the numbers of tokens and of finished rows
+    since its last call. `on_completion(index, completion)` gets every result as soon as it is
+    there. An exception from either ends the sampling. `make_decoder` has the arguments of `Decoder`
+    and returns one. It may return the same one in several calls (support/graphs.py).
 
     The model runs in eval mode without gradients; the mode of every module is restored, whatever
     happens. ValueError if max_new_tokens, temperature, top_p or top_k is out of range, if a prompt
@@ -119,6 +121,7 @@ def sample(
             columns,
             max_new_tokens,
             stop_ids,
+            unused=unused,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -257,9 +260,9 @@ class Decoder:
     is drawn for it, and dropped.
     """
 
-    def __init__(self, model, slots, columns, max_new_tokens, stop_ids, **how):
-        """columns: of the longest row, prompt and completion; how: the settings of
-        `draw_tokens`."""
+    def __init__(self, model, slots, columns, max_new_tokens, stop_ids, unused=(), **how):
+        """columns: of the longest row, prompt and completion; unused: ids that are never drawn; how:
+        the settings of `draw_tokens`."""
         self.model = model
         self.slots = slots
         self.columns = columns
@@ -272,6 +275,7 @@ class Decoder:
         places = max_new_tokens + 1
         with model.device:  # where torch makes these tensors
             self.stops = torch.tensor(self.stop_ids, dtype=torch.long)
+            self.unused = torch.tensor(sorted({*unused} - {*self.stop_ids}), dtype=torch.long)
             # the last token, its column, and how many were drawn
             self.token, self.position, self.age = torch.zeros(3, slots, dtype=torch.long)
             # it has not ended, it is below max_new_tokens, and its log-probs are finite
@@ -316,6 +320,7 @@ class Decoder:
         """Draw the next token of the rows in these n slots from their logits [n, V]."""
         age = self.age[slots]
         alive = self.alive[slots]
+        logits[:, self.unused] = -torch.inf
         token, logprob = self.draw(logits, self.uniforms[slots, age])
         self.token[slots] = token
         self.token_ids[slots, age] = token
@@ -669,6 +674,13 @@ def stop_ids(model, tokenizer, more: Iterable[int] = ()) -> list[int]:
     return sorted(found)
 
 
+def unused_ids(model, tokenizer) -> list[int]:
+    """Ids for which the tokenizer has no token. A vocabulary is often padded to a round number, and
+    it may have holes; decoded, these ids are nothing."""
+    known = set(tokenizer.get_vocab().values())
+    return [i for i in range(model.get_output_embeddings().weight.shape[0]) if i not in known]
+
+
 def generator_for_rows(seed: Sequence[int], first_row: int) -> torch.Generator:
     """A generator for a part of the rows. Row 0 of the `sample` call that gets it draws the same
     tokens as row `first_row` of one large call.
@@ -692,15 +704,24 @@ def window(model) -> float:
     """The most tokens that prompt and completion may have together; inf if the config sets no
     bound.
 
-    For rotary embeddings of type longrope this is the window without extension: beyond it the
-    longest row of a batch would change the embeddings of all others.
+    Configs differ in whether max_position_embeddings counts the scaling of rotary embeddings. For
+    yarn the larger number holds. linear is counted where each kind of layer has its own entry
+    (Gemma 3); elsewhere it multiplies, as in vLLM. llama3 is always counted. longrope and dynamic
+    keep the window without extension: beyond it the longest row of a batch would change the
+    embeddings of all others.
     """
     config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or float("inf")
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        own = rope.get("original_max_position_embeddings")
-        return own or config.original_max_position_embeddings
-    return getattr(config, "max_position_embeddings", None) or float("inf")
+    if rope.get("rope_type") == "linear":
+        return int(most * rope["factor"])
+    for part in [rope, *rope.values()]:  # it may hold an entry for each kind of layer
+        kind = part.get("rope_type") if isinstance(part, dict) else None
+        if kind == "longrope":
+            return part["original_max_position_embeddings"]
+        if kind == "yarn" and part["factor"]:
+            most = max(most, int(part["original_max_position_embeddings"] * part["factor"]))
+    return most
 
 
 def row_size(model) -> tuple[int, int]:

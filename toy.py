@@ -283,6 +283,7 @@ def accuracy(model, tokenizer, data: Path, privileged: bool) -> float:
         prompts,
         max_new_tokens=160,
         stop_ids=rollout.stop_ids(model, tokenizer),
+        unused=rollout.unused_ids(model, tokenizer),
         slots=128,
         generator=torch.Generator().manual_seed(0),
     )

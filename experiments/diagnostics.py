@@ -308,6 +308,7 @@ def correct_shares(model, tokenizer, s, branches):
             stop_ids=rollout.stop_ids(model, tokenizer),
             temperature=s.temperature,
             top_k=s.top_k,
+            unused=rollout.unused_ids(model, tokenizer),
             slots=s.slots,
             samples_per_prompt=CONTINUATIONS,
             generator=rollout.generator_for_rows((s.seed, 1), 0),

@@ -45,6 +45,7 @@ def ask(t, prompts, what, by_teacher=False):
             stop_ids=rollout.stop_ids(t.model, t.tokenizer),
             temperature=s.ask_temperature,
             top_p=s.ask_top_p,
+            unused=rollout.unused_ids(t.model, t.tokenizer),
             slots=s.slots or None,
             seeds=[seeds[i] for i in places],
             progress=progress(

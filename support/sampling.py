@@ -123,6 +123,7 @@ def sample(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        unused=rollout.unused_ids(model, tokenizer),
         samples_per_prompt=k if len(rows) == total else 1,
         slots=sampling.slots,
         seeds=[seeds[i] for i in rows],

@@ -12,15 +12,18 @@ field, and what to do.
 
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+import safetensors
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import cached_file
 
 import lora
@@ -38,7 +41,13 @@ ATTENTION = re.compile("attn|attention|mixer|mamba|conv")
 ADAPTER = f"check --adapter, a directory with {' and '.join(ADAPTER_FILES)}"
 MEBIBYTE = 2**20
 # files that make a model what it is
-IDENTITY = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "*.jinja")
+IDENTITY = ("*.safetensors", "*.bin", "*.gguf", "*config.json", "tokenizer.json", "*.jinja")
+# What safetensors calls numbers that stand for themselves. All others need a scale, or are packed.
+PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
+UNQUANTISED = (
+    "train the checkpoint that it was made from, or have transformers write a dequantised one "
+    "(docs/running.md, Your own model)"
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,7 @@ def digest(path: Path) -> str:
 def model_digest(name: str) -> str:
     """SHA-256 over the files of a model: of each the name, the size, the first and the last
     mebibyte. That covers names and shapes of all weights, and nobody has to read gigabytes."""
-    folder = Path(cached_file(name, "config.json")).parent
+    folder = _folder(name)
     files = {path for pattern in IDENTITY for path in folder.glob(pattern)}
     found = hashlib.sha256()
     for path in sorted(files):
@@ -145,26 +154,42 @@ def model_digest(name: str) -> str:
     return found.hexdigest()
 
 
+def _folder(name):
+    """Where the files of a model are."""
+    return Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json")).parent
+
+
 def check_place(name: str) -> None:
     """InputError for the name of a model that can only be a directory, and is none."""
+    if name.endswith(".gguf"):
+        raise InputError(f"{name}: name the directory that holds this file (--model)")
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise InputError(f"{name}: no such model directory: check the path (--model)")
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool = True):
-    """(model, tokenizer) from a checkpoint directory or a hub id. Code that comes with them is not
-    run. Also chooses the number of threads that suits the model.
+    """(model, tokenizer) from a checkpoint directory or a hub id, or from a directory with a .gguf
+    file, which is dequantised. Code that comes with them is not run. Also chooses the number of
+    threads that suits the model.
 
-    InputError if there is no such model; if weights are missing, of another shape or not finite; if
+    InputError if there is no such model; if it is quantised, unless by GGUF; if weights are missing,
+    of another shape or not finite; if
     `rollout.sample` cannot run it; if `teacher.read` cannot score with it, where it is `scored`; if
     its tokenizer has no chat template that works.
     """
     check_place(name)
+    gguf = _gguf_file(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, found = _without_dropout(name, dtype)
+        config = AutoConfig.from_pretrained(name, gguf_file=gguf, trust_remote_code=False)
+        _check_method(name, config)
+        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf, trust_remote_code=False)
+        model, found = _without_dropout(name, config, gguf, dtype)
+        if gguf:
+            _check_gguf(f"{name}/{gguf}", model)
         model.to(device)
+    except InputError:
+        raise
     except Exception as error:  # for a missing or damaged model libraries raise a dozen types
         raise InputError(
             f"{name}: cannot load the model ({reason(error)}): check --model, a checkpoint "
@@ -186,10 +211,71 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
     return model, tokenizer
 
 
-def _without_dropout(name, dtype):
+def _gguf_file(name):
+    """The name of the .gguf file in a directory without config.json; None if there is none."""
+    folder = Path(name)
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if not files or (folder / "config.json").exists():
+        return None
+    if len(files) > 1:
+        raise InputError(
+            f"{name}: several .gguf files ({', '.join(files)}): put the one to train into a "
+            "directory of its own, the parts of a split one merged (--model)"
+        )
+    if not (find_spec("gguf") and find_spec("accelerate")):
+        raise InputError(
+            f"{name}: reading {files[0]} needs two more packages: pip install gguf accelerate"
+        )
+    return files[0]
+
+
+def _check_method(name, config):
+    """InputError for a config that says how the weights are quantised."""
+    text = config.get_text_config()  # of a model that reads images, too
+    how = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if how:
+        method = how.get("quant_method", "by a method without a name")
+        raise InputError(f"{name}: the weights are quantised ({method}): {UNQUANTISED}")
+
+
+def _check_gguf(path, model):
+    """InputError if the file says of the model what transformers leaves out: a tensor, or a setting
+    whose value is not in the config, such as the scaling of rotary embeddings."""
+    # with the package gguf
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, GgufHeader, read_gguf_metadata
+
+    metadata, _ = read_gguf_metadata(path)
+    kind = metadata["general.architecture"]
+    if kind in GGUF_CONFIG_ARCHS:  # transformers reads all that these have
+        return
+    known = list(_leaves(model.config.to_dict()))
+    left_out = []
+    for key, value in metadata.items():
+        if key.startswith(f"{kind}.") and value not in known:
+            left_out.append(f"{key} = {value}")
+    sizes = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    in_file = sum(math.prod(tensor.shape) for tensor in GgufHeader.from_file(path).tensors)
+    if in_file > sum(sizes.values()):
+        left_out.append(f"{in_file - sum(sizes.values())} weights")
+    if left_out:
+        raise InputError(
+            f"{path}: transformers leaves out a part of this GGUF file, so the model would be "
+            f"another one: {', '.join(left_out)}: train the checkpoint that it was made from"
+        )
+
+
+def _leaves(value):
+    """What is in a dict and in the dicts in it."""
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _without_dropout(name, config, gguf, dtype):
     """(model, what transformers says of its weights). Its layers have no dropout, its config keeps
     the rates for an export."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     settings = vars(config.get_text_config())
     rates = {}
     for key, value in settings.items():
@@ -199,6 +285,8 @@ def _without_dropout(name, dtype):
     model, found = AutoModelForCausalLM.from_pretrained(
         name,
         config=config,
+        gguf_file=gguf,
+        quantization_config=GgufConfig(dequantize=True) if gguf else None,
         dtype=dtype,
         trust_remote_code=False,
         output_loading_info=True,
@@ -209,6 +297,14 @@ def _without_dropout(name, dtype):
 
 
 def _check_weights(name, model, found):
+    for path in _folder(name).glob("*.safetensors"):
+        with safetensors.safe_open(path, "pt") as file:
+            for key in file.keys():
+                dtype = file.get_slice(key).get_dtype()
+                if dtype not in PLAIN and not key.endswith("bias"):  # GPT-2 has masks of this name
+                    raise InputError(
+                        f"{path}: the weights are quantised ({key} is {dtype}): {UNQUANTISED}"
+                    )
     wrong = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
     wrong += [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if wrong:

@@ -275,13 +275,14 @@ def test_a_stop_token_that_the_tokenizer_lacks_can_be_drawn(model):
 
 def test_training_never_draws_from_a_padded_vocabulary(copied):
     model, tokenizer = load(copied)
+    problem = data.Problem("What is 2+3?", "", "5", 1)
+    liked = sample(model, tokenizer, [problem], Sampling(1, 1, 0.0), seed=(0,))[0].token_ids[0]
     own = len(tokenizer)
     model.resize_token_embeddings(own + 30, mean_resizing=False)
     with torch.no_grad():
-        model.get_output_embeddings().weight[own:] = model.get_output_embeddings().weight.mean() * 9
+        model.get_output_embeddings().weight[own:] = model.get_output_embeddings().weight[liked] * 3
     model.save_pretrained(copied)
     model, tokenizer = load(copied)
-    problem = data.Problem("What is 2+3?", "", "5", 1)
     for one in sample(model, tokenizer, [problem], Sampling(8, 12, top_p=1.0), seed=(0,)):
         assert max(one.token_ids) < own
 

@@ -174,9 +174,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
     threads that suits the model.
 
     InputError if there is no such model; if it is quantised, unless by GGUF; if weights are missing,
-    of another shape or not finite; if
-    `rollout.sample` cannot run it; if `teacher.read` cannot score with it, where it is `scored`; if
-    its tokenizer has no chat template that works.
+    of another shape or not finite; if `rollout.sample` cannot run it; if `teacher.read` cannot
+    score with it, where it is `scored`; if its tokenizer has no chat template that works.
     """
     check_place(name)
     gguf = _gguf_file(name)
@@ -185,6 +184,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
         _check_method(name, config)
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf, trust_remote_code=False)
         model, found = _without_dropout(name, config, gguf, dtype)
+        _check_types(_folder(name))
         if gguf:
             _check_gguf(f"{name}/{gguf}", model)
         model.to(device)
@@ -238,10 +238,23 @@ def _check_method(name, config):
         raise InputError(f"{name}: the weights are quantised ({method}): {UNQUANTISED}")
 
 
+def _check_types(folder):
+    """InputError for weights that were stored quantised, whatever the config says: transformers casts
+    them without their scales."""
+    for path in folder.glob("*.safetensors"):
+        with safetensors.safe_open(path, "pt") as file:
+            for key in file.keys():
+                dtype = file.get_slice(key).get_dtype()
+                if dtype not in PLAIN and not key.endswith("bias"):  # GPT-2 has masks of this name
+                    raise InputError(
+                        f"{path}: the weights are quantised ({key} is {dtype}): {UNQUANTISED}"
+                    )
+
+
 def _check_gguf(path, model):
-    """InputError if the file says of the model what transformers leaves out: a tensor, or a setting
-    whose value is not in the config, such as the scaling of rotary embeddings."""
-    # with the package gguf
+    """InputError if the file has something that transformers leaves out: weights, or a setting whose
+    value is not in the config, such as the scaling of rotary embeddings."""
+    # parts of transformers that may move in another version
     from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, GgufHeader, read_gguf_metadata
 
     metadata, _ = read_gguf_metadata(path)
@@ -297,14 +310,6 @@ def _without_dropout(name, config, gguf, dtype):
 
 
 def _check_weights(name, model, found):
-    for path in _folder(name).glob("*.safetensors"):
-        with safetensors.safe_open(path, "pt") as file:
-            for key in file.keys():
-                dtype = file.get_slice(key).get_dtype()
-                if dtype not in PLAIN and not key.endswith("bias"):  # GPT-2 has masks of this name
-                    raise InputError(
-                        f"{path}: the weights are quantised ({key} is {dtype}): {UNQUANTISED}"
-                    )
     wrong = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
     wrong += [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if wrong:

@@ -59,7 +59,14 @@ from support.data import (
 from support.distributed import Ranks
 from support.graphs import choose
 from support.memory import slots_that_fit
-from support.run import hold, name_lack_of_memory, one_line_errors, stop_line, thinking_line
+from support.run import (
+    hold,
+    name_lack_of_memory,
+    one_line_errors,
+    saved_dtype,
+    stop_line,
+    thinking_line,
+)
 from support.samples import SampleLog, read_completions
 from support.sampling import check_prompts, grade_rollouts, progress, sample, student_prompt
 from support.settings import EvaluationSettings
@@ -215,12 +222,15 @@ def evaluate(
 
 
 def load(s, name, adapter, files, device):
-    """(model, tokenizer), the adapter merged in. InputError if a prompt leaves no room for the
-    completion."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer = load_model(toy.resolve(name, "model"), dtype, device, scored=False)
+    """(model, tokenizer), with the adapter, if there is one. InputError if a prompt leaves no room for
+    the completion."""
+    folder = toy.resolve(name, "model")
+    # model/ of a run is in float32: bfloat16 would lose what it learned
+    is_exact = device.type != "cuda" or saved_dtype(folder) == torch.float32
+    dtype = torch.float32 if is_exact else torch.bfloat16
+    model, tokenizer = load_model(folder, dtype, device, scored=False)
     if adapter:
-        load_adapter(model, adapter, merge=True)
+        load_adapter(model, adapter)  # not merged: the adapter's part is exact in bfloat16, too
 
     def prompts(problem):
         return [student_prompt(tokenizer, problem, s)]

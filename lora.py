@@ -10,8 +10,10 @@ so that a fresh student equals the base model. With the adapter on, the model is
 models for the memory of one.
 
 A and B are float32, also where W is bfloat16: at a learning rate of 5e-6 most updates of a bfloat16
-weight would round to nothing. Under autocast the products still run in bfloat16. Sampling draws
-thousands of tokens with the same weights: it uses copies of A and B that are rounded once.
+weight would round to nothing. The products run in the dtype of W, or of autocast. The adapter's part
+is small beside W x: added to a finished W x it would mostly be lost in rounding. So W x is added to
+it, inside one matrix product, and the sum is rounded once. Sampling draws thousands of tokens with
+the same weights: it keeps the rounded copies of A and B.
 
 Adapters on disk are in PEFT's format. PEFT 0.21.2 was tried (tests/test_lora.py). vLLM reads the
 same format, but was not tried. There is no dropout, no bias and no rank per layer: a file that
@@ -80,6 +82,8 @@ class LoRALinear(nn.Module):
         self.is_sampling = False
         self.copies = None  # for sampling: A and (alpha / rank) B, in the dtype of the products
         self.kind = None  # dtype and device of the copies
+        # W x + bias and nothing else; other subclasses of nn.Linear may do more
+        self.is_plain = type(base) is nn.Linear or type(base).__name__ in ("Conv1D", "FalconLinear")
         weight = _weight(base)
         out_features, in_features = weight.shape
         self.lora_A = nn.Parameter(weight.new_empty(rank, in_features, dtype=torch.float32))
@@ -88,16 +92,19 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
         if not self.enabled:
-            return y
-        if self.is_sampling:  # two products and nothing else
-            A, B = self.copies
-            low = linear(x, A).flatten(0, -2)  # [n, rank]
-            return y.flatten(0, -2).addmm_(low, B.T).view(y.shape)
-        low = linear(x.to(self.lora_A.dtype), self.lora_A)  # [..., rank]
-        update = self.alpha / self.rank * linear(low, self.lora_B)
-        return y + update.to(y.dtype)
+            return self.base(x)
+        A, B = self.copies if self.is_sampling else self.rounded()
+        rows = x.reshape(-1, x.shape[-1]).to(A.dtype)
+        y = linear(linear(rows, A), B)  # the adapter's part, [n, out]
+        if self.is_plain:
+            # W x is summed on top of it in float32. The sum is rounded once.
+            y.addmm_(rows, _weight(self.base).T.to(A.dtype))
+            if self.base.bias is not None:
+                y += self.base.bias
+        else:
+            y += self.base(x).view(y.shape)
+        return y.view(*x.shape[:-1], -1)
 
     def sampling(self, on: bool) -> None:
         """rollout.sample calls this when it begins and ends. CUDA graphs read the copies, so they
@@ -105,16 +112,21 @@ class LoRALinear(nn.Module):
         self.is_sampling = on
         if not on or not self.enabled:
             return
-        dtype = self.base.weight.dtype
-        device = self.base.weight.device
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        parts = (self.lora_A, self.alpha / self.rank * self.lora_B)
-        if self.kind != (dtype, device):
-            self.kind = (dtype, device)
-            self.copies = [torch.empty_like(part, dtype=dtype) for part in parts]
+        parts = self.rounded()
+        kind = (parts[0].dtype, parts[0].device)
+        if self.kind != kind:
+            self.kind = kind
+            self.copies = [torch.empty_like(part) for part in parts]
         for copy, part in zip(self.copies, parts, strict=True):
             copy.copy_(part)
+
+    def rounded(self) -> list[Tensor]:
+        """A and (alpha / rank) B in the dtype of the products."""
+        weight = self.base.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        return [self.lora_A.to(dtype), (self.alpha / self.rank * self.lora_B).to(dtype)]
 
 
 def add_lora(
@@ -232,21 +244,25 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             f"missing, left over or of another shape, first {wrong[0]}"
         )
     for name, parameter in wanted.items():
-        if not tensors[name].isfinite().all():
-            raise ValueError(f"adapter_model.safetensors: {name} is not finite")
         parameter.copy_(tensors[name])
-    for layer in _adapted(model).values():
+    for name, layer in _adapted(model).items():
         layer.alpha = config["lora_alpha"]
+        if not all(part.isfinite().all() for part in layer.rounded()):
+            raise ValueError(f"A or (alpha / rank) B of {name} is not finite")
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Add the adapter to the base weights and take it off: an ordinary model is left. ValueError if
-    a merged weight is not finite: then load the model again, a part of it is merged."""
+    """Add the adapter to the base weights and take it off: an ordinary model is left, in float32.
+
+    Rounded to bfloat16, W + dW would lose most of dW: at a learning rate of 5e-6 dW is smaller than
+    half the distance of two bfloat16 numbers at W. ValueError if a merged weight is not finite: then
+    load the model again, a part of it is merged.
+    """
+    model.float()
     for name, layer in _adapted(model).items():
         weight = _weight(layer.base)
-        # in float32, and rounded once
-        weight.copy_(weight.float() + layer.alpha / layer.rank * layer.lora_B @ layer.lora_A)
+        weight += layer.alpha / layer.rank * layer.lora_B @ layer.lora_A
         if not weight.isfinite().all():
             raise ValueError(f"the merged weights of {name} are not finite")
         model.set_submodule(name, layer.base)

@@ -443,11 +443,9 @@ def check_files(models: list[str], adapters: list[str]) -> dict[str, str]:
     return {name: digest(Path(name)) for name in files}
 
 
-def load_adapter(model, path: str | Path, merge: bool = False) -> None:
-    """lora.load_adapter, and lora.merge; InputError for whatever is wrong with the files."""
+def load_adapter(model, path: str | Path) -> None:
+    """lora.load_adapter; InputError for whatever is wrong with the files."""
     try:
         lora.load_adapter(model, path)
-        if merge:
-            lora.merge(model)
     except Exception as error:  # for a missing or damaged adapter libraries raise a dozen types
         raise InputError(f"{path}: cannot load the adapter ({reason(error)}): {ADAPTER}") from None

@@ -4,6 +4,7 @@ the steps, the export."""
 import json
 import logging
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -16,12 +17,13 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
+from transformers import AutoConfig
 
 import lora
 import rollout
 import teacher
 from support import checkpoint, distributed, report
-from support.data import digest, model_digest, stop_sources
+from support.data import digest, load_model, model_digest, stop_sources
 from support.distributed import Ranks
 from support.errors import InputError, LocalError, one_line, reason
 from support.sampling import Rollout, teacher_thinks
@@ -331,14 +333,59 @@ def check_inputs(trainer):
                 f"{trainer.out}: the run began {words[not trainer.bf16]} bfloat16, here it would go "
                 f"on {words[trainer.bf16]}: resume it on the kind of device that it began on"
             )
-        for flag, found in fingerprint(trainer.files).items():
-            if found != config["fingerprint"].get(flag):
-                raise InputError(
-                    f"{trainer.files[flag]}: not what {flag} named when the run began: put that "
-                    "back, or start a new run with another --out"
-                )
+        check_fingerprint(trainer, trainer.files)
 
     trainer.ranks.on_first(check)
+
+
+def check_fingerprint(trainer, files):
+    """InputError if one of these files or models is not what it was when the run began."""
+    written = read_config(trainer)["fingerprint"]
+    for flag, found in fingerprint(files).items():
+        if found != written.get(flag):
+            raise InputError(
+                f"{files[flag]}: not what {flag} named when the run began: put that back, or start "
+                "a new run with another --out"
+            )
+
+
+def check_start(trainer):
+    """InputError if the disk has no room for what the run will write. Also say if training rounds the
+    weights of the files."""
+    s = trainer.s
+
+    def check():
+        weights = sum(p.numel() for p in trainer.model.parameters())  # shared ones count once
+        trained = sum(p.numel() for p in trainer.parameters)
+        checkpoints = -(-(s.steps - trainer.step) // s.checkpoint_every)
+        # float32: model/, and in each checkpoint the adapter and AdamW's two moments
+        needed = 4 * (weights + 3 * trained * checkpoints)
+        free = shutil.disk_usage(trainer.out).free
+        if free < needed:
+            raise InputError(
+                f"{trainer.out}: the run writes {needed / 1e9:.2f} GB (model/ in float32, "
+                f"checkpoints), but the disk has {free / 1e9:.2f} GB free: free space, or choose "
+                "another --out"
+            )
+        if is_rounded(trainer):
+            print(
+                f"{s.model}: the weights of the files are not in bfloat16: they are rounded for "
+                "training, but not in model/; --no-bf16 trains without rounding",
+                file=sys.stderr,
+            )
+
+    trainer.ranks.on_first(check)
+
+
+def is_rounded(trainer):
+    """Whether training rounds the weights of the files."""
+    return trainer.bf16 and saved_dtype(trainer.files["--model"]) != torch.bfloat16
+
+
+def saved_dtype(name: str) -> torch.dtype | None:
+    """What the config of a checkpoint says of its weights; None if it says nothing."""
+    with suppress(OSError, ValueError):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
 
 
 def write_config(trainer):
@@ -438,12 +485,19 @@ def read_config(trainer):
 
 
 def export(trainer):
-    """Write model/, an ordinary checkpoint with the adapter merged in. Print the evaluations, and
-    where the files are."""
+    """Write model/, an ordinary checkpoint in float32 with the adapter merged in. Print the
+    evaluations, and where the files are."""
     out = trainer.out
-    lora.merge(trainer.model)
+    model = trainer.model.cpu()  # a GPU may not have room for float32
+    if is_rounded(trainer):  # the adapter belongs to the weights of the files
+        name = trainer.files["--model"]
+        check_fingerprint(trainer, {"--model": name})
+        model, _ = load_model(name, torch.float32, model.device, scored=False)
+        model.generation_config = trainer.model.generation_config
+        lora.load_adapter(model, checkpoint.latest(out / "checkpoints") / "adapter")
+    lora.merge(model)
     with checkpoint.atomic_directory(out / "model") as work:
-        trainer.model.save_pretrained(work)
+        model.save_pretrained(work)
         trainer.tokenizer.save_pretrained(work)
     config = read_config(trainer) | {"exported": trainer.step}
     checkpoint.write_json(out / "config.json", config)

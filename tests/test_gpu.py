@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import random_ids, tiny_qwen3, train_arguments, train_here
 
+import lora
 import rollout
 import teacher
 
@@ -43,3 +44,34 @@ def test_a_run_uses_bfloat16_and_gradient_checkpointing(tiny_toy, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["derived"]["device"].startswith("cuda") and config["derived"]["bf16"]
     assert config["settings"]["gradient_checkpointing"]
+
+
+def test_logits_of_reading_are_not_rounded_to_bfloat16():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(256, 1000, bias=False).to("cuda", torch.bfloat16).requires_grad_(False)
+    hidden = torch.randn(64, 256).to("cuda", torch.bfloat16)
+    head = teacher.Head(linear)
+    exact = hidden.float() @ linear.weight.float().T
+    with torch.no_grad():
+        torch.testing.assert_close(head(hidden), exact, rtol=1e-5, atol=1e-4)
+    targets = torch.arange(64, device="cuda")
+    hidden.requires_grad_()  # the frozen head differentiates by itself
+    logp, _ = teacher.score(head, hidden, targets, 1.0, False)
+    wanted = exact.log_softmax(1)[targets, targets]
+    torch.testing.assert_close(logp, wanted, rtol=1e-5, atol=1e-4)
+    logp.sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_a_small_adapter_is_not_lost_in_bfloat16():
+    """W x is summed on top of the adapter's part inside one product, as on the CPU."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(1024, 512, bias=False).to("cuda", torch.bfloat16)
+    layer = lora.LoRALinear(base.requires_grad_(False), 64, 128)
+    torch.nn.init.normal_(layer.lora_B, std=2e-5)
+    x = torch.randn(1000, 1024).to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        change = (layer(x) - layer.base(x)).float()
+        wanted = 2 * x.float() @ layer.lora_A.T @ layer.lora_B.T
+    share = (change * wanted).sum() / wanted.square().sum()
+    assert share.item() == pytest.approx(1, abs=0.1)

@@ -7,6 +7,7 @@ import torch
 from conftest import random_ids, tiny_qwen3
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 import lora
 import rollout
@@ -229,7 +230,83 @@ def test_while_sampling_an_adapter_is_two_products(base, autocast):
     torch.testing.assert_close(fast, plain, rtol=0, atol=rounding)
     # of float32 base weights, at every call
     casts = [] if base == torch.bfloat16 or not autocast else ["_to_copy"]
-    assert launches.names == [*casts, "mm", "mm", "addmm_"]
+    assert launches.names == ["mm", "mm", *casts, "addmm_"]
+
+
+def layer_of(kind, bias=False):
+    """An adapted layer in bfloat16, whose adapter is as small as after a few steps at lr 5e-6."""
+    torch.manual_seed(0)
+    base = Conv1D(96, 128) if kind == "Conv1D" else torch.nn.Linear(128, 96, bias=bias)
+    if kind == "subclass":
+        base.__class__ = Doubled
+    layer = lora.LoRALinear(base.bfloat16().requires_grad_(False), 16, 32)
+    torch.nn.init.normal_(layer.lora_B, std=2e-5)
+    return layer
+
+
+class Doubled(torch.nn.Linear):
+    """A linear layer that does something of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind, bias", [("Linear", False), ("Linear", True), ("Conv1D", True)])
+def test_a_small_adapter_is_not_lost_in_bfloat16(kind, bias, autocast, sampling):
+    """Rounded twice, y + part keeps a fifth of it."""
+    layer = layer_of(kind, bias)
+    if bias:
+        torch.nn.init.normal_(layer.base.bias, std=0.5)
+    x = torch.randn(2000, 1, 128, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+        layer.sampling(sampling)
+        change = (layer(x) - layer.base(x)).float()
+    wanted = 2 * x.float() @ layer.lora_A.T @ layer.lora_B.T
+    share = (change * wanted).sum() / wanted.square().sum()
+    assert share.item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("kind, bias", [("Linear", False), ("Linear", True), ("Conv1D", True)])
+def test_gradients_are_those_of_the_formula(kind, bias):
+    """In float32: of A, B and x."""
+    layer = layer_of(kind, bias).float()
+    weight = lora._weight(layer.base) + 2 * layer.lora_B @ layer.lora_A
+    x = torch.randn(3, 5, 128, requires_grad=True)
+    leaves = (x, layer.lora_A, layer.lora_B)
+    ours, theirs = layer(x), torch.nn.functional.linear(x, weight, layer.base.bias)
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(
+        torch.autograd.grad(ours.square().sum(), leaves),
+        torch.autograd.grad(theirs.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it():
+    layer = layer_of("subclass").float()
+    x = torch.randn(3, 5, 128)
+    wanted = layer.base(x) + 2 * x @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(layer(x), wanted)
+    assert layer(x[0, 0]).shape == (96,)
+
+
+def test_merging_makes_the_model_float32():
+    """In bfloat16 W + dW would be W, for nearly all weights."""
+    model, _ = adapted()
+    for parameter in lora.lora_parameters(model)[1::2]:  # the B
+        parameter.data *= 1e-4
+    before = model.bfloat16().model.layers[0].mlp.up_proj.base.weight.float()
+    for parameter in lora.lora_parameters(model):
+        parameter.data = parameter.data.float()
+    layer = model.model.layers[0].mlp.up_proj
+    change = 8 / 4 * layer.lora_B @ layer.lora_A
+    lora.merge(model)
+    assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
+    merged = model.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(merged - before, change, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("change", [lambda model: None, lambda model: model.train()])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_ids, tiny_qwen3
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -389,3 +390,40 @@ def test_latex_and_braces_survive_in_the_prompts():
 def test_doctests():
     results = doctest.testmod(teacher)
     assert results.attempted == 1 and results.failed == 0
+
+
+@pytest.mark.parametrize(
+    "changes, product",
+    [
+        ({}, "mm.dtype"),
+        (dict(hidden=torch.float32, weight=torch.float32), "mm.default"),
+        (dict(bias=True), "addmm.default"),
+        (dict(device="cpu"), "mm.default"),
+        (dict(grad=True), "mm.default"),
+    ],
+)
+def test_logits_are_float32_products_where_torch_has_them(changes, product, monkeypatch):
+    """On a CUDA device that torch only pretends to have."""
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda linear: None)
+    how = dict(hidden=torch.bfloat16, weight=torch.bfloat16, bias=False, device="cuda", grad=False)
+    how |= changes
+    with FakeTensorMode(), torch.set_grad_enabled(how["grad"]):
+        linear = torch.nn.Linear(8, 9, how["bias"], how["device"], how["weight"])
+        hidden = torch.empty(4, 8, dtype=how["hidden"], device=how["device"])
+        linear.requires_grad_(False)
+        with Products() as products:
+            logits = teacher.Head(linear)(hidden)
+    assert products.names == [product] and logits.dtype == torch.float32
+
+
+class Products(TorchDispatchMode):
+    """The matrix products that were made."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        self.names += [name] if "mm" in name else []
+        return function(*args, **(kwargs or {}))

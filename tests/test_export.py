@@ -1,0 +1,172 @@
+"""What is exported is what was evaluated, also if training runs in bfloat16."""
+
+import json
+import shutil
+import signal
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+from conftest import train_arguments, train_here
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import eval as evaluation
+import lora
+from support.errors import InputError
+
+
+def load(folder, dtype=torch.float32, adapter=None):
+    # eager: torch's other attention in bfloat16 needs a CPU with AVX
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    if adapter:
+        lora.load_adapter(model, adapter)
+    return model
+
+
+@torch.no_grad()
+def logprobs(model):
+    ids = torch.randint(3, 40, (150, 64), generator=torch.Generator().manual_seed(0))
+    logprobs = model(ids).logits.float().log_softmax(-1)
+    return logprobs[:, :-1].gather(2, ids[:, 1:, None]).flatten()
+
+
+def train(toy, folder, dtype, steps, *more):
+    """(base model, directory of the run): `steps` steps in bfloat16 from files in this dtype."""
+    if not (folder / "base").exists():
+        shutil.copytree(toy / "model", folder / "base")
+        load(toy / "model", dtype).save_pretrained(folder / "base")
+    changes = {
+        "model": folder / "base",
+        "steps": steps,
+        "prompts-per-step": 4,
+        "micro-batch": 4,
+        "lr": 5e-6,
+        "lora-rank": 64,
+        "lora-alpha": 128,
+        "checkpoint-every": 100,
+        "bf16": True,
+        "gradient-checkpointing": False,
+    }
+    train_here(*train_arguments(toy, folder / "run", **changes), *more)
+    return folder / "base", folder / "run"
+
+
+def adapter_of(run, steps):
+    return run / f"checkpoints/step-{steps:06d}/adapter"
+
+
+def assert_export_is_adapter(base, run, steps):
+    """In float32, from the files. The bound is 2 % of what was learned."""
+    before = logprobs(load(base))
+    adapter = logprobs(load(base, adapter=adapter_of(run, steps)))
+    exported = logprobs(load(run / "model"))
+    assert (exported - adapter).abs().mean() <= 0.02 * (adapter - before).abs().mean()
+    assert AutoConfig.from_pretrained(run / "model").dtype == torch.float32
+
+
+def slope(base, run, steps):
+    """How much of what the exported model learned the adapter in bfloat16 does: about 1."""
+    learned = logprobs(load(run / "model")) - logprobs(load(base))
+    rounded = logprobs(load(base, torch.bfloat16, adapter_of(run, steps)))
+    rounded -= logprobs(load(base, torch.bfloat16))
+    return (learned @ rounded / (learned @ learned)).item()
+
+
+@pytest.fixture(scope="module")
+def four_steps(tiny_toy, tmp_path_factory):
+    return train(tiny_toy, tmp_path_factory.mktemp("export"), torch.bfloat16, 4)
+
+
+def test_after_four_steps(four_steps):
+    assert_export_is_adapter(*four_steps, 4)
+    assert slope(*four_steps, 4) == pytest.approx(1, abs=0.3)
+
+
+def test_eval_py_samples_the_same_of_model_and_adapter(four_steps, tiny_toy, tmp_path):
+    assert_same_completions(*four_steps, 4, tiny_toy, tmp_path)
+
+
+@pytest.mark.slow
+def test_after_a_hundred_steps(four_steps, tiny_toy, tmp_path):
+    base, run = four_steps
+    train_here("--out", run, "--steps", "100", "--resume")
+    assert_export_is_adapter(base, run, 100)
+    assert slope(base, run, 100) == pytest.approx(1, abs=0.05)
+    assert_same_completions(base, run, 100, tiny_toy, tmp_path)
+
+
+def assert_same_completions(base, run, steps, toy, out):
+    adapter = adapter_of(run, steps)
+    exported = completions(toy, out / "a", "--model", run / "model")
+    assert exported == completions(toy, out / "b", "--model", base, "--adapter", adapter)
+
+
+def completions(toy, out, *flags):
+    """Greedy ones, by eval.py."""
+    sampling = ["--temperature", 0, "--samples", 1, "--max-new-tokens", 12, "--no-thinking"]
+    argv = ["eval.py", *flags, "--data", toy / "test.jsonl", "--out", out, *sampling]
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(word) for word in argv])
+        evaluation.main()
+    signal.signal(signal.SIGTERM, handler)
+    return [json.loads(line)["completion"] for line in (out / "samples.jsonl").open()]
+
+
+def test_weights_that_training_rounds_are_exported_unrounded(tiny_toy, tmp_path, capsys):
+    """So a second training keeps what the first one learned."""
+    base, run = train(tiny_toy, tmp_path, torch.float32, 4)
+    assert "rounded for training, but not in model/" in capsys.readouterr().err
+    assert_export_is_adapter(base, run, 4)
+
+
+def test_a_base_that_changed_is_not_exported(tiny_toy, tmp_path, monkeypatch):
+    """Its weights are read again if training rounded them."""
+    import train as entry
+
+    def change(trainer, *_):
+        load(tmp_path / "base").half().save_pretrained(tmp_path / "base")
+
+    monkeypatch.setattr(entry, "evaluate_and_train", change)
+    with pytest.raises(InputError, match="base: not what --model named when the run began"):
+        train(tiny_toy, tmp_path, torch.float32, 4)
+
+
+def test_a_full_disk_is_found_before_training(tiny_toy, tmp_path, monkeypatch):
+    """4 bytes a weight, 12 a trained weight for each of the checkpoints to come."""
+    weights = sum(p.numel() for p in load(tiny_toy / "model").parameters())
+    usage = namedtuple("usage", "free")
+    flags = {"lora-rank": 1, "steps": 5}
+    model = load(tiny_toy / "model")
+    lora.add_lora(model, 1)
+    trained = sum(p.numel() for p in lora.lora_parameters(model))
+    needed = 4 * (weights + trained) + 3 * 12 * trained
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
+    with pytest.raises(InputError, match="run: the run writes 0.00 GB .* 0.00 GB free"):
+        train_here(*train_arguments(tiny_toy, tmp_path / "run", **flags))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
+    train_here(*train_arguments(tiny_toy, tmp_path / "run", **flags))
+    assert (tmp_path / "run/model/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "files, device, expected",
+    [
+        (torch.float32, "cuda", torch.float32),
+        (torch.bfloat16, "cuda", torch.bfloat16),
+        (torch.float16, "cuda", torch.bfloat16),
+        (torch.bfloat16, "cpu", torch.float32),
+    ],
+)
+def test_eval_takes_float32_files_as_they_are(
+    files, device, expected, tiny_toy, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(
+        evaluation, "load_model", lambda name, dtype, *_, **how: asked.append(dtype) or (None, None)
+    )
+    load(tiny_toy / "model").to(files).save_pretrained(tmp_path)
+    evaluation.load(None, str(tmp_path), None, [], torch.device(device))
+    assert asked == [expected]

@@ -225,12 +225,13 @@ def load(s, name, adapter, files, device):
     """(model, tokenizer), with the adapter, if there is one. InputError if a prompt leaves no room for
     the completion."""
     folder = toy.resolve(name, "model")
+    dtype = torch.bfloat16
     # model/ of a run is in float32: bfloat16 would lose what it learned
-    is_exact = device.type != "cuda" or saved_dtype(folder) == torch.float32
-    dtype = torch.float32 if is_exact else torch.bfloat16
+    if device.type != "cuda" or saved_dtype(folder) == torch.float32:
+        dtype = torch.float32
     model, tokenizer = load_model(folder, dtype, device, scored=False)
     if adapter:
-        load_adapter(model, adapter)  # not merged: the adapter's part is exact in bfloat16, too
+        load_adapter(model, adapter)  # not merged: in bfloat16 that would lose what it learned
 
     def prompts(problem):
         return [student_prompt(tokenizer, problem, s)]

@@ -75,23 +75,18 @@ class Head:
     cap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if self.gives_float32(hidden):
-            logits = torch.mm(hidden, self.linear.weight.T, out_dtype=torch.float32)
+        linear = self.linear
+        is_half = hidden.dtype == linear.weight.dtype != torch.float32
+        # torch has a product of bfloat16 with a float32 result on CUDA only, without a derivative
+        if is_half and hidden.is_cuda and linear.bias is None and not torch.is_grad_enabled():
+            logits = torch.mm(hidden, linear.weight.T, out_dtype=torch.float32)
         else:
-            logits = self.linear(hidden).float()
+            logits = linear(hidden).float()
         if self.scale != 1:
             logits = logits * self.scale
         if self.cap:
             logits = self.cap * (logits / self.cap).tanh()
         return logits
-
-    def gives_float32(self, hidden: Tensor) -> bool:
-        """Whether torch has a product of bfloat16 with a float32 result: on CUDA only, and without a
-        derivative. Elsewhere the logits are rounded to bfloat16 first."""
-        linear = self.linear
-        has_two_bytes = hidden.dtype == linear.weight.dtype and hidden.dtype.itemsize == 2
-        is_plain = type(linear) is nn.Linear and linear.bias is None
-        return hidden.is_cuda and not torch.is_grad_enabled() and has_two_bytes and is_plain
 
 
 def output_head(model) -> Head:

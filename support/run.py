@@ -353,28 +353,23 @@ def check_start(trainer):
     """InputError if the disk has no room for what the run will write. Also say if training rounds the
     weights of the files."""
     s = trainer.s
-
-    def check():
-        weights = sum(p.numel() for p in trainer.model.parameters())  # shared ones count once
-        trained = sum(p.numel() for p in trainer.parameters)
-        checkpoints = -(-(s.steps - trainer.step) // s.checkpoint_every)
-        # float32: model/, and in each checkpoint the adapter and AdamW's two moments
-        needed = 4 * (weights + 3 * trained * checkpoints)
-        free = shutil.disk_usage(trainer.out).free
-        if free < needed:
-            raise InputError(
-                f"{trainer.out}: the run writes {needed / 1e9:.2f} GB (model/ in float32, "
-                f"checkpoints), but the disk has {free / 1e9:.2f} GB free: free space, or choose "
-                "another --out"
-            )
-        if is_rounded(trainer):
-            print(
-                f"{s.model}: the weights of the files are not in bfloat16: they are rounded for "
-                "training, but not in model/; --no-bf16 trains without rounding",
-                file=sys.stderr,
-            )
-
-    trainer.ranks.on_first(check)
+    weights = trainer.model.num_parameters()  # shared ones count once
+    trained = sum(p.numel() for p in trainer.parameters)
+    checkpoints = -(-(s.steps - trainer.step) // s.checkpoint_every)
+    # GB of float32: model/, and in each checkpoint the adapter and AdamW's two moments
+    needed = 4e-9 * (weights + 3 * trained * checkpoints)
+    free = 1e-9 * shutil.disk_usage(trainer.out).free
+    if free < needed:
+        raise InputError(
+            f"{trainer.out}: the run writes {needed:.2f} GB (model/ in float32, checkpoints), but "
+            f"the disk has {free:.2f} GB free: free space, or choose another --out"
+        )
+    if is_rounded(trainer):
+        print(
+            f"{s.model}: the weights of the files are not in bfloat16: they are rounded for "
+            "training, but not in model/; --no-bf16 trains without rounding",
+            file=sys.stderr,
+        )
 
 
 def is_rounded(trainer):
@@ -384,7 +379,7 @@ def is_rounded(trainer):
 
 def saved_dtype(name: str) -> torch.dtype | None:
     """What the config of a checkpoint says of its weights; None if it says nothing."""
-    with suppress(OSError, ValueError):
+    with suppress(Exception):  # load_model says what is wrong with it
         return AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
 
 
@@ -493,7 +488,6 @@ def export(trainer):
         name = trainer.files["--model"]
         check_fingerprint(trainer, {"--model": name})
         model, _ = load_model(name, torch.float32, model.device, scored=False)
-        model.generation_config = trainer.model.generation_config
         lora.load_adapter(model, checkpoint.latest(out / "checkpoints") / "adapter")
     lora.merge(model)
     with checkpoint.atomic_directory(out / "model") as work:

@@ -146,7 +146,7 @@ def test_a_full_disk_is_found_before_training(tiny_toy, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="run: the run writes 0.00 GB .* 0.00 GB free"):
         train_here(*train_arguments(tiny_toy, tmp_path / "run", **flags))
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed + 1))
     train_here(*train_arguments(tiny_toy, tmp_path / "run", **flags))
     assert (tmp_path / "run/model/config.json").exists()
 

@@ -25,6 +25,12 @@ Policies, where usage differs:
   a(1/2)^n, a(1.5) and 2(3) are products. n over k is compared where n >= k.
 - 52_8 = 52: the digits are enough, on either side, without the base; the decimal value 42 is not equal.
 - \log has base 10, \ln base e; odd roots of negative numbers are real; words ignore case, variables do not.
+- Choices: E, (E), E., "Option E", "E) 12" and "(E) 12" name choice E, and are equal unless both have texts and these
+  differ; 12 alone does not name it. A gold in capitals is also met by its small letter, a to j: e names E, but E not
+  the number e. No choices: E + 1, (E)(x), E = 3, E:F, "A or B", "A) 1 or B) 2".
+- Unicode is read as TeX: x₁² is x_1^2, 2½ is 2\frac12; full-width and bold forms are plain, every dash is a minus,
+  invisible characters are nothing. Digits of other scripts and in circles stay text. \varphi is \phi; so for epsilon,
+  theta, kappa, rho, sigma.
 
 All work is bounded by the limits below: no eval, no time-outs, no exceptions. Copy this file: it
 needs only Python.
@@ -32,9 +38,11 @@ needs only Python.
 
 import cmath
 import functools
+import itertools
 import math
 import random
 import re
+import unicodedata
 from decimal import Context, Decimal, InvalidOperation, Overflow, Underflow, localcontext
 from fractions import Fraction
 from typing import NamedTuple
@@ -90,6 +98,9 @@ def is_equal(prediction: str, gold: str) -> bool:
         return False
     if _INTEGER.fullmatch(prediction) and _INTEGER.fullmatch(gold):
         return int(prediction) == int(gold)
+    prediction, gold = _spell_out(prediction), _spell_out(gold)
+    if _same_choice(prediction, gold):
+        return True
     reader = _Reader()
     with localcontext(_PRECISION):
         for commas_group in (True, False):
@@ -189,6 +200,39 @@ def _same_formula(a: _Value, b: _Value, reader: "_Reader") -> bool:
 
 def _at(k: int, formula):  # its value at sample point k
     return formula(k) if callable(formula) else formula
+
+
+# Choices
+
+_FONT = re.compile(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}")
+_CHOICE = re.compile(
+    r"(?i:(?:the|my|final|correct|right|best|answer|option|choice|letter|is)\b[ :]*)*"
+    # the letter alone, or a bracket, a period or a colon after it, and then no operator
+    r"[(\[]?([A-Za-j])(?:[)\]][.:]?|[.:](?= |$)|$)(?: |(?=[0-9\\])|$)"
+    r"(?![+*/^=<>,;&|_!']|- |\\(?:c[au]p|cdot|times|div|in|to|pm|[lgn]e|[lg]t|sub|set|circ)|(?:and|or)\b)"
+    # and no second choice
+    r"(?![A-Z]$|.*(?:(?<!\S)(?:\(?[A-Za-z]\)|[A-Z][.:](?!\S))|\bor \(?[A-Z]\b))(.*)"
+)
+
+
+def choice(text: str) -> tuple[str, str]:
+    r"""Letter and text of a choice; no letter if it is none.
+
+    >>> choice(r"\textbf{(E)}\ 12"), choice("Option E"), choice("E + 1")
+    (('E', '12'), ('E', ''), ('', ''))
+    """
+    text = _COSMETIC.sub(" ", _FONT.sub(r" \1 ", text))
+    found = _CHOICE.fullmatch(" ".join(text.split()))
+    return found.groups() if found else ("", "")
+
+
+def _same_choice(prediction: str, gold: str) -> bool:
+    wanted, rest = choice(gold)
+    if not wanted:
+        return False
+    letter, words = choice(prediction)
+    is_same = wanted in (letter, letter.upper())
+    return is_same and (not (words and rest) or is_equal(words, rest))
 
 
 # Numbers: Fraction (exact), Decimal (50 digits, real) or complex (floats)
@@ -369,28 +413,51 @@ def _sample(name: str, k: int, *argument) -> Fraction:
 
 # Reading, first half: TeX -> normalised text -> tokens
 
-_SYMBOLS = str.maketrans("−–×·⋅∗÷，\u00a0\u2009\u202f", "--****/,   ", '€£"') | str.maketrans(
-    {
-        "π": "\\pi ",
-        "∞": "\\infty ",
-        "√": "\\sqrt ",
-        "≤": "\\le ",
-        "≥": "\\ge ",
-        "≠": "\\ne ",
-        "∈": "\\in ",
-        "∪": "\\cup ",
-        "∅": "\\emptyset ",
-        "±": "\\pm ",
-        "∓": "\\mp ",
-        "²": "^{2}",
-        "³": "^{3}",
-        "≈": "\\approx ",
-        "⌊": "\\lfloor ",
-        "⌋": "\\rfloor ",
-        "⌈": "\\lceil ",
-        "⌉": "\\rceil ",
-    }
+_SYMBOLS = str.maketrans(
+    "−–—―‐‑‒×·⋅∗•∙‧÷∕⁄∶∣。、′º˚∘〜\u00a0\u2002\u2003\u2009\u200a\u202f",
+    "-------*******///:|.,'°°°~      ",
+    "€£¥￥₹₽₩¢\u00ad\u200b\u200c\u200d\u200e\u200f\u202a\u202c\u2060\u2061\u2062\u2063\u2064\ufe0e\ufe0f\ufeff",
 )
+_SYMBOLS |= {
+    ord(word[0]): word[1:] + " "
+    for word in (
+        r"α\alpha β\beta γ\gamma δ\delta ε\epsilon ϵ\epsilon ζ\zeta η\eta θ\theta ϑ\theta ι\iota κ\kappa λ\lambda"
+        r" μ\mu µ\mu ν\nu ξ\xi π\pi ϖ\varpi ρ\rho ϱ\rho σ\sigma τ\tau υ\upsilon φ\phi ϕ\phi χ\chi ψ\psi ω\omega"
+        r" Γ\Gamma Δ\Delta Θ\Theta Λ\Lambda Ξ\Xi Π\Pi Σ\Sigma Υ\Upsilon Φ\Phi Ψ\Psi Ω\Omega ℓ\ell ∞\infty"
+        r" ≤\le ≦\le ⩽\le ≥\ge ≧\ge ⩾\ge ≠\ne ≈\approx ±\pm ∓\mp √\sqrt ∛\sqrt[3] ∜\sqrt[4] ∈\in ∪\cup"
+        r" ∅\emptyset ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ⟨\langle ⟩\rangle ℃°C"
+        r" ㎟mm² ㎠cm² ㎡m² ㎢km² ㎣mm³ ㎤cm³ ㎥m³ ㎦km³"
+        r" Ⅰ\text{I} Ⅱ\text{II} Ⅲ\text{III} Ⅳ\text{IV} Ⅴ\text{V} Ⅵ\text{VI} Ⅶ\text{VII} Ⅷ\text{VIII} Ⅸ\text{IX}"
+    ).split()
+}
+_RAISED = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": "^{%s}"}
+
+
+def _spell_out(text: str) -> str:
+    r"""Unicode as TeX and plain text.
+
+    >>> _spell_out("−2½ x₁⁻¹⁰＝𝛼"), _spell_out("³⁄₄")
+    ('-2\\frac{1}{2} x_{1}^{-10}=\\alpha ', '\\frac{3}{4}')
+    """
+    if text.isascii() or len(text) > MAX_READ_CHARS:
+        return text
+    pieces = []
+    for tag, run in itertools.groupby(text.translate(_SYMBOLS), _tag):
+        piece = "".join(run)
+        if tag not in ("<circle>", "<compat>"):  # ①② is not 12
+            piece = unicodedata.normalize("NFKC", piece).translate(_SYMBOLS)
+        if tag == "<fraction>":
+            piece = piece.replace("/", "}/_{")
+        pieces.append(_RAISED.get(tag, "%s") % piece)
+    text = "".join(pieces).replace(" _{", "_{")
+    return re.sub(r"\^\{([0-9]+)\}/_\{([0-9]+)\}", r"\\frac{\1}{\2}", text)
+
+
+def _tag(char):
+    """How the character is made of others, as <super>; "" for most."""
+    return unicodedata.decomposition(char).partition(" ")[0]
+
+
 _GROUPS, _COMMA_GROUPS = (
     re.compile(
         rf"(?<![0-9.,])[1-9][0-9]{{0,2}}(?:(?:{separator})[0-9]{{3}})+(?![0-9]|,[0-9]{closing})"
@@ -418,6 +485,7 @@ _PREFIX = re.compile(
     re.IGNORECASE,
 )
 _TEXT = re.compile(r"\\(?:text[a-z]*|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
+_VARIANT = re.compile(r"\\var(?=epsilon|theta|kappa|rho|sigma|phi)")
 _MIXED = re.compile(
     r"(?<![\w.^/}\\])([0-9]+)(?: +([0-9]+) ?/ ?([0-9]+)"
     r"| ?\\[dtc]?frac\{([0-9]+)\}\{([0-9]+)\})(?![0-9.])"
@@ -464,8 +532,9 @@ def _normalise(text: str, commas_group: bool) -> str:
         return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
 
     text = re.sub(
-        r"\\(?:math(?:bf|it|bb)|boldsymbol) ?\{([A-Za-z])\}", r" \1 ", text.translate(_SYMBOLS)
+        r"\\(?:math(?:bf|it|bb)|boldsymbol) ?\{([A-Za-z])\}", r" \1 ", text.replace('"', "")
     )
+    text = _VARIANT.sub(r"\\", text)
     for pattern in (_GROUPS, _COMMA_GROUPS) if commas_group else (_GROUPS,):
         text = pattern.sub(lambda m: re.sub("[^0-9]", "", m[0]), text)
     text = " ".join(_COSMETIC.sub(lambda m: m[1] or " ", text).split())

@@ -4,10 +4,10 @@ A data file is UTF-8 text with one JSON object per line:
 
     {"problem": "2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}
 
-`question` or `prompt` may stand for `problem`. Without an `answer` the
-last box of the solution is taken. Evaluation needs no solution. `restated`, the problem in other
-words, is for family/. A user's mistake raises InputError, whose text is one line: file, line,
-field, and what to do.
+`question` or `prompt` may stand for `problem`. Without an `answer` the last box of the solution is
+taken. An answer is unwrapped (reward.gold_answer); a worked answer is the solution too, if there is
+none. Evaluation needs no solution. `restated`, the problem in other words, is for family/. A user's
+mistake raises InputError, whose text is one line: file, line, field, and what to do.
 """
 
 import hashlib
@@ -40,6 +40,23 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ATTENTION = re.compile("attn|attention|mixer|mamba|conv")
 ADAPTER = f"check --adapter, a directory with {' and '.join(ADAPTER_FILES)}"
 MEBIBYTE = 2**20
+# JSON reads \t as a tab, so \text becomes a tab and "ext". What follows must be the rest of a LaTeX
+# command, and not a word: a tab may stand before "an apple", too.
+LOST_COMMAND = re.compile(
+    r"\x08[A-Za-z]*"
+    r"|\f(?:rac|rak|rown|ramebox|box|colorbox|lat|loor|orall|ootnote|lush(?:left|right))(?![A-Za-z])"
+    r"|\t(?:ext(?:bf|it|rm|sc|sf|tt|normal|style|color)?|imes|heta|anh|au|frac|binom|herefore|ilde|iny|ag"
+    r"|riangle(?:q|left|right|down|lefteq|righteq)?|hickspace|hinspace|woheadrightarrow"
+    r"|(?:an|o(?=[ \\0-9])|op)(?! [a-z]{2}|\t))(?![A-Za-z])"
+    r"|\r(?:ight|ightarrow|ightleftharpoons|ho|angle|brace|brack|vert|Vert|floor|ceil|m|eal|oot|ule|aisebox"
+    r"|times)(?![A-Za-z])"
+)
+# A line feed stands in any text of several lines, so only answers are searched.
+LOST_IN_ANSWER = re.compile(
+    r"\n(?:abla|atural|eq|earrow|warrow|ewline|ot(?:in)?|eg(?!\.)|mid(?!-)|parallel|leq|geq|subseteq"
+    r"|supseteq|e(?! ?[=^])|u(?! ?[=^-]))(?![A-Za-z])"
+)
+CONTROLS = {"\b": "b", "\f": "f", "\t": "t", "\r": "r", "\n": "n"}
 # files that make a model what it is
 IDENTITY = ("*.safetensors", "*.bin", "*.gguf", "*config.json", "tokenizer.json", "*.jinja")
 # What safetensors calls numbers that stand for themselves. All others need a scale, or are packed.
@@ -66,29 +83,44 @@ def load_problems(
 ) -> tuple[list[Problem], int]:
     """(problems of a JSONL file, number of problems left out); blank lines are passed over.
 
-    A gold answer that does not equal itself under reward.is_equal could never be rewarded. Such
-    problems raise InputError with their lines, or are left out and counted if `skip_ungradable`.
+    A gold answer that does not equal itself under reward.is_equal could never be rewarded, and one
+    that is in no box of its solution is wrong, or the solution is. Such problems raise InputError
+    with their lines, or are left out and counted if `skip_ungradable`.
     """
     if not Path(path).is_file():  # a pipe cannot be read twice, nor be recognised later
         raise InputError(f"{path}: no such data file: check the path (--data, --eval-data)")
     lines = Path(path).read_bytes().splitlines()
     problems = []
     ungradable = []
+    disagreeing = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             problem = _parse(path, number, line, need_solution)
-            is_gradable = reward.is_equal(problem.answer, problem.answer)
-            (problems if is_gradable else ungradable).append(problem)
-    if ungradable and not skip_ungradable:
-        first = ", ".join(str(problem.line) for problem in ungradable[:20])
-        raise InputError(
-            f"{path}: line {first}: field 'answer': "
-            f"{len(ungradable)} gold answers are missing, or the verifier cannot grade them: "
-            "correct them, or leave these problems out with --skip-ungradable"
+            if not reward.is_equal(problem.answer, problem.answer):
+                ungradable.append(number)
+            elif not reward.agrees(problem.solution, problem.answer, problem.problem):
+                disagreeing.append(number)
+            else:
+                problems.append(problem)
+    if not skip_ungradable:
+        _refuse(
+            path, ungradable, "are missing, or the verifier cannot grade them: correct them, or"
+        )
+        _refuse(
+            path, disagreeing, "differ from the box of their solution: correct one of the two, or"
         )
     if not problems:
         raise InputError(f"{path}: no problem in this file: it needs one JSON object per line")
-    return problems, len(ungradable)
+    return problems, len(ungradable) + len(disagreeing)
+
+
+def _refuse(path, lines, what):
+    if lines:
+        first = ", ".join(map(str, lines[:20]))
+        raise InputError(
+            f"{path}: line {first}: field 'answer': {len(lines)} gold answers {what} leave these "
+            "problems out with --skip-ungradable"
+        )
 
 
 def _parse(path, number, line, need_solution):
@@ -104,19 +136,28 @@ def _parse(path, number, line, need_solution):
             f"{where}: a JSON {type(record).__name__} where an object is needed: write "
             '{"problem": ..., "solution": ..., "answer": ...}'
         )
-    name = next((name for name in ("problem", "question", "prompt") if name in record), "problem")
-    answer = record.get("answer")
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        text = str(answer)
-        record["answer"] = "" if text in ("nan", "inf", "-inf") else text
+    given = [name for name in ("problem", "question", "prompt") if record.get(name) is not None]
+    name = given[0] if given else "problem"
+    answer = _answer_text(record.get("answer"))
+    record["answer"] = answer
+    if not record.get("solution") and isinstance(answer, str) and reward.is_worked(answer):
+        record["solution"] = answer
     needed = {name, "solution"} if need_solution else {name}
     for field in (name, "solution", "answer", "restated"):
         _check_field(where, field, record.get(field), field in needed)
     solution = record.get("solution") or ""
-    answer = record.get("answer")
-    if answer is None:
+    if answer is None or not answer.strip():
         answer = reward.extract_answer(solution) or ""  # without a box: ungradable
-    return Problem(record[name], solution, answer, number, record.get("restated") or "")
+    gold = reward.gold_answer(answer)
+    return Problem(record[name], solution, gold, number, record.get("restated") or "")
+
+
+def _answer_text(answer):
+    """A number, or the element of a list of one, as text; what has several answers has none."""
+    while isinstance(answer, list):
+        answer = answer[0] if len(answer) == 1 else "N/A"
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    return str(answer) if is_number else answer
 
 
 def _check_field(where, field, value, is_needed):
@@ -130,6 +171,13 @@ def _check_field(where, field, value, is_needed):
         )
     if is_needed and not value.strip():
         raise InputError(f"{where}: field '{field}' is empty: fill it in or remove the line")
+    lost = LOST_COMMAND.search(value) or field == "answer" and LOST_IN_ANSWER.search(value)
+    if lost:
+        command = CONTROLS[lost[0][0]] + lost[0][1:]
+        raise InputError(
+            f"{where}: field '{field}': \\{command} has one backslash, which JSON reads as a control "
+            f"character: double it, \\\\{command}"
+        )
 
 
 def digest(path: Path) -> str:

@@ -3,8 +3,9 @@ r"""Call the verifier with random answers; look for exceptions, asymmetry and sl
     python tests/fuzz_verifier.py --calls 1000000 --seed 0 --data gsm8k.jsonl aime24.jsonl
 
 Answers are noise from fragments of TeX, golds of the data files, and golds with a piece changed,
-doubled or cut out. A mistake is a call that raises, a pair that is equal one way only, an answer
-that equals another but not itself, or a gold in dollars that does not equal the gold. Ends with the
+doubled or cut out. A mistake is a call that raises, a pair that is equal one way only (but a small
+letter may name a choice), an answer that equals another but not itself, a gold in dollars that does
+not equal the gold, or a gold that can be unwrapped twice. Ends with the
 slowest inputs, timed again as the best of five: a single time says more about the machine. The exit
 status is 1 if there was a mistake.
 """
@@ -23,9 +24,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from test_verifier import FRAGMENTS, HOSTILE, SHARED, TABLES
 
 import reward
+import verifier
 
 PIECE = re.compile(r"\\[A-Za-z]+|[0-9]+|[A-Za-z]+|\S")
-CALLS_PER_ROUND = 7
+CALLS_PER_ROUND = 9
 
 
 def read_golds(files: list[str]) -> list[str]:
@@ -68,6 +70,12 @@ def draw_answer(draw: random.Random, golds: list[str]) -> str:
     return mutate(draw, draw.choice(golds)) if kind < 0.8 else draw.choice(golds)
 
 
+def is_small_choice(left: str, right: str) -> bool:
+    """Whether they are one choice, in a small letter and in a capital."""
+    letters = {verifier.choice(text)[0] for text in (left, right)}
+    return len(letters) == 2 and len({letter.lower() for letter in letters}) == 1
+
+
 def fuzz(calls: int, seed: int, files: list[str]) -> tuple[list[str], list[tuple]]:
     """The mistakes, and the slowest calls: (seconds, function, left, right)."""
     draw, golds, mistakes, slowest = random.Random(seed), read_golds(files), [], []
@@ -87,12 +95,17 @@ def fuzz(calls: int, seed: int, files: list[str]) -> tuple[list[str], list[tuple
         left = draw_answer(draw, golds)
         right = mutate(draw, left) if draw.random() < 0.5 else draw_answer(draw, golds)
         equal = timed(reward.is_equal, left, right)
-        if equal is not timed(reward.is_equal, right, left):
+        back = timed(reward.is_equal, right, left)
+        if equal is not back and not is_small_choice(left, right):
             mistakes.append(f"equal one way only: {left!r} {right!r}")
         if not timed(reward.is_equal, left, left) and equal:
             mistakes.append(f"equal to {right!r}, but not to itself: {left!r}")
         if not timed(reward.is_equal, f"$ {gold} $", gold):
             mistakes.append(f"not equal to itself: {gold!r}")
+        unwrapped = timed(reward.gold_answer, draw.choice(["", "$", r"\boxed{", "so "]) + left)
+        if unwrapped is not None and reward.gold_answer(unwrapped) != unwrapped:
+            mistakes.append(f"unwrapped twice: {left!r}")
+        timed(reward.agrees, rf"\boxed{{{left}}} or \boxed{{{right}}}", gold, left)
         timed(
             reward.extract_answer,
             left + draw.choice([r"\boxed{", r"\fbox ", "</think>", ""]) + right,

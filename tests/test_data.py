@@ -59,7 +59,10 @@ def test_evaluation_needs_no_solution(tmp_path):
         ({"question": 5, "solution": "s", "answer": "1"}, "line 2: field 'question' must be text"),
         ({"problem": " ", "solution": "s", "answer": "1"}, "line 2: field 'problem' is empty"),
         ({"problem": "p", "answer": "1"}, "line 2: field 'solution' is missing"),
-        ({"problem": "p", "solution": "s", "answer": ["1"]}, "line 2: field 'answer' must be text"),
+        (
+            {"problem": "p", "solution": "s", "answer": {"x": 1}},
+            "line 2: field 'answer' must be text",
+        ),
         ({"problem": "p", "solution": "no box"}, "line 2: field 'answer': 1 gold answers"),
         ({"problem": "p", "solution": "s", "answer": "\\frac{1}{0}"}, "--skip-ungradable"),
     ],
@@ -78,11 +81,114 @@ def test_mistakes_name_file_line_field_and_remedy(tmp_path, line, message):
 def test_ungradable_golds_are_refused_with_their_lines_or_left_out(tmp_path):
     """An unparseable gold counts as correct, or as wrong for ever, in other trainers: reward
     noise."""
-    path = write(tmp_path, GOOD, GOOD | {"answer": ""}, GOOD, GOOD | {"answer": "\\frac{1}{0}"})
+    no_answer = {"problem": "p", "solution": "no box", "answer": ""}
+    path = write(tmp_path, GOOD, no_answer, GOOD, GOOD | {"answer": "\\frac{1}{0}"})
     with pytest.raises(InputError, match="line 2, 4: field 'answer': 2 gold"):
         load_problems(path)
     problems, left_out = load_problems(path, skip_ungradable=True)
     assert left_out == 2 and [p.line for p in problems] == [1, 3]
+
+
+BOX = "2+3=5. \\boxed{5}"
+PENS = "In May it sold 48/2 = <<48/2=24>>24 pens.\nTogether 48+24 = <<48+24=72>>72 pens.\n#### 72"
+# rows as data sets write them, and the answer to use; "" is none
+ROWS = [
+    ({"solution": "Suppose not.", "answer": "proof"}, ""),
+    ({"solution": "Take roots.", "answer": "notfound"}, ""),
+    ({"solution": BOX, "answer": "\\boxed{}"}, ""),
+    ({"solution": BOX, "answer": "N/A"}, ""),
+    ({"solution": BOX, "answer": ["5", "6"]}, ""),
+    ({"solution": BOX, "answer": []}, ""),
+    ({"solution": BOX, "answer": "6"}, ""),  # the box says 5
+    ({"solution": BOX, "answer": float("inf")}, ""),
+    ({"solution": BOX, "answer": "\\boxed{5}"}, "5"),
+    ({"solution": BOX, "answer": "$\\boxed{5}$"}, "5"),
+    ({"solution": BOX, "answer": "\\[5\\]"}, "5"),
+    ({"solution": BOX, "answer": "#### 5"}, "5"),
+    ({"solution": BOX, "answer": "<answer>5</answer>"}, "5"),
+    ({"solution": BOX, "answer": "**5**"}, "5"),
+    ({"solution": BOX, "answer": "['5']"}, "5"),
+    ({"solution": BOX, "answer": ["5"]}, "5"),
+    ({"solution": BOX, "answer": [5]}, "5"),
+    ({"solution": BOX, "answer": " "}, "5"),
+    ({"problem": None, "question": "q", "prompt": None, "solution": BOX, "answer": "5"}, "5"),
+    ({"solution": "\\boxed{\\textbf{(E)}\\ 12}", "answer": "E"}, "E"),
+]
+
+
+@pytest.mark.parametrize("row, gold", ROWS)
+def test_gold_answers_as_data_sets_write_them(tmp_path, row, gold):
+    path = write(tmp_path, GOOD, {"problem": "p"} | row)
+    if gold:
+        assert load_problems(path)[0][1].answer == gold
+        return
+    with pytest.raises(InputError, match="line 2: field 'answer': 1 gold .*--skip-ungradable$"):
+        load_problems(path)
+    problems, left_out = load_problems(path, skip_ungradable=True)
+    assert left_out == len(problems) == 1
+
+
+def test_a_worked_answer_is_the_solution_too(tmp_path):
+    path = write(
+        tmp_path,
+        {"question": "How many?", "answer": PENS},
+        {"question": "How many?", "answer": PENS, "solution": "48 and 24."},
+    )
+    assert load_problems(path)[0] == [
+        Problem("How many?", PENS, "72", 1),
+        Problem("How many?", "48 and 24.", "72", 2),
+    ]
+    with pytest.raises(InputError, match="line 1: field 'solution' is missing"):
+        load_problems(write(tmp_path, {"question": "How many?", "answer": "#### 72"}))
+
+
+@pytest.mark.parametrize(
+    "field, text, command",
+    [
+        ("answer", r"\frac{1}{2}", r"\frac"),
+        ("answer", r"6\text{ cm}", r"\text"),
+        ("answer", r"6\times 10^2", r"\times"),
+        ("answer", r"\beta", r"\beta"),
+        ("solution", r"It is \boxed{5}", r"\boxed"),
+        ("problem", r"Let \theta be", r"\theta"),
+        ("solution", r"x\to\infty", None),  # no JSON: \i
+        ("solution", r"as x\to 0", r"\to"),
+        ("restated", r"(1\right)", r"\right"),
+        ("problem", r"\tan x", r"\tan"),
+        ("answer", r"x \neq 5", r"\neq"),
+        ("answer", r"\nabla f", r"\nabla"),
+        ("answer", r"x \ne 5", r"\ne"),
+        ("answer", r"\nu", r"\nu"),
+    ],
+)
+def test_backslashes_that_were_not_doubled_are_refused(tmp_path, field, text, command):
+    doubled = json.dumps(GOOD | {field: "TEXT"}).replace("TEXT", text.replace("\\", "\\\\"))
+    single = doubled.replace(text.replace("\\", "\\\\"), text).encode()
+    message = "not valid JSON" if command is None else f"field '{field}': {command} has one"
+    with pytest.raises(InputError) as error:
+        load_problems(write(tmp_path, GOOD, single))
+    assert f"line 2: {message}" in str(error.value) and "\n" not in str(error.value)
+    if command:
+        assert str(error.value).endswith(f"double it, \\{command}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x\ty\nan apple\tan orange\n5\to\tx\there",
+        "first line\nnot a command\r\nright\nu = 5\nequal",
+        "page one\fPage two\f\n",
+        "tab\tonly, \ttext-like textile\ttexture",
+    ],
+)
+def test_tabs_and_lines_in_prose_are_no_lost_commands(tmp_path, text):
+    row = GOOD | {"problem": text, "solution": text}
+    assert load_problems(write(tmp_path, row))[0][0].problem == text
+
+
+def test_a_worked_answer_of_several_lines_has_no_lost_commands(tmp_path):
+    answer = "Let u be 2.\nu = 2, so\ne = 3.\n#### 5"
+    assert load_problems(write(tmp_path, {"problem": "p", "answer": answer}))[0][0].answer == "5"
 
 
 def test_missing_and_empty_files(tmp_path):

@@ -1,15 +1,18 @@
 """reward.py: which box holds the answer, what it is graded, and the shaped reward."""
 
 import doctest
+import json
 import random
 
 import pytest
 from conftest import is_cheap
 from fuzz_verifier import fuzz
-from test_verifier import FRAGMENTS, HOSTILE, SHARED, TABLES
+from test_verifier import DATA, FRAGMENTS, HOSTILE, SHARED, TABLES
 
 import reward
 import verifier
+
+GOLDS = json.loads((DATA / "gold_cases.json").read_text())
 
 
 def test_doctests():
@@ -96,6 +99,56 @@ def test_five_million_characters_are_harmless():
     assert not reward.grade(rf"\boxed{{{text}}}", "5") and not reward.grade(
         r"\boxed{" + "." * 5_000_000 + "}", "5"
     )
+
+
+@pytest.mark.parametrize("text, gold", GOLDS["gold"])
+def test_gold_answers_are_unwrapped_or_none(text, gold):
+    assert reward.gold_answer(text) == gold
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_unwrapping_a_gold_changes_no_value(table):
+    golds = [gold for _, gold, expected in TABLES[table] if expected]
+    changed = [gold for gold in golds if not reward.is_equal(reward.gold_answer(gold), gold)]
+    assert {*changed} <= {"(,)", ",", "...", "None"}
+
+
+@pytest.mark.parametrize("solution, gold, problem, expected", GOLDS["agrees"])
+def test_a_solution_agrees_with_its_gold(solution, gold, problem, expected):
+    assert reward.agrees(solution, gold, problem) is expected
+
+
+def test_what_is_a_worked_answer():
+    assert reward.is_worked("5+3=8 pens.\n#### 8") and reward.is_worked("2+3=5. \\boxed{5}")
+    assert reward.is_worked("As both are even, so is the sum: \\boxed{\\text{even}}")
+    for answer in (
+        "#### 8",
+        "\\boxed{8}",
+        "x = \\boxed{8}",
+        "The final answer is \\boxed{8}",
+        "2+3=5",
+    ):
+        assert not reward.is_worked(answer)
+
+
+@pytest.mark.parametrize(
+    "completion, gold, expected",
+    [
+        (r"\boxed{E) 12}", "E", True),
+        (r"\boxed{E: a score}", "E", True),
+        (r"\boxed{\textbf{(E)}\ 12}", "E", True),
+        (r"\boxed{\text{Option E}}", "E", True),
+        (r"\boxed{e}", "E", True),
+        (r"\boxed{E}", r"\textbf{(E)}\ 12", True),
+        (r"\boxed{E}", "E) 12", True),
+        (r"\boxed{D) 12}", "E", False),
+        (r"\boxed{E}", "F", False),
+        (r"\boxed{A}", "a = 3", False),
+        (r"\boxed{e^2}", "E", False),
+    ],
+)
+def test_choices(completion, gold, expected):
+    assert reward.grade(completion, gold) is expected
 
 
 def test_shaped_reward():

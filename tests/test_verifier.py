@@ -42,6 +42,20 @@ def test_table(table):
     assert not wrong
 
 
+@pytest.mark.parametrize("small", ["a", "(a)", "a.", "a) 5", r"\\text{(a)}"])
+def test_a_small_letter_names_a_choice_but_a_capital_is_no_variable(small):
+    """A gold A is met by a, but not the gold a, a variable, by A."""
+    assert verifier.is_equal(small, "A") and verifier.is_equal(small, "A) 5")
+    assert not verifier.is_equal("A", "a") and not verifier.is_equal("I", "i")
+    assert not verifier.is_equal("x", "X") and not verifier.is_equal("B", "e")
+
+
+def test_unicode_is_read_in_bounded_time():
+    """Sorting combining marks takes quadratic time, some characters stand for eighteen."""
+    for text in ("\u0315\u0300" * 10_000, "\ufdfa" * 250, "½²₁" * 83):
+        assert is_cheap(lambda text=text: verifier.is_equal(text, text), 0.2)
+
+
 PUBLIC_DEFECTS = [
     ("-42", "42", False, "a number regex without a minus sign"),
     (r"\$36", "36", True, r"\$36 was not even equal to itself"),
@@ -231,7 +245,7 @@ FRAGMENTS = (
     r"\frac \sqrt { } ( ) [ ] \{ \} 1 2 x y + - * / ^ _ , ; = < \le \pm \cup \in | ! . \pi e i "
     r"\infty \text{cm} \begin{pmatrix} \end{pmatrix} & \\ \sin \log \binom \choose \over 0.5 "
     r"1,000 \overline{3} ° % $ \left and cm apples \lfloor ² √ ± \circ \ln : 1e5 1e999 9! 2004! "
-    r"[3] \frac12"
+    r"[3] \frac12 ½ ⁻¹ ₁ ³⁄₄ １ － 𝛼 φ (E) E) E. e \textbf{(E)} Option ①"
 ).split()
 FRAGMENTS += [" ", "\ud800", "\x00"]
 

@@ -117,6 +117,18 @@ def grade(text: str, gold: str, prompt_end: str = "") -> bool:
     return answer is not None and is_equal(answer, gold)
 
 
+def shaped_reward(correct: bool, length: int, max_length: int, beta: float = 0.5) -> float:
+    """r = correct * (1 + beta * (1 - length / max_length)), lengths in tokens (arXiv 2605.13255).
+
+    >>> shaped_reward(False, 10, 1024), shaped_reward(True, 1024, 1024)
+    (0.0, 1.0)
+    """
+    lengths_fit = 0 <= length <= max_length and max_length > 0
+    if correct not in (0, 1) or not lengths_fit or not 0 <= beta < math.inf:
+        raise ValueError(f"out of range: {correct=}, {length=}, {max_length=}, {beta=}")
+    return 1.0 + beta * (1.0 - length / max_length) if correct else 0.0
+
+
 # Gold answers as data sets write them
 
 _WRAPPERS = [
@@ -139,6 +151,7 @@ _WRAPPERS = [
 _OVERDOUBLED = re.compile(r"(?:[^\\]|\\\\(?=[A-Za-z{}]))+")  # each backslash is two, as repr does
 _AROUND = re.compile(r"(?:.*=)?[\s$*.,:\\()\[\]}]*")  # around a box these say nothing
 _PROSE = re.compile(r"(?<![\\A-Za-z])(?:(?!and\b)[A-Za-z]{3,}|is\b|[Ss]o\b)|[.:]\s|\n")
+_PROSE_AFTER = re.compile(r"\b(?:is|are|was|as|so|since|because|which)\b|[.:]\s|\n")
 _JOINED = re.compile(r"\}[\s$\\)]*(?:,|;|and|or)[\s$\\(]*$")
 _MARK = re.compile(r"####|<answer>|\\f?box")
 _NO_ANSWER = re.compile(
@@ -188,7 +201,7 @@ def _out_of_boxes(text, first, last):
     is_single = not text[first.end() : last.start()].strip("{ ")  # or a box in a box
     if not content or is_single and _AROUND.fullmatch(text[: first.start()] + after):
         return content
-    if not _PROSE.search(before + after):
+    if not (_PROSE.search(before) or _PROSE_AFTER.search(after)):  # 5 million is not 5
         return _BOX.sub("", text)
     is_list = first is not last and _JOINED.search(before)
     return "" if is_list else content
@@ -218,16 +231,4 @@ def agrees(solution: str, gold: str, problem: str = "") -> bool:
 def _names(answer, options):
     """The answer; where it is a choice, also the text of the choice."""
     letter, words = choice(answer)
-    return [answer, words, options.get(letter, "")]
-
-
-def shaped_reward(correct: bool, length: int, max_length: int, beta: float = 0.5) -> float:
-    """r = correct * (1 + beta * (1 - length / max_length)), lengths in tokens (arXiv 2605.13255).
-
-    >>> shaped_reward(False, 10, 1024), shaped_reward(True, 1024, 1024)
-    (0.0, 1.0)
-    """
-    lengths_fit = 0 <= length <= max_length and max_length > 0
-    if correct not in (0, 1) or not lengths_fit or not 0 <= beta < math.inf:
-        raise ValueError(f"out of range: {correct=}, {length=}, {max_length=}, {beta=}")
-    return 1.0 + beta * (1.0 - length / max_length) if correct else 0.0
+    return {answer, words, options.get(letter, "")} - {""}

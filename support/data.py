@@ -136,8 +136,8 @@ def _parse(path, number, line, need_solution):
             f"{where}: a JSON {type(record).__name__} where an object is needed: write "
             '{"problem": ..., "solution": ..., "answer": ...}'
         )
-    given = [name for name in ("problem", "question", "prompt") if record.get(name) is not None]
-    name = given[0] if given else "problem"
+    names = ("problem", "question", "prompt")
+    name = next((name for name in names if record.get(name) is not None), "problem")
     answer = _answer_text(record.get("answer"))
     record["answer"] = answer
     if not record.get("solution") and isinstance(answer, str) and reward.is_worked(answer):

@@ -27,7 +27,7 @@ import reward
 import verifier
 
 PIECE = re.compile(r"\\[A-Za-z]+|[0-9]+|[A-Za-z]+|\S")
-CALLS_PER_ROUND = 9
+CALLS_PER_ROUND = 8
 
 
 def read_golds(files: list[str]) -> list[str]:
@@ -80,15 +80,18 @@ def fuzz(calls: int, seed: int, files: list[str]) -> tuple[list[str], list[tuple
     """The mistakes, and the slowest calls: (seconds, function, left, right)."""
     draw, golds, mistakes, slowest = random.Random(seed), read_golds(files), [], []
 
-    def timed(function, *arguments):
-        start = time.perf_counter()
+    def tried(function, *arguments):
         try:
             return function(*arguments)
         except Exception as error:  # whatever it is, it is what this looks for
             mistakes.append(f"{function.__name__}{arguments} raised {error!r}")
-        finally:
-            entry = (time.perf_counter() - start, function.__name__, *arguments)
-            (heapq.heappush if len(slowest) < 40 else heapq.heappushpop)(slowest, entry)
+
+    def timed(function, *arguments):
+        start = time.perf_counter()
+        result = tried(function, *arguments)
+        entry = (time.perf_counter() - start, function.__name__, *arguments)
+        (heapq.heappush if len(slowest) < 40 else heapq.heappushpop)(slowest, entry)
+        return result
 
     for _ in range(calls // CALLS_PER_ROUND):
         gold = draw.choice(golds)
@@ -102,10 +105,11 @@ def fuzz(calls: int, seed: int, files: list[str]) -> tuple[list[str], list[tuple
             mistakes.append(f"equal to {right!r}, but not to itself: {left!r}")
         if not timed(reward.is_equal, f"$ {gold} $", gold):
             mistakes.append(f"not equal to itself: {gold!r}")
-        unwrapped = timed(reward.gold_answer, draw.choice(["", "$", r"\boxed{", "so "]) + left)
+        unwrapped = tried(reward.gold_answer, draw.choice(["", "$", r"\boxed{", "so "]) + left)
         if unwrapped is not None and reward.gold_answer(unwrapped) != unwrapped:
             mistakes.append(f"unwrapped twice: {left!r}")
-        timed(reward.agrees, rf"\boxed{{{left}}} or \boxed{{{right}}}", gold, left)
+        if draw.random() < 0.1:  # compares several times; only data files are read with it
+            tried(reward.agrees, rf"\boxed{{{left}}} or \boxed{{{right}}}", gold, left)
         timed(
             reward.extract_answer,
             left + draw.choice([r"\boxed{", r"\fbox ", "</think>", ""]) + right,

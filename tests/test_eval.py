@@ -419,7 +419,7 @@ def test_completions_of_ungradable_rows_are_passed_over(
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     data.write_text(
         "".join(
-            json.dumps(row | ({"answer": ""} if i == 3 else {})) + "\n"
+            json.dumps(row | ({"answer": "proof"} if i == 3 else {})) + "\n"
             for i, row in enumerate(rows)
         )
     )

@@ -63,7 +63,6 @@ from support.run import (
     hold,
     name_lack_of_memory,
     one_line_errors,
-    saved_dtype,
     stop_line,
     thinking_line,
 )
@@ -224,14 +223,12 @@ def evaluate(
 def load(s, name, adapter, files, device):
     """(model, tokenizer), with the adapter, if there is one. InputError if a prompt leaves no room for
     the completion."""
-    folder = toy.resolve(name, "model")
-    dtype = torch.bfloat16
-    # model/ of a run is in float32: bfloat16 would lose what it learned
-    if device.type != "cuda" or saved_dtype(folder) == torch.float32:
-        dtype = torch.float32
-    model, tokenizer = load_model(folder, dtype, device, scored=False)
+    # On a GPU the dtype of the files. model/ of a run is in float32: bfloat16 would lose what it
+    # learned. So would an adapter merged in bfloat16.
+    dtype = "auto" if device.type == "cuda" else torch.float32
+    model, tokenizer = load_model(toy.resolve(name, "model"), dtype, device, scored=False)
     if adapter:
-        load_adapter(model, adapter)  # not merged: in bfloat16 that would lose what it learned
+        load_adapter(model, adapter)
 
     def prompts(problem):
         return [student_prompt(tokenizer, problem, s)]

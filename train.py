@@ -497,7 +497,7 @@ def train(s: Settings, resume: bool, objective: EGRSD | None = None) -> None:
             checkpoint.load_latest(t.out / "checkpoints", t.model, t.optimizer, ranks, t.load_state)
             if run.is_done(t):
                 return
-        ranks.on_first(partial(run.check_start, t))
+        ranks.on_first(partial(run.check_disk, t))
         if ranks.rank == 0:
             run.write_config(t)
             checkpoint.drop_later_steps(t.out / "metrics.jsonl", t.step)

@@ -5,7 +5,7 @@ A data file is UTF-8 text with one JSON object per line:
     {"problem": "2+3?", "solution": "2+3=5. \\boxed{5}", "answer": "5"}
 
 `question` or `prompt` may stand for `problem`. Without an `answer` the last box of the solution is
-taken. An answer is unwrapped (reward.gold_answer); a worked answer is the solution too, if there is
+taken. An answer is unwrapped (support/golds.py); a worked answer is the solution too, if there is
 none. Evaluation needs no solution. `restated`, the problem in other words, is for family/. A user's
 mistake raises InputError, whose text is one line: file, line, field, and what to do.
 """
@@ -30,6 +30,7 @@ import lora
 import reward
 import rollout
 import teacher
+from support import golds
 from support.distributed import choose_threads
 from support.errors import InputError, reason
 from support.flags import environment_number
@@ -98,7 +99,7 @@ def load_problems(
             problem = _parse(path, number, line, need_solution)
             if not reward.is_equal(problem.answer, problem.answer):
                 ungradable.append(number)
-            elif not reward.agrees(problem.solution, problem.answer, problem.problem):
+            elif not golds.agrees(problem.solution, problem.answer, problem.problem):
                 disagreeing.append(number)
             else:
                 problems.append(problem)
@@ -140,7 +141,7 @@ def _parse(path, number, line, need_solution):
     name = next((name for name in names if record.get(name) is not None), "problem")
     answer = _answer_text(record.get("answer"))
     record["answer"] = answer
-    if not record.get("solution") and isinstance(answer, str) and reward.is_worked(answer):
+    if not record.get("solution") and isinstance(answer, str) and golds.is_worked(answer):
         record["solution"] = answer
     needed = {name, "solution"} if need_solution else {name}
     for field in (name, "solution", "answer", "restated"):
@@ -148,7 +149,7 @@ def _parse(path, number, line, need_solution):
     solution = record.get("solution") or ""
     if answer is None or not answer.strip():
         answer = reward.extract_answer(solution) or ""  # without a box: ungradable
-    gold = reward.gold_answer(answer)
+    gold = golds.gold_answer(answer)
     return Problem(record[name], solution, gold, number, record.get("restated") or "")
 
 
@@ -231,6 +232,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
         config = AutoConfig.from_pretrained(name, gguf_file=gguf, trust_remote_code=False)
         _check_method(name, config)
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf, trust_remote_code=False)
+        saved = config.dtype
         model, found = _without_dropout(name, config, gguf, dtype)
         _check_types(_folder(name))
         if gguf:
@@ -244,6 +246,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
             "directory or a hub id, which must not need code of its own"
         ) from None
     _check_weights(name, model, found)
+    if saved == torch.float32 and model.dtype == torch.bfloat16:
+        _warn(f"{name}: its float32 weights are rounded to bfloat16; train.py --no-bf16 keeps them")
     try:
         _set_stop_tokens(model, tokenizer)
         rollout.check_model(model)
@@ -366,12 +370,16 @@ def _check_weights(name, model, found):
             f"{wrong[0]}: the checkpoint is damaged or incomplete, get it again (--model)"
         )
     unexpected = found["unexpected_keys"]
-    if unexpected and environment_number("RANK", 0) == 0:
-        print(
+    if unexpected:
+        _warn(
             f"{name}: warning: {len(unexpected)} weights of the checkpoint have no place in the "
-            f"model, first {min(unexpected)}",
-            file=sys.stderr,
+            f"model, first {min(unexpected)}"
         )
+
+
+def _warn(line):
+    if environment_number("RANK", 0) == 0:
+        print(line, file=sys.stderr)
 
 
 def _set_stop_tokens(model, tokenizer):

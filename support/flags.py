@@ -5,7 +5,7 @@ import argparse
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import Field, field, fields
 from datetime import date
 from pathlib import Path

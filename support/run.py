@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig
 
 import lora
 import rollout
@@ -349,9 +348,8 @@ def check_fingerprint(trainer, files):
             )
 
 
-def check_start(trainer):
-    """InputError if the disk has no room for what the run will write. Also say if training rounds the
-    weights of the files."""
+def check_disk(trainer):
+    """InputError if the disk has no room for what the run will write."""
     s = trainer.s
     weights = trainer.model.num_parameters()  # shared ones count once
     trained = sum(p.numel() for p in trainer.parameters)
@@ -364,23 +362,6 @@ def check_start(trainer):
             f"{trainer.out}: the run writes {needed:.2f} GB (model/ in float32, checkpoints), but "
             f"the disk has {free:.2f} GB free: free space, or choose another --out"
         )
-    if is_rounded(trainer):
-        print(
-            f"{s.model}: the weights of the files are not in bfloat16: they are rounded for "
-            "training, but not in model/; --no-bf16 trains without rounding",
-            file=sys.stderr,
-        )
-
-
-def is_rounded(trainer):
-    """Whether training rounds the weights of the files."""
-    return trainer.bf16 and saved_dtype(trainer.files["--model"]) != torch.bfloat16
-
-
-def saved_dtype(name: str) -> torch.dtype | None:
-    """What the config of a checkpoint says of its weights; None if it says nothing."""
-    with suppress(Exception):  # load_model says what is wrong with it
-        return AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
 
 
 def write_config(trainer):
@@ -484,7 +465,7 @@ def export(trainer):
     evaluations, and where the files are."""
     out = trainer.out
     model = trainer.model.cpu()  # a GPU may not have room for float32
-    if is_rounded(trainer):  # the adapter belongs to the weights of the files
+    if trainer.bf16:  # the adapter belongs to the weights of the files, which may have been rounded
         name = trainer.files["--model"]
         check_fingerprint(trainer, {"--model": name})
         model, _ = load_model(name, torch.float32, model.device, scored=False)

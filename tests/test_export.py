@@ -9,10 +9,11 @@ from collections import namedtuple
 import pytest
 import torch
 from conftest import train_arguments, train_here
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import lora
+from support.data import load_model
 from support.errors import InputError
 
 
@@ -117,7 +118,7 @@ def completions(toy, out, *flags):
 def test_weights_that_training_rounds_are_exported_unrounded(tiny_toy, tmp_path, capsys):
     """So a second training keeps what the first one learned."""
     base, run = train(tiny_toy, tmp_path, torch.float32, 4)
-    assert "rounded for training, but not in model/" in capsys.readouterr().err
+    assert "its float32 weights are rounded to bfloat16" in capsys.readouterr().err
     assert_export_is_adapter(base, run, 4)
 
 
@@ -151,22 +152,17 @@ def test_a_full_disk_is_found_before_training(tiny_toy, tmp_path, monkeypatch):
     assert (tmp_path / "run/model/config.json").exists()
 
 
-@pytest.mark.parametrize(
-    "files, device, expected",
-    [
-        (torch.float32, "cuda", torch.float32),
-        (torch.bfloat16, "cuda", torch.bfloat16),
-        (torch.float16, "cuda", torch.bfloat16),
-        (torch.bfloat16, "cpu", torch.float32),
-    ],
-)
-def test_eval_takes_float32_files_as_they_are(
-    files, device, expected, tiny_toy, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("device, dtype", [("cuda", "auto"), ("cpu", torch.float32)])
+def test_eval_takes_float32_files_as_they_are(device, dtype, tiny_toy, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
         evaluation, "load_model", lambda name, dtype, *_, **how: asked.append(dtype) or (None, None)
     )
-    load(tiny_toy / "model").to(files).save_pretrained(tmp_path)
-    evaluation.load(None, str(tmp_path), None, [], torch.device(device))
-    assert asked == [expected]
+    evaluation.load(None, str(tiny_toy / "model"), None, [], torch.device(device))
+    assert asked == [dtype]
+    model, _ = load_model(str(tiny_toy / "model"), "auto", torch.device("cpu"))
+    assert model.dtype == torch.float32
+    model.bfloat16().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_toy / "model").save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), "auto", torch.device("cpu"))
+    assert model.dtype == torch.bfloat16

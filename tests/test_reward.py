@@ -11,6 +11,7 @@ from test_verifier import DATA, FRAGMENTS, HOSTILE, SHARED, TABLES
 
 import reward
 import verifier
+from support import golds
 
 GOLDS = json.loads((DATA / "gold_cases.json").read_text())
 
@@ -103,24 +104,24 @@ def test_five_million_characters_are_harmless():
 
 @pytest.mark.parametrize("text, gold", GOLDS["gold"])
 def test_gold_answers_are_unwrapped_or_none(text, gold):
-    assert reward.gold_answer(text) == gold
+    assert golds.gold_answer(text) == gold
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_unwrapping_a_gold_changes_no_value(table):
     golds = [gold for _, gold, expected in TABLES[table] if expected]
-    changed = [gold for gold in golds if not reward.is_equal(reward.gold_answer(gold), gold)]
+    changed = [gold for gold in golds if not reward.is_equal(golds.gold_answer(gold), gold)]
     assert {*changed} <= {"(,)", ",", "...", "None"}
 
 
 @pytest.mark.parametrize("solution, gold, problem, expected", GOLDS["agrees"])
 def test_a_solution_agrees_with_its_gold(solution, gold, problem, expected):
-    assert reward.agrees(solution, gold, problem) is expected
+    assert golds.agrees(solution, gold, problem) is expected
 
 
 def test_what_is_a_worked_answer():
-    assert reward.is_worked("5+3=8 pens.\n#### 8") and reward.is_worked("2+3=5. \\boxed{5}")
-    assert reward.is_worked("As both are even, so is the sum: \\boxed{\\text{even}}")
+    assert golds.is_worked("5+3=8 pens.\n#### 8") and golds.is_worked("2+3=5. \\boxed{5}")
+    assert golds.is_worked("As both are even, so is the sum: \\boxed{\\text{even}}")
     for answer in (
         "#### 8",
         "\\boxed{8}",
@@ -128,7 +129,7 @@ def test_what_is_a_worked_answer():
         "The final answer is \\boxed{8}",
         "2+3=5",
     ):
-        assert not reward.is_worked(answer)
+        assert not golds.is_worked(answer)
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,14 @@ _BARE_BOX = re.compile(r"[-+−]?[0-9]+(?:[.,/][0-9]+)*|[A-Za-z]|")  # as in \bo
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # not \{ and \}
 # Marks that open or close a thought. A channel's name follows its mark: <|channel|>analysis
 _MARK = re.compile(
-    r"<\|?/?(?:[a-z]+:)?(?:begin_of_|end_of_)?(?:think|thinking|thought)\|?>"
-    r"|<\|(?:START|END)_THINKING\|>|\[/?THINK\]|◁/?think▷|<\|inner_(?:prefix|suffix)\|>"
-    r"|<\|?channel\|?>\s*(?:analysis|commentary|thought|)"
+    r"(?i:<\|?/?(?:(?!no_)\w{1,20}[:_])?(?:think|thinking|thoughts?|reasoning)"
+    r"(?::\w{1,20}|_start|_begin|_end)?\|?>)"
+    r"|\[/?THINK\]|◁/?think▷|<\|inner_(?:prefix|suffix)\|>|<\|(?:open|close)\|>think"
+    r"|<\|?channel\|?>\s*(?:analysis|commentary|thought|)|<\|content\|>|to=(?:self|user)<\|message\|>"
+    r"|<\|begin_assistant\|>\s*Here are my reasoning steps:|\[BEGIN FINAL RESPONSE\]"
 )
-_CLOSES = re.compile(r"/|end_of|END|suffix|channel\|?>\s*$")  # found in a mark that closes
+# found in a mark that closes
+_CLOSES = re.compile(r"(?i)/|end_|_end|suffix|close|channel\|?>\s*$|content|to=user|response")
 PLACEHOLDER = re.compile(
     r"(?:\\text|\\[a-z]*dots|\\[ ,;:!]|[{}$~\s.?…]|your|final|<?answer>?|here)*", re.IGNORECASE
 )

@@ -165,18 +165,37 @@ def prompt_end(tokenizer, thinking: bool = False, day: str = "") -> str:
     return text.rpartition(INSTRUCTION)[2]
 
 
+def assistant_turn(tokenizer, *after: dict) -> tuple[str, str, str]:
+    """What the chat template writes around an assistant's turn, before the messages `after`: from
+    the instruction to the thought, from the thought to the words, and from the words on. Empty
+    texts if it refuses such a turn."""
+    said = {
+        "role": "assistant",
+        "content": "It is 2.",
+        "reasoning_content": "I add.",  # templates have one of these names, or none
+        "reasoning": "I add.",
+        "thinking": "I add.",
+    }
+    messages = [*student_messages("1?"), said, *after]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=True)
+    except Exception:  # templates raise what they like
+        text = ""
+    before, _, rest = text.partition("It is 2.")
+    opening, _, closing = before.rpartition(INSTRUCTION)[2].partition("I add.")
+    return opening, closing, rest.strip()
+
+
 def turn_end(tokenizer) -> int | None:
-    """The control token that follows the assistant's words in the chat template; None if there is
-    none."""
-    said = "The answer is 2."
-    messages = student_messages("1?") + [{"role": "assistant", "content": said}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    _, is_there, rest = text.rpartition(said)
-    lengths = {}  # of the tokens that `rest` begins with
-    for token_id, token in tokenizer.added_tokens_decoder.items():
-        if is_there and token.content.strip() and rest.lstrip().startswith(token.content):
-            lengths[token_id] = len(token.content)
-    return max(lengths, key=lengths.get, default=None)
+    """The control token that follows the assistant's words in the chat template, if need be that of
+    the next turn; None if there is none, or if it also ends thoughts."""
+    _, closing, rest = assistant_turn(tokenizer)
+    rest = rest or assistant_turn(tokenizer, {"role": "user", "content": "3?"})[2]
+    for first in tokenizer.encode(rest, add_special_tokens=False)[:1]:
+        token = tokenizer.added_tokens_decoder.get(first)
+        if token and token.content not in closing:
+            return first
+    return None
 
 
 def read(

@@ -28,7 +28,7 @@ from family.divergences import (
 from family.methods import EGRSD, Batch
 from family.settings import FamilySettings
 from support import checkpoint
-from support.data import InputError
+from support.data import InputError, stop_sources
 from support.run import SAMPLES_PER_STEP
 from support.sampling import check_prompts
 from teacher import Reading
@@ -177,12 +177,9 @@ class Neighbour(train.EGRSD):
         ids = t.tokenizer.encode(
             problem.solution, add_special_tokens=False, split_special_tokens=True
         )
-        ends = [
-            teacher.turn_end(t.tokenizer),
-            t.tokenizer.eos_token_id,
-            rollout.stop_ids(t.model, t.tokenizer)[0],
-        ]
-        ids.append(next(end for end in ends if end is not None))
+        # the last one is the chat template's, if it has one
+        ends = [rollout.stop_ids(t.model, t.tokenizer)[0], *stop_sources(t.tokenizer)]
+        ids.append(ends[-1])
         kept = ids[: self.s.max_new_tokens]
         prompt = t.student_prompt(problem)
         return Example(

@@ -401,15 +401,15 @@ def stop_sources(tokenizer) -> dict[int, str]:
     found = {}
     if tokenizer.eos_token_id is not None:
         found[tokenizer.eos_token_id] = "tokenizer"
-    with suppress(Exception):  # a template may refuse an assistant's turn
-        end = teacher.turn_end(tokenizer)
-        if end is not None:
-            found[end] = "chat template"
+    end = teacher.turn_end(tokenizer)
+    if end is not None:
+        found[end] = "chat template"
     return found
 
 
 def _check_tokenizer(name, model, tokenizer, scored):
-    """InputError if prompts do not depend on the problem, or have tokens that the model lacks.
+    """InputError if prompts do not depend on the problem, or have tokens that the model lacks, or if
+    reward.py would take a thought for an answer, or an answer for a thought.
 
     If `scored`, InputError also if the prompts of student and teacher end differently after the
     instruction. The teacher's is tried with a short and with a long solution.
@@ -447,6 +447,14 @@ def _check_tokenizer(name, model, tokenizer, scored):
                 f"{name}: student and teacher must be asked alike, but their prompts end in "
                 f"{shown}: correct chat_template.jinja (--model)"
             )
+    opening, closing, _ = teacher.assistant_turn(tokenizer)
+    start = teacher.prompt_end(tokenizer, True) + opening
+    is_open = reward.after_thought("", start) is None
+    if closing.strip() and not (is_open and reward.after_thought(closing + "2", start)):
+        raise InputError(
+            f"{name}: the chat template writes {closing!r} after a thought, and reward.py does not "
+            "know how it marks thoughts: add that to _MARK, or choose another --model"
+        )
 
 
 def add_adapter(model, rank: int, alpha: float, targets: Sequence[str] = lora.TARGETS) -> str:

@@ -418,7 +418,7 @@ def test_the_progress_line_names_what_is_asked_for(tiny_toy, tmp_path, monkeypat
 
 def with_answers(tiny_toy, tmp_path, answer):
     rows = [
-        json.loads(line) | {"answer": answer}
+        json.loads(line) | {"answer": answer, "solution": rf"A guess. \boxed{{{answer}}}"}
         for line in (tiny_toy / "train.jsonl").read_text().splitlines()
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -593,7 +593,8 @@ def test_questions_must_fit_the_window(tiny_toy, tmp_path, name, context, most):
 )
 def test_what_the_teacher_is_asked_must_fit_the_window(tiny_toy, tmp_path, name, changes, field):
     lines = (tiny_toy / "train.jsonl").read_text().splitlines(keepends=True)[:9]
-    lines[3] = json.dumps(json.loads(lines[3]) | {field: "12345 " * 900}) + "\n"
+    row = json.loads(lines[3]) | {"solution": "A guess."} | {field: "12345 " * 900}
+    lines[3] = json.dumps(row) + "\n"
     (tmp_path / "long.jsonl").write_text("".join(lines))
     with pytest.raises(InputError, match="line 4: .* beyond the model's window"):
         family_here(

@@ -15,12 +15,18 @@ from transformers.utils import chat_template_utils
 import reward
 import rollout
 import teacher
+from family.neighbour import Neighbour
 from support.data import Problem, load_model
 from support.run import stop_line
 from support.sampling import Rollout, check_prompts, check_thinking, grade_rollouts
 
 CPU = (torch.float32, torch.device("cpu"))
 ASK = teacher.student_messages("2+3?")
+# ends a thought in <|im_end|>, and the words in another token or in the same
+THINKS = (
+    "{% macro says(m, end) %}<|im_start|>{% if m.reasoning %}<think>{{ m.reasoning }}<|im_end|>"
+    "<|im_start|>{% endif %}{{ m.content }}{{ end }}{% endmacro %}"
+)
 DATED = "Today: {{ strftime_now('%-d %B %Y') }}\n"
 
 
@@ -92,6 +98,10 @@ def test_training_and_its_export_stop_there(changed, tiny_toy, tmp_path, capsys)
         ("{% for m in messages %}{{ m.content }} \n <|endoftext|><|im_end|>{% endfor %}", 0),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
         ("<|im_start|>{{ messages[0].content }}", None),  # drops the assistant's turn
+        ("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}", 1),  # the next turn's
+        (THINKS + "{% for m in messages %}{{ says(m, '<|im_end|>') }}{% endfor %}", None),
+        (THINKS + "{% for m in messages %}{{ says(m, '<|endoftext|>') }}{% endfor %}", 0),
+        ("{% if messages[1:] %}{{ raise_exception('no') }}{% endif %}", None),
     ],
 )
 def test_the_end_of_a_turn(tokenizer, template, end):
@@ -138,6 +148,28 @@ def test_a_template_without_assistants_and_an_invalid_generation_config(changed,
         ("", r"<|START_THINKING|>5<|END_THINKING|>\boxed{5}", "5"),
         ("", r"<|begin_of_thought|>\boxed{4}<|end_of_thought|>\boxed{5}", "5"),
         ("", r"<|inner_prefix|>\boxed{5}", None),
+        ("", r"<longcat_think>\boxed{5}", None),
+        ("", r"<longcat_think>\boxed{4}</longcat_think>\boxed{5}", "5"),
+        ("<think:opensource>", r"\boxed{5}", None),
+        ("<think:opensource></think:opensource>", r"\boxed{5}", "5"),
+        ("", r"<Thought>\boxed{4}</Thought>\boxed{5}", "5"),
+        ("", r"<reasoning>\boxed{5}", None),
+        ("<|think_start|>", r"\boxed{5}", None),
+        ("<|think_start|>", r"\boxed{4}<|think_end|>\boxed{5}", "5"),
+        ("<|open|>think<|sep|>", r"\boxed{5}", None),
+        ("<|open|>think<|sep|>", r"4<|close|>think<|sep|><|open|>response<|sep|>\boxed{5}", "5"),
+        ("assistant", r"<|think|>\boxed{5}", None),
+        ("assistant", r"<|think|>4<|end|><|begin|>assistant<|content|>\boxed{5}", "5"),
+        ("assistant", r" to=self<|message|>\boxed{5}", None),
+        ("assistant", r" to=self<|message|>4<|eom|> to=user<|message|>\boxed{5}", "5"),
+        ("<|begin_assistant|>\nHere are my reasoning steps:\n", r"\boxed{5}", None),
+        (
+            "<|begin_assistant|>\nHere are my reasoning steps:\n",
+            r"\boxed{4} [BEGIN FINAL RESPONSE] \boxed{5}",
+            "5",
+        ),
+        ("", r"Here are my reasoning steps: \boxed{5}", "5"),  # of an ordinary model
+        ("", r"<no_think>\boxed{5}", "5"),
         (r"Put it in \boxed{5}.", "6", None),  # a box of the prompt is no answer
         ("", r"a<thinking about it \boxed{5}", "5"),
     ],
@@ -145,6 +177,28 @@ def test_a_template_without_assistants_and_an_invalid_generation_config(changed,
 def test_only_what_follows_the_thought_is_graded(prompt_end, completion, answer):
     assert reward.extract_answer(completion, prompt_end) == answer
     assert reward.grade(completion, "5", prompt_end) == (answer == "5")
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing", "is_known"),
+    [
+        ("<think>", "</think>", True),
+        ("<|channel|>analysis<|message|>", "<|end|><|channel|>final<|message|>", True),
+        ("((", "))", False),
+        ("<think>", "))", False),  # without an end all answers would be thoughts
+        ("((", "</think>", False),  # without a begin a box of an unfinished thought would count
+        ("", " ", True),  # no marks
+    ],
+)
+def test_the_chat_template_shows_how_thoughts_are_marked(changed, opening, closing, is_known):
+    form = f"{{% if m.thinking %}}{opening}{{{{ m.thinking }}}}{closing}{{% endif %}}"
+    turns = "{% for m in messages %}" + form + "{{ m.content }}<|im_end|>{% endfor %}"
+    place = str(changed(lambda _: turns))
+    if is_known:
+        load_model(place, *CPU)
+    else:
+        with pytest.raises(Exception, match="after a thought, .* reward.py does not know"):
+            load_model(place, *CPU)
 
 
 def test_rollouts_are_graded_with_their_marks(tokenizer):
@@ -268,3 +322,15 @@ def test_prompts_end_alike_apart_from_thoughts(tokenizer):
         check_thinking(tokenizer, s)
     s.teacher_thinking = None
     check_thinking(tokenizer, s)
+
+
+def test_a_reference_solution_ends_like_a_turn(changed):
+    """Even if the chat template has no assistants."""
+    place = base_model(changed)
+    t = SimpleNamespace(student_prompt=lambda problem: [1])
+    family = SimpleNamespace(s=SimpleNamespace(max_new_tokens=99))
+    problem = Problem("2+3?", "2+3=5.", "5", 1)
+    t.model, t.tokenizer = load_model(str(place), *CPU)
+    assert Neighbour.reference(family, t, problem).token_ids[-1] == 2
+    t.tokenizer.chat_template = "{% if messages[1:] %}{{ raise_exception('no') }}{% endif %}"
+    assert Neighbour.reference(family, t, problem).token_ids[-1] == 0

@@ -990,7 +990,7 @@ def test_a_teacher_with_nothing_to_be_shown_says_nothing(tiny_toy, tmp_path):
     """No rollout is correct, so no peer is: neither divergence nor entropy nor d may reach the
     loss."""
     rows = [
-        json.loads(line) | {"answer": "-1"}
+        json.loads(line) | {"answer": "-1", "solution": "A guess."}
         for line in (tiny_toy / "train.jsonl").read_text().splitlines()
     ]
     (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

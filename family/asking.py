@@ -144,11 +144,11 @@ def graded(t, first, completion):
         problem=first.problem,
         prompt=first.prompt,
         prompt_end=teacher.prompt_end(t.tokenizer, teacher_thinks(t.s), t.s.date),
-        text=said(t.tokenizer, completion),
+        text=t.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
         is_reference=True,
         has_context=first.has_context,
         teacher_prompt=first.teacher_prompt,
-    ).grade()
+    ).grade(said(t.tokenizer, completion))
 
 
 def add_hinted(t, firsts, written):

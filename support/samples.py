@@ -146,8 +146,8 @@ def read_completions(path, data, problems, pass_over) -> list[dict]:
                 "another checkpoint or data file than before: put them into files of their own"
             )
         own = found[problem.line]
-        said = Rollout([], [], finished, problem, [], text, prompt_end=prompt_end)
-        graded = said.grade().as_json()
+        one = Rollout([], [], finished, problem, [], prompt_end=prompt_end)
+        graded = one.grade(text).as_json()
         own.append(
             {"checkpoint": path, "data": data, "sample": len(own), **graded, "tokens": tokens}
         )

@@ -20,17 +20,18 @@ class Rollout(rollout.Completion):
 
     problem: Problem
     prompt: list[int]  # token ids of the student's prompt
-    text: str = ""  # decoded, control tokens and all, but without the stop token
+    text: str = ""  # decoded, without special tokens
     answer: str | None = None  # the box's content, None if there is none
     correct: bool = False  # finished, and the verifier says that the answer is right
     reward: float = 0.0
     advantage: float = 0.0
     prompt_end: str = ""  # what the prompt ends in, see teacher.prompt_end
+    said: str = ""  # the text with its special tokens, which may mark a thought
 
-    def grade(self) -> "Rollout":
-        """Fill in answer and correct, from the text. A truncated completion is wrong whatever it
-        says."""
-        self.answer = reward.extract_answer(self.text, self.prompt_end)
+    def grade(self, said: str) -> "Rollout":
+        """Fill in said, answer and correct. A truncated completion is wrong whatever it says."""
+        self.said = said
+        self.answer = reward.extract_answer(said, self.prompt_end)
         can_be_right = self.finished and self.answer is not None
         self.correct = can_be_right and reward.is_equal(self.answer, self.problem.answer)
         return self
@@ -41,7 +42,7 @@ class Rollout(rollout.Completion):
             "problem": self.problem.problem,
             "gold": self.problem.answer,
             "prompt_end": self.prompt_end,
-            "completion": self.text,
+            "completion": self.said,
             "answer": self.answer,
             "correct": self.correct,
             "finished": self.finished,
@@ -135,15 +136,15 @@ def sample(
 
 
 def grade_rollouts(tokenizer, rollouts: list[Rollout]) -> list[Rollout]:
-    """Fill in text, answer and correct. Returns the same rollouts."""
+    """Fill in what texts and grades say. Returns the same rollouts."""
     for one in rollouts:
-        one.text = said(tokenizer, one)
-        one.grade()
+        one.text = tokenizer.decode(one.token_ids, skip_special_tokens=True)
+        one.grade(said(tokenizer, one))
     return rollouts
 
 
 def said(tokenizer, completion: rollout.Completion) -> str:
-    """The text of a completion without its stop token. Other control tokens stay: they may mark
+    """The text of a completion without its stop token. Other special tokens stay: they may mark
     where a thought ends."""
     ids = completion.token_ids
     return tokenizer.decode(ids[:-1] if completion.finished else ids)

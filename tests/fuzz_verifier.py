@@ -25,6 +25,7 @@ from test_verifier import FRAGMENTS, HOSTILE, SHARED, TABLES
 
 import reward
 import verifier
+from support.golds import agrees, gold_answer
 
 PIECE = re.compile(r"\\[A-Za-z]+|[0-9]+|[A-Za-z]+|\S")
 CALLS_PER_ROUND = 8
@@ -105,11 +106,11 @@ def fuzz(calls: int, seed: int, files: list[str]) -> tuple[list[str], list[tuple
             mistakes.append(f"equal to {right!r}, but not to itself: {left!r}")
         if not timed(reward.is_equal, f"$ {gold} $", gold):
             mistakes.append(f"not equal to itself: {gold!r}")
-        unwrapped = tried(golds.gold_answer, draw.choice(["", "$", r"\boxed{", "so "]) + left)
-        if unwrapped is not None and golds.gold_answer(unwrapped) != unwrapped:
+        unwrapped = tried(gold_answer, draw.choice(["", "$", r"\boxed{", "so "]) + left)
+        if unwrapped is not None and gold_answer(unwrapped) != unwrapped:
             mistakes.append(f"unwrapped twice: {left!r}")
         if draw.random() < 0.1:  # compares several times; only data files are read with it
-            tried(golds.agrees, rf"\boxed{{{left}}} or \boxed{{{right}}}", gold, left)
+            tried(agrees, rf"\boxed{{{left}}} or \boxed{{{right}}}", gold, left)
         timed(
             reward.extract_answer,
             left + draw.choice([r"\boxed{", r"\fbox ", "</think>", ""]) + right,

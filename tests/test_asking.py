@@ -435,7 +435,9 @@ def test_degenerate_steps(tiny_toy, tmp_path, monkeypatch, name, kind):
     changes = NEW[name] | ({"max-new-tokens": 2} if kind == "truncated" else {})
     changes |= with_answers(tiny_toy, tmp_path, "-1") if kind == "all wrong" else {}
     if kind == "all right":
-        monkeypatch.setattr(Rollout, "grade", lambda row: vars(row).update(correct=True) or row)
+        monkeypatch.setattr(
+            Rollout, "grade", lambda row, said: vars(row).update(correct=True) or row
+        )
     family_here(*arguments(tiny_toy, tmp_path / "run", name, steps=1, **changes))
     for row in metrics(tmp_path / "run"):
         assert all(math.isfinite(value) for value in row.values())

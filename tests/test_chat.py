@@ -211,7 +211,7 @@ def test_rollouts_are_graded_with_their_marks(tokenizer):
         for text in texts
     ]
     grade_rollouts(tokenizer, rows)
-    assert {row.text: row.answer for row in rows} == texts
+    assert {row.said: row.answer for row in rows} == texts
     assert [row.correct for row in rows] == [False, True, True]
 
 

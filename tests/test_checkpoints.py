@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import lora
 import rollout
 import train
 from support import data
@@ -205,7 +206,8 @@ def test_a_gguf_file_is_trained_and_exported_as_an_ordinary_checkpoint(
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32)
     again = AutoTokenizer.from_pretrained(tmp_path / "run/model")
     ours, _ = load(base)
-    data.load_adapter(ours, tmp_path / "run/checkpoints/step-000001/adapter", merge=True)
+    data.load_adapter(ours, tmp_path / "run/checkpoints/step-000001/adapter")
+    lora.merge(ours)
     assert greedy(exported, again) == greedy(ours, tokenizer)
     assert again.chat_template == tokenizer.chat_template
     text = "<|im_start|>user\nWhat is 12+30?\u00b2<|im_end|>"

@@ -71,10 +71,8 @@ def outside_thoughts(text: str) -> str:
     >>> outside_thoughts("assistant\\n<think>\\n\\n</think>\\n\\n")
     'assistant'
     """
-    marks = list(_MARK.finditer(text))
-    if marks:
-        text = text[: marks[0].start()] + text[marks[-1].end() :]
-    return text.rstrip()
+    first, *others = _MARK.split(text)
+    return (first + "".join(others[-1:])).rstrip()
 
 
 def extract_answer(text: str, prompt_end: str = "") -> str | None:

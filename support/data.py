@@ -12,16 +12,12 @@ mistake raises InputError, whose text is one line: file, line, field, and what t
 
 import hashlib
 import json
-import math
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-import safetensors
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import cached_file
@@ -30,7 +26,7 @@ import lora
 import reward
 import rollout
 import teacher
-from support import golds
+from support import golds, quantised
 from support.distributed import choose_threads
 from support.errors import InputError, reason
 from support.flags import environment_number
@@ -60,12 +56,6 @@ LOST_IN_ANSWER = re.compile(
 CONTROLS = {"\b": "b", "\f": "f", "\t": "t", "\r": "r", "\n": "n"}
 # files that make a model what it is
 IDENTITY = ("*.safetensors", "*.bin", "*.gguf", "*config.json", "tokenizer.json", "*.jinja")
-# What safetensors calls numbers that stand for themselves. All others need a scale, or are packed.
-PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
-UNQUANTISED = (
-    "train the checkpoint that it was made from, or have transformers write a dequantised one "
-    "(docs/running.md, Your own model)"
-)
 
 
 @dataclass(frozen=True)
@@ -227,16 +217,15 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
     score with it, where it is `scored`; if its tokenizer has no chat template that works.
     """
     check_place(name)
-    gguf = _gguf_file(name)
+    gguf = quantised.gguf_file(name)
     try:
         config = AutoConfig.from_pretrained(name, gguf_file=gguf, trust_remote_code=False)
-        _check_method(name, config)
+        quantised.check_config(name, config)
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf, trust_remote_code=False)
         saved = config.dtype
         model, found = _without_dropout(name, config, gguf, dtype)
-        _check_types(_folder(name))
         if gguf:
-            _check_gguf(f"{name}/{gguf}", model)
+            quantised.check_gguf(f"{name}/{gguf}", model)
         model.to(device)
     except InputError:
         raise
@@ -261,81 +250,6 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
     _check_tokenizer(name, model, tokenizer, scored)
     choose_threads(sum(parameter.numel() for parameter in model.parameters()))
     return model, tokenizer
-
-
-def _gguf_file(name):
-    """The name of the .gguf file in a directory without config.json; None if there is none."""
-    folder = Path(name)
-    files = sorted(path.name for path in folder.glob("*.gguf"))
-    if not files or (folder / "config.json").exists():
-        return None
-    if len(files) > 1:
-        raise InputError(
-            f"{name}: several .gguf files ({', '.join(files)}): put the one to train into a "
-            "directory of its own, the parts of a split one merged (--model)"
-        )
-    if not (find_spec("gguf") and find_spec("accelerate")):
-        raise InputError(
-            f"{name}: reading {files[0]} needs two more packages: pip install gguf accelerate"
-        )
-    return files[0]
-
-
-def _check_method(name, config):
-    """InputError for a config that says how the weights are quantised."""
-    text = config.get_text_config()  # of a model that reads images, too
-    how = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-    if how:
-        method = how.get("quant_method", "by a method without a name")
-        raise InputError(f"{name}: the weights are quantised ({method}): {UNQUANTISED}")
-
-
-def _check_types(folder):
-    """InputError for weights that were stored quantised, whatever the config says: transformers casts
-    them without their scales."""
-    for path in folder.glob("*.safetensors"):
-        with safetensors.safe_open(path, "pt") as file:
-            for key in file.keys():
-                dtype = file.get_slice(key).get_dtype()
-                if dtype not in PLAIN and not key.endswith("bias"):  # GPT-2 has masks of this name
-                    raise InputError(
-                        f"{path}: the weights are quantised ({key} is {dtype}): {UNQUANTISED}"
-                    )
-
-
-def _check_gguf(path, model):
-    """InputError if the file has something that transformers leaves out: weights, or a setting whose
-    value is not in the config, such as the scaling of rotary embeddings."""
-    # parts of transformers that may move in another version
-    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, GgufHeader, read_gguf_metadata
-
-    metadata, _ = read_gguf_metadata(path)
-    kind = metadata["general.architecture"]
-    if kind in GGUF_CONFIG_ARCHS:  # transformers reads all that these have
-        return
-    known = list(_leaves(model.config.to_dict()))
-    left_out = []
-    for key, value in metadata.items():
-        if key.startswith(f"{kind}.") and value not in known:
-            left_out.append(f"{key} = {value}")
-    sizes = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
-    in_file = sum(math.prod(tensor.shape) for tensor in GgufHeader.from_file(path).tensors)
-    if in_file > sum(sizes.values()):
-        left_out.append(f"{in_file - sum(sizes.values())} weights")
-    if left_out:
-        raise InputError(
-            f"{path}: transformers leaves out a part of this GGUF file, so the model would be "
-            f"another one: {', '.join(left_out)}: train the checkpoint that it was made from"
-        )
-
-
-def _leaves(value):
-    """What is in a dict and in the dicts in it."""
-    if isinstance(value, dict):
-        for inner in value.values():
-            yield from _leaves(inner)
-    else:
-        yield value
 
 
 def _without_dropout(name, config, gguf, dtype):
@@ -386,14 +300,13 @@ def _set_stop_tokens(model, tokenizer):
     """generation_config names every token at which completions stop, here and in an export: those
     of tokenizer, config and generation_config, and the one that ends a turn in the chat template.
     ValueError if there is none, or if generation_config could not be exported."""
-    ends = stop_sources(tokenizer)
     generation = model.generation_config
-    generation.eos_token_id = rollout.stop_ids(model, tokenizer, ends)
-    with suppress(ValueError):
+    generation.eos_token_id = rollout.stop_ids(model, tokenizer, stop_sources(tokenizer))
+    try:
         generation.validate(strict=True)
-        return
-    generation.do_sample = True  # mostly that is missing, and a temperature is there
-    generation.validate(strict=True)
+    except ValueError:  # mostly there is a temperature, and do_sample is missing
+        generation.do_sample = True
+        generation.validate(strict=True)
 
 
 def stop_sources(tokenizer) -> dict[int, str]:

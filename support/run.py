@@ -3,6 +3,7 @@ the steps, the export."""
 
 import json
 import logging
+import math
 import resource
 import shutil
 import signal
@@ -332,20 +333,14 @@ def check_inputs(trainer):
                 f"{trainer.out}: the run began {words[not trainer.bf16]} bfloat16, here it would go "
                 f"on {words[trainer.bf16]}: resume it on the kind of device that it began on"
             )
-        check_fingerprint(trainer, trainer.files)
+        for flag, found in fingerprint(trainer.files).items():
+            if found != config["fingerprint"].get(flag):
+                raise InputError(
+                    f"{trainer.files[flag]}: not what {flag} named when the run began: put that "
+                    "back, or start a new run with another --out"
+                )
 
     trainer.ranks.on_first(check)
-
-
-def check_fingerprint(trainer, files):
-    """InputError if one of these files or models is not what it was when the run began."""
-    written = read_config(trainer)["fingerprint"]
-    for flag, found in fingerprint(files).items():
-        if found != written.get(flag):
-            raise InputError(
-                f"{files[flag]}: not what {flag} named when the run began: put that back, or start "
-                "a new run with another --out"
-            )
 
 
 def check_disk(trainer):
@@ -353,7 +348,7 @@ def check_disk(trainer):
     s = trainer.s
     weights = trainer.model.num_parameters()  # shared ones count once
     trained = sum(p.numel() for p in trainer.parameters)
-    checkpoints = -(-(s.steps - trainer.step) // s.checkpoint_every)
+    checkpoints = math.ceil((s.steps - trainer.step) / s.checkpoint_every)
     # GB of float32: model/, and in each checkpoint the adapter and AdamW's two moments
     needed = 4e-9 * (weights + 3 * trained * checkpoints)
     free = 1e-9 * shutil.disk_usage(trainer.out).free
@@ -467,7 +462,6 @@ def export(trainer):
     model = trainer.model.cpu()  # a GPU may not have room for float32
     if trainer.bf16:  # the adapter belongs to the weights of the files, which may have been rounded
         name = trainer.files["--model"]
-        check_fingerprint(trainer, {"--model": name})
         model, _ = load_model(name, torch.float32, model.device, scored=False)
         lora.load_adapter(model, checkpoint.latest(out / "checkpoints") / "adapter")
     lora.merge(model)

@@ -24,6 +24,7 @@ Copy this file: it needs torch, and a transformers model and tokenizer to work o
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cache, partial
@@ -75,18 +76,24 @@ class Head:
     cap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        linear = self.linear
-        is_half = hidden.dtype == linear.weight.dtype != torch.float32
-        # torch has a product of bfloat16 with a float32 result on CUDA only, without a derivative
-        if is_half and hidden.is_cuda and linear.bias is None and not torch.is_grad_enabled():
-            logits = torch.mm(hidden, linear.weight.T, out_dtype=torch.float32)
-        else:
-            logits = linear(hidden).float()
+        logits = _product(self.linear, hidden)
         if self.scale != 1:
             logits = logits * self.scale
         if self.cap:
             logits = self.cap * (logits / self.cap).tanh()
         return logits
+
+
+def _product(linear, hidden):
+    """hidden [..., D] -> float32 [..., V]. Sums of bfloat16 products stay float32 where torch can do it:
+    on CUDA, without a derivative. Elsewhere they are rounded to bfloat16 first."""
+    weight = linear.weight
+    is_half = hidden.dtype == weight.dtype and weight.dtype.itemsize == 2
+    if is_half and linear.bias is None and not torch.is_grad_enabled():
+        with suppress(NotImplementedError):
+            logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
+            return logits.view(*hidden.shape[:-1], -1)
+    return linear(hidden).float()
 
 
 def output_head(model) -> Head:

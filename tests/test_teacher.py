@@ -398,22 +398,28 @@ def test_doctests():
         ({}, "mm.dtype"),
         (dict(hidden=torch.float32, weight=torch.float32), "mm.default"),
         (dict(bias=True), "addmm.default"),
-        (dict(device="cpu"), "mm.default"),
         (dict(grad=True), "mm.default"),
     ],
 )
 def test_logits_are_float32_products_where_torch_has_them(changes, product, monkeypatch):
     """On a CUDA device that torch only pretends to have."""
     monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda linear: None)
-    how = dict(hidden=torch.bfloat16, weight=torch.bfloat16, bias=False, device="cuda", grad=False)
-    how |= changes
+    how = dict(hidden=torch.bfloat16, weight=torch.bfloat16, bias=False, grad=False) | changes
     with FakeTensorMode(), torch.set_grad_enabled(how["grad"]):
-        linear = torch.nn.Linear(8, 9, how["bias"], how["device"], how["weight"])
-        hidden = torch.empty(4, 8, dtype=how["hidden"], device=how["device"])
+        linear = torch.nn.Linear(8, 9, how["bias"], "cuda", how["weight"])
+        hidden = torch.empty(2, 4, 8, dtype=how["hidden"], device="cuda")
         linear.requires_grad_(False)
         with Products() as products:
             logits = teacher.Head(linear)(hidden)
-    assert products.names == [product] and logits.dtype == torch.float32
+    assert products.names == [product]
+    assert logits.dtype == torch.float32 and logits.shape == (2, 4, 9)
+
+
+@torch.no_grad()
+def test_where_torch_has_no_such_product_logits_are_rounded():
+    linear = torch.nn.Linear(8, 9, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(4, 8, dtype=torch.bfloat16)
+    assert torch.equal(teacher.Head(linear)(hidden), linear(hidden).float())
 
 
 class Products(TorchDispatchMode):

@@ -35,7 +35,7 @@ def slots_that_fit(
 
 def free_memory(device: torch.device) -> int | None:
     """In bytes, for this process; None if the system does not say."""
-    with suppress(AssertionError, OSError, RuntimeError):
+    with suppress(AssertionError, AttributeError, OSError, RuntimeError):
         if device.type == "cuda":
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             return torch.cuda.mem_get_info(device)[0] + unused

@@ -403,9 +403,10 @@ def write_config(trainer):
     path = trainer.out / "config.json"
     checkpoint.write_json(path, config)
     left_out = f" ({trainer.left_out} left out)" if trainer.left_out else ""
+    done = f" ({trainer.step} are done)" if trainer.step else ""
     print(
         f"{s.method} trains an adapter of {trained:,} weights for {s.model} on "
-        f"{len(trainer.problems):,} problems{left_out}: {s.steps} steps of {completions} "
+        f"{len(trainer.problems):,} problems{left_out}: {s.steps} steps{done} of {completions} "
         f"completions (device: {derived['device']}, processes: {world})\n"
         f"{config['stop_tokens']}\nall settings: {path}; --help has a sentence for each",
         flush=True,

@@ -30,7 +30,7 @@ FORMAT = 3  # of config.json
 DATE = "YYYY-MM-DD, the date for chat templates that print one; empty: the day of the start"
 # Files that a killed start may leave. A directory with only these counts as empty.
 LEFT_BY_A_KILL = {"lock", "config.json.tmp", "results.json.tmp"}
-REMEDY = "go on with --resume, or choose another --out"
+REMEDY = "if a run is there, go on with --resume; else empty it, or choose another --out"
 MAY_CHANGE_ON_RESUME = {"out", "steps", "checkpoint_every", "cuda_graphs"}
 
 

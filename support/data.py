@@ -237,7 +237,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
     _check_weights(name, model, found)
     if saved == torch.float32 and model.dtype == torch.bfloat16:
         _warn(
-            f"{name}: its float32 weights are rounded to bfloat16, which hides small changes of an earlier training; train.py --no-bf16 keeps them"
+            f"{name}: its float32 weights are rounded to bfloat16, which hides small changes of an "
+            "earlier training; train.py --no-bf16 keeps them"
         )
     try:
         _set_stop_tokens(model, tokenizer)

@@ -222,8 +222,9 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, path: str | Path) -> None:
-    """Read a PEFT LoRA directory into `model`, adding the adapter first if the model has none.
+def load_adapter(model: nn.Module, path: str | Path) -> str | None:
+    """Read a PEFT LoRA directory into `model`, adding the adapter first if the model has none. Returns
+    the name of the base model that it was trained on, if the directory has it.
     ValueError if its files are unsupported, do not fit the model or are not finite,
     FileNotFoundError if one is missing."""
     path = Path(path)
@@ -249,6 +250,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         layer.alpha = config["lora_alpha"]
         if not all(part.isfinite().all() for part in layer.rounded()):
             raise ValueError(f"A or (alpha / rank) B of {name} is not finite")
+    return config.get("base_model_name_or_path")
 
 
 @torch.no_grad()

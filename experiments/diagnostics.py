@@ -285,10 +285,11 @@ def summarise(rollouts, values):
 def branch_places(model, tokenizer, rollouts, hidden):
     """(rollout i, position t, [tokens]) wherever the teacher proposes several next tokens on a
     correct solution."""
+    no_branch = rollout.stop_ids(model, tokenizer) + rollout.unused_ids(model, tokenizer)
     for i, r in enumerate(rollouts):
         if r.correct:
             p = teacher.output_head(model)(hidden[i]).softmax(-1)  # [T_i, V]
-            p[:, rollout.stop_ids(model, tokenizer)] = 0  # an end is not a branch
+            p[:, no_branch] = 0
             likeliest = p.topk(MOST_BRANCHES)
             counts = (likeliest.values >= LEAST_PROBABILITY).sum(1)
             for t, count in enumerate(counts.tolist()):

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import egrsd
 import lora
+import reward
 import rollout
 import teacher
 import train
@@ -119,9 +120,7 @@ class Neighbour(train.EGRSD):
         def prompts(problem):
             example = asking.empty_example(t, problem)
             found = [example.prompt]
-            shown = context.text(example, [], [], longest)
-            if shown is not None:
-                found.append(t.teacher_prompt(problem, shown))
+            found.append(t.teacher_prompt(problem, context.text(example, [], [], longest)))
             if context.question:
                 found.append(asking.encode(t, context.question.text(example, t.tokenizer)))
             if self.method.overlap:
@@ -131,7 +130,13 @@ class Neighbour(train.EGRSD):
         # the completion, and those that a text quotes
         tokens = (1 + context.quoted) * self.s.max_new_tokens
         check_prompts(t.model, t.tokenizer, data, t.problems, tokens, prompts)
+        end = teacher.prompt_end(t.tokenizer, self.s.thinking, self.s.date)
         for problem in t.problems:
+            if self.source == "reference" and reward.after_thought(problem.solution, end) is None:
+                raise InputError(
+                    f"{data}: line {problem.line}: field 'solution': it would be learned as a thought "
+                    "without an end: end the thought in it, or choose another --model or --method"
+                )
             if context.needs == "restated" and not problem.restated:
                 raise InputError(
                     f"{data}: line {problem.line}: field 'restated' is missing: add it, or choose "
@@ -195,16 +200,14 @@ class Neighbour(train.EGRSD):
         )
 
     def teacher_prompts(self, t, rows):
-        """What --teacher-context says; the student's prompt if there is nothing to show."""
+        """What --teacher-context says; the problem alone if there is nothing to show."""
         examples = [row if isinstance(row, Example) else Example(**vars(row)) for row in rows]
         for i, example in enumerate(examples):
             if example.teacher_prompt is None:
                 shown = self.shown(t, examples, i)
                 if shown is None:
                     example.has_context = self.context.is_bare
-                    example.teacher_prompt = example.prompt
-                else:
-                    example.teacher_prompt = t.teacher_prompt(example.problem, shown)
+                example.teacher_prompt = t.teacher_prompt(example.problem, shown)
         return [example.teacher_prompt for example in examples]
 
     def shown(self, t, examples, number):
@@ -261,7 +264,9 @@ class Neighbour(train.EGRSD):
         and deviation are over all tokens so far, of rollouts whose teacher had a text."""
         n = len(self.rollouts)
         with self.as_teacher(t):
-            self.bare = t.read([example.prompt for example in examples], examples, hidden=True)
+            self.bare = t.read(
+                [t.teacher_prompt(one.problem, None) for one in examples], examples, hidden=True
+            )
         kl = self.divergence(t, self.bare, reading.hidden, forward_kl)  # [N, T]
         counted = kl[:n][reading.mask[:n]].tolist()
         new = t.ranks.sum([len(counted), sum(counted), sum(value**2 for value in counted)])

@@ -235,10 +235,10 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, scored: bool
             "directory or a hub id, which must not need code of its own"
         ) from None
     _check_weights(name, model, found)
-    if saved == torch.float32 and model.dtype == torch.bfloat16:
+    if saved != model.dtype == torch.bfloat16:
         _warn(
-            f"{name}: its float32 weights are rounded to bfloat16, which hides small changes of an "
-            "earlier training; train.py --no-bf16 keeps them"
+            f"{name}: its weights are rounded to bfloat16, which hides small changes of an earlier "
+            "training; train.py --no-bf16 keeps them"
         )
     try:
         _set_stop_tokens(model, tokenizer)
@@ -424,8 +424,11 @@ def check_files(models: list[str], adapters: list[str]) -> dict[str, str]:
 
 
 def load_adapter(model, path: str | Path) -> None:
-    """lora.load_adapter; InputError for whatever is wrong with the files."""
+    """lora.load_adapter; InputError for whatever is wrong with the files. Says so if another base is
+    named in them."""
     try:
-        lora.load_adapter(model, path)
+        base = lora.load_adapter(model, path)
     except Exception as error:  # for a missing or damaged adapter libraries raise a dozen types
         raise InputError(f"{path}: cannot load the adapter ({reason(error)}): {ADAPTER}") from None
+    if base and base != model.name_or_path:
+        _warn(f"{path}: warning: trained on {base}, not on this model")

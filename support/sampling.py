@@ -56,9 +56,12 @@ def student_prompt(tokenizer, problem: Problem, s) -> list[int]:
     return teacher.encode(tokenizer, teacher.student_messages(problem.problem), s.thinking, s.date)
 
 
-def teacher_prompt(tokenizer, problem: Problem, shown: str, s) -> list[int]:
-    """Token ids of the teacher's prompt. It is `shown` the reference solution, or something else."""
-    messages = teacher.teacher_messages(problem.problem, shown)
+def teacher_prompt(tokenizer, problem: Problem, shown: str | None, s) -> list[int]:
+    """Token ids of the teacher's prompt. It is `shown` the reference solution, something else, or
+    nothing (None)."""
+    messages = teacher.student_messages(problem.problem)
+    if shown is not None:
+        messages = teacher.teacher_messages(problem.problem, shown)
     return teacher.encode(tokenizer, messages, teacher_thinks(s), s.date)
 
 

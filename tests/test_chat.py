@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import train_arguments, train_here
+from conftest import family_here, train_arguments, train_here
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import chat_template_utils
 
 import reward
 import rollout
 import teacher
+import train
 from family.neighbour import Neighbour
 from support.data import Problem, load_model
 from support.run import stop_line
@@ -312,6 +313,43 @@ def test_student_and_teacher_think_differently(tiny_toy, tmp_path, student, teac
     assert shown["student"].endswith(closed) == (not student)
     assert shown["teacher"].endswith(closed) == (not teachers)
     assert config["teacher_thinking"].startswith("--thinking" if teachers else "--no-thinking")
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [(["--teacher-context", "none"], [False]), (["--gate", "two-view"], [True, False])],
+)
+def test_a_teacher_without_a_text_thinks_as_it_is_told(
+    tiny_toy, tmp_path, monkeypatch, flags, asked
+):
+    """Its view without a text must differ from the one with a text by the text alone."""
+    seen = []
+    read = train.Trainer.read
+
+    def watched(t, prompts, *arguments, **more):
+        seen.append({t.tokenizer.decode(prompt) for prompt in prompts})
+        return read(t, prompts, *arguments, **more)
+
+    monkeypatch.setattr(train.Trainer, "read", watched)
+    method = ["--method", "egrsd", *flags, "--teacher-thinking"]
+    family_here(*train_arguments(tiny_toy, tmp_path / "run", steps=1), *method)
+    assert [all("[Reference" in prompt for prompt in some) for some in seen] == asked
+    assert not any(prompt.endswith("</think>\n\n") for some in seen for prompt in some)
+
+
+@pytest.mark.parametrize("solution", ["2+3 is 5.", "2+3 is 5.</think>\n\\boxed{5}"])
+def test_a_reference_solution_is_not_learned_as_a_thought(changed, tiny_toy, tmp_path, solution):
+    """Where the prompt opens a thought, its box would be in a thought without an end."""
+    place = changed(lambda text: text.replace("<think>\n\n</think>\n\n", "<think>\n"))
+    record = {"problem": "2+3?", "solution": solution, "answer": "5"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    data = {"model": place, "data": tmp_path / "data.jsonl", "steps": 1, "max-new-tokens": 30}
+    flags = train_arguments(tiny_toy, tmp_path / "run", **data)
+    if "</think>" in solution:
+        family_here(*flags, "--method", "sft")
+    else:
+        with pytest.raises(Exception, match="data.jsonl: line 1: field 'solution': .* a thought"):
+            family_here(*flags, "--method", "sft")
 
 
 def test_prompts_end_alike_apart_from_thoughts(tokenizer):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import egrsd
 import lora
 import reward
+import rollout
 import teacher
 import toy
 from experiments import diagnostics, report
@@ -25,6 +26,7 @@ from family.divergences import per_token_divergence
 from support.data import load_problems
 from support.flags import parse
 from support.report import COLUMNS, token_view
+from support.sampling import Rollout
 
 
 def test_doctests():
@@ -207,6 +209,19 @@ def places_by_generate(record, model, tokenizer):
             )
         if ends:
             yield t, ends
+
+
+def test_ids_without_a_token_are_no_branches(monkeypatch):
+    model = tiny_qwen3()
+    monkeypatch.setattr(rollout, "stop_ids", lambda *_: [1])
+    monkeypatch.setattr(rollout, "unused_ids", lambda *_: unused)
+    row = Rollout([5] * 40, [], True, None, [], correct=True)
+    hidden = [torch.randn(40, 32, generator=torch.Generator().manual_seed(0))]
+    unused = []
+    first = {v for _, _, vs in diagnostics.branch_places(model, None, [row], hidden) for v in vs}
+    unused = sorted(first)[::2]
+    after = {v for _, _, vs in diagnostics.branch_places(model, None, [row], hidden) for v in vs}
+    assert unused and after and not after & {*unused}
 
 
 def test_branch_viability_equals_generate(tiny_toy, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import lora
-from support.data import load_model
+from support.data import load_adapter, load_model
 from support.errors import InputError
 
 
@@ -115,11 +115,22 @@ def completions(toy, out, *flags):
     return [json.loads(line)["completion"] for line in (out / "samples.jsonl").open()]
 
 
-def test_weights_that_training_rounds_are_exported_unrounded(tiny_toy, tmp_path, capsys):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_that_training_rounds_are_exported_unrounded(tiny_toy, tmp_path, capsys, dtype):
     """So a second training keeps what the first one learned."""
-    base, run = train(tiny_toy, tmp_path, torch.float32, 4)
-    assert "its float32 weights are rounded to bfloat16" in capsys.readouterr().err
+    base, run = train(tiny_toy, tmp_path, dtype, 4)
+    assert "its weights are rounded to bfloat16" in capsys.readouterr().err
     assert_export_is_adapter(base, run, 4)
+
+
+def test_an_adapter_on_another_base_is_named(four_steps, tiny_toy, tmp_path, capsys):
+    """As that of a second training, which began from the export of the first one."""
+    base, run = four_steps
+    said = f"step-000004/adapter: warning: trained on {base}, not on this model"
+    for place, is_said in ((base, False), (run / "model", True)):
+        model, _ = load_model(str(place), torch.float32, torch.device("cpu"))
+        load_adapter(model, adapter_of(run, 4))
+        assert (said in capsys.readouterr().err) == is_said
 
 
 def test_a_full_disk_is_found_before_training(tiny_toy, tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ class Context:
     needs: str = ""  # a field that every problem must have: solution or restated
     quoted: int = 0  # completions that the text, or the question for it, may quote
     compares: bool = False  # the text quotes other rollouts of the problem
-    is_bare: bool = False  # no text on purpose: the teacher reads the student's prompt
+    is_bare: bool = False  # no text on purpose: the teacher reads the problem alone
     question: Question | None = None  # about a rollout, before its teacher's prompt is made
 
 

@@ -85,14 +85,13 @@ class Head:
 
 
 def _product(linear, hidden):
-    """hidden [..., D] -> float32 [..., V]. Sums of bfloat16 products stay float32 where torch can do it:
+    """hidden [n, D] -> float32 [n, V]. Sums of bfloat16 products stay float32 where torch can do it:
     on CUDA, without a derivative. Elsewhere they are rounded to bfloat16 first."""
     weight = linear.weight
     is_half = hidden.dtype == weight.dtype and weight.dtype.itemsize == 2
     if is_half and linear.bias is None and not torch.is_grad_enabled():
         with suppress(NotImplementedError):
-            logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
-            return logits.view(*hidden.shape[:-1], -1)
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return linear(hidden).float()
 
 
@@ -266,8 +265,8 @@ def check_head(model) -> None:
     """ValueError if the model does more after its last hidden states than `output_head` knows: then
     its own logits of a few tokens differ. For a model in eval mode."""
     ids = torch.arange(4, device=model.device).unsqueeze(0)
-    theirs = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     ours = output_head(model)(hidden)
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps) * theirs.abs().max()
     if (ours - theirs).abs().max() > tolerance:

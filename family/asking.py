@@ -13,7 +13,7 @@ import torch
 import rollout
 import teacher
 from family.contexts import Example, show_answer
-from support.sampling import progress, said, teacher_thinks
+from support.sampling import grade_rollouts, progress, said, teacher_thinks
 
 SEEDS = {  # the rollouts have 0
     "contexts": 1,
@@ -139,16 +139,17 @@ def solutions(t, problems, rollouts):
 
 def graded(t, first, completion):
     """A solution that the teacher wrote for the problem of `first`, as an example."""
-    return Example(
+    example = Example(
         **vars(completion),
         problem=first.problem,
         prompt=first.prompt,
         prompt_end=teacher.prompt_end(t.tokenizer, teacher_thinks(t.s), t.s.date),
-        text=t.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
         is_reference=True,
         has_context=first.has_context,
         teacher_prompt=first.teacher_prompt,
-    ).grade(said(t.tokenizer, completion))
+    )
+    grade_rollouts(t.tokenizer, [example])
+    return example
 
 
 def add_hinted(t, firsts, written):

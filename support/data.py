@@ -37,23 +37,20 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ATTENTION = re.compile("attn|attention|mixer|mamba|conv")
 ADAPTER = f"check --adapter, a directory with {' and '.join(ADAPTER_FILES)}"
 MEBIBYTE = 2**20
-# JSON reads \t as a tab, so \text becomes a tab and "ext". What follows must be the rest of a LaTeX
-# command, and not a word: a tab may stand before "an apple", too.
+# LaTeX commands whose backslash was not doubled: JSON reads \t as a tab, so \text becomes a tab and
+# "ext". After a tab "an", "o" and "op" may be words, as in "an apple".
 LOST_COMMAND = re.compile(
     r"\x08[A-Za-z]*"
-    r"|\f(?:rac|rak|rown|ramebox|box|colorbox|lat|loor|orall|ootnote|lush(?:left|right))(?![A-Za-z])"
-    r"|\t(?:ext(?:bf|it|rm|sc|sf|tt|normal|style|color)?|imes|heta|anh|au|frac|binom|herefore|ilde|iny|ag"
-    r"|riangle(?:q|left|right|down|lefteq|righteq)?|hickspace|hinspace|woheadrightarrow"
-    r"|(?:an|o(?=[ \\0-9])|op)(?! [a-z]{2}|\t))(?![A-Za-z])"
-    r"|\r(?:ight|ightarrow|ightleftharpoons|ho|angle|brace|brack|vert|Vert|floor|ceil|m|eal|oot|ule|aisebox"
-    r"|times)(?![A-Za-z])"
+    r"|\f(?:rac|rak|rown|box|ramebox|lat|loor|orall|ootnote)(?![A-Za-z])"
+    r"|\t(?:ext(?:bf|it|rm|sc|sf|tt|normal|style)?|imes|heta|anh|au|frac|binom|herefore|ilde|ag"
+    r"|riangle(?:q|left|right|down)?|(?:an|o(?=[ \\0-9])|op)(?! [a-z]{2}|\t))(?![A-Za-z])"
+    r"|\r(?:ight|ightarrow|ightleftharpoons|ho|angle|brace|brack|vert|Vert|floor|ceil|m)(?![A-Za-z])"
 )
 # A line feed stands in any text of several lines, so only answers are searched.
 LOST_IN_ANSWER = re.compile(
-    r"\n(?:abla|atural|eq|earrow|warrow|ewline|ot(?:in)?|eg(?!\.)|mid(?!-)|parallel|leq|geq|subseteq"
-    r"|supseteq|e(?! ?[=^])|u(?! ?[=^-]))(?![A-Za-z])"
+    r"\n(?:abla|atural|eq|ewline|ot|otin|eg(?!\.)|mid(?!-)|parallel|e(?! ?[=^])|u(?! ?[=^-]))"
+    r"(?![A-Za-z])"
 )
-CONTROLS = {"\b": "b", "\f": "f", "\t": "t", "\r": "r", "\n": "n"}
 # files that make a model what it is
 IDENTITY = ("*.safetensors", "*.bin", "*.gguf", "*config.json", "tokenizer.json", "*.jinja")
 
@@ -75,43 +72,30 @@ def load_problems(
     """(problems of a JSONL file, number of problems left out); blank lines are passed over.
 
     A gold answer that does not equal itself under reward.is_equal could never be rewarded, and one
-    that is in no box of its solution is wrong, or the solution is. Such problems raise InputError
-    with their lines, or are left out and counted if `skip_ungradable`.
+    that is not the last box of its solution is wrong, or the solution is. Such problems raise
+    InputError with their lines, or are left out and counted if `skip_ungradable`.
     """
     if not Path(path).is_file():  # a pipe cannot be read twice, nor be recognised later
         raise InputError(f"{path}: no such data file: check the path (--data, --eval-data)")
     lines = Path(path).read_bytes().splitlines()
     problems = []
     ungradable = []
-    disagreeing = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             problem = _parse(path, number, line, need_solution)
-            if not reward.is_equal(problem.answer, problem.answer):
-                ungradable.append(number)
-            elif not golds.agrees(problem.solution, problem.answer, problem.problem):
-                disagreeing.append(number)
-            else:
-                problems.append(problem)
-    if not skip_ungradable:
-        _refuse(
-            path, ungradable, "are missing, or the verifier cannot grade them: correct them, or"
-        )
-        _refuse(
-            path, disagreeing, "differ from the box of their solution: correct one of the two, or"
+            is_gradable = reward.is_equal(problem.answer, problem.answer)
+            is_gradable = is_gradable and golds.agrees(problem.solution, problem.answer)
+            (problems if is_gradable else ungradable).append(problem)
+    if ungradable and not skip_ungradable:
+        first = ", ".join(str(problem.line) for problem in ungradable[:20])
+        raise InputError(
+            f"{path}: line {first}: field 'answer': {len(ungradable)} gold answers are missing, "
+            "differ from the last box of their solution, or the verifier cannot grade them: correct "
+            "them, or leave these problems out with --skip-ungradable"
         )
     if not problems:
         raise InputError(f"{path}: no problem in this file: it needs one JSON object per line")
-    return problems, len(ungradable) + len(disagreeing)
-
-
-def _refuse(path, lines, what):
-    if lines:
-        first = ", ".join(map(str, lines[:20]))
-        raise InputError(
-            f"{path}: line {first}: field 'answer': {len(lines)} gold answers {what} leave these "
-            "problems out with --skip-ungradable"
-        )
+    return problems, len(ungradable)
 
 
 def _parse(path, number, line, need_solution):
@@ -129,16 +113,15 @@ def _parse(path, number, line, need_solution):
         )
     names = ("problem", "question", "prompt")
     name = next((name for name in names if record.get(name) is not None), "problem")
-    answer = _answer_text(record.get("answer"))
-    record["answer"] = answer
-    if not record.get("solution") and isinstance(answer, str) and golds.is_worked(answer):
+    answer = record["answer"] = _answer_text(record.get("answer"))
+    if not record.get("solution") and golds.is_worked(str(answer)):
         record["solution"] = answer
     needed = {name, "solution"} if need_solution else {name}
     for field in (name, "solution", "answer", "restated"):
         _check_field(where, field, record.get(field), field in needed)
     solution = record.get("solution") or ""
     if answer is None or not answer.strip():
-        answer = reward.extract_answer(solution) or ""  # without a box: ungradable
+        answer = solution if reward.extract_answer(solution) else ""  # without a box: ungradable
     gold = golds.gold_answer(answer)
     return Problem(record[name], solution, gold, number, record.get("restated") or "")
 
@@ -164,10 +147,10 @@ def _check_field(where, field, value, is_needed):
         raise InputError(f"{where}: field '{field}' is empty: fill it in or remove the line")
     lost = LOST_COMMAND.search(value) or field == "answer" and LOST_IN_ANSWER.search(value)
     if lost:
-        command = CONTROLS[lost[0][0]] + lost[0][1:]
+        command = json.dumps(lost[0]).strip('"')  # as it was written
         raise InputError(
-            f"{where}: field '{field}': \\{command} has one backslash, which JSON reads as a control "
-            f"character: double it, \\\\{command}"
+            f"{where}: field '{field}': {command} has one backslash, which JSON reads as a control "
+            f"character: double it, \\{command}"
         )
 
 

@@ -110,7 +110,7 @@ def fuzz(calls: int, seed: int, files: list[str]) -> tuple[list[str], list[tuple
         if unwrapped is not None and gold_answer(unwrapped) != unwrapped:
             mistakes.append(f"unwrapped twice: {left!r}")
         if draw.random() < 0.1:  # compares several times; only data files are read with it
-            tried(agrees, rf"\boxed{{{left}}} or \boxed{{{right}}}", gold, left)
+            tried(agrees, rf"\boxed{{{left}}} or \boxed{{{right}}}", gold)
         timed(
             reward.extract_answer,
             left + draw.choice([r"\boxed{", r"\fbox ", "</think>", ""]) + right,

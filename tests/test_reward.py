@@ -114,9 +114,9 @@ def test_unwrapping_a_gold_changes_no_value(table):
     assert {*changed} <= {"(,)", ",", "...", "None"}
 
 
-@pytest.mark.parametrize("solution, gold, problem, expected", GOLDS["agrees"])
-def test_a_solution_agrees_with_its_gold(solution, gold, problem, expected):
-    assert golds.agrees(solution, gold, problem) is expected
+@pytest.mark.parametrize("solution, gold, expected", GOLDS["agrees"])
+def test_a_solution_agrees_with_its_gold(solution, gold, expected):
+    assert golds.agrees(solution, gold) is expected
 
 
 def test_what_is_a_worked_answer():

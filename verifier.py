@@ -26,8 +26,8 @@ Policies, where usage differs:
 - 52_8 = 52: the digits are enough, on either side, without the base; the decimal value 42 is not equal.
 - \log has base 10, \ln base e; odd roots of negative numbers are real; words ignore case, variables do not.
 - Choices: E, (E), E., "Option E", "E) 12" and "(E) 12" name choice E, and are equal unless both have texts and these
-  differ; 12 alone does not name it. A gold in capitals is also met by its small letter, a to j: e names E, but E not
-  the number e. No choices: E + 1, (E)(x), E = 3, E:F, "A or B", "A) 1 or B) 2".
+  differ; 12 alone does not name it. The gold has a capital; it is also met by the small letter, a to j: e names E, but
+  E not the number e. No choices: E + 1, (E)(x), E = 3, E:F, "A or B", "A) 1 or B) 2".
 - Unicode is read as TeX: x₁² is x_1^2, 2½ is 2\frac12; full-width and bold forms are plain, every dash is a minus,
   invisible characters are nothing. Digits of other scripts and in circles stay text. \varphi is \phi; so for epsilon,
   theta, kappa, rho, sigma.
@@ -228,7 +228,7 @@ def choice(text: str) -> tuple[str, str]:
 
 def _same_choice(prediction: str, gold: str) -> bool:
     wanted, rest = choice(gold)
-    if not wanted:
+    if not wanted.isupper():  # a is a variable, and (a)5 is 5a
         return False
     letter, words = choice(prediction)
     is_same = wanted in (letter, letter.upper())

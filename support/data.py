@@ -48,7 +48,7 @@ LOST_COMMAND = re.compile(
 )
 # A line feed stands in any text of several lines, so only answers are searched.
 LOST_IN_ANSWER = re.compile(
-    r"\n(?:abla|atural|eq|ewline|ot|otin|eg(?!\.)|mid(?!-)|parallel|e(?! ?[=^])|u(?! ?[=^-]))"
+    r"\n(?:abla|atural|eq|ewline|ot|otin|eg(?!\.)|mid(?!-)|parallel|e(?! ?[=^.:,)])|u(?! ?[=^-]))"
     r"(?![A-Za-z])"
 )
 # files that make a model what it is

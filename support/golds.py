@@ -10,26 +10,26 @@ from verifier import choice, is_equal
 
 MAX_BOXES = 20  # the last ones of a solution
 
-# Marks of the same kind must not be inside: $5$ and $6$ are two answers.
+# One group of these holds the answer. Marks of the same kind must not be inside: $5$ and $6$ are two.
 _WRAPPED = re.compile(
     r".*####(.*)"
     r"|.*(?i:<answer>)(.*?)(?:(?i:</answer>).*)?"
-    r"|(?:\$|\$\$)((?:[^$\\]|\\.)*)(?:\$|\$\$)\.?"
-    r"|\\[(\[]((?:[^\\]|\\[^()\[\]])*)\\[)\]]\.?"
+    r"|(?:\$|\$\$)((?:[^$\\]|\\.)*)(?:\$|\$\$)\.?"  # but \$ may be inside
+    r"|\\[(\[]((?:[^\\]|\\[^()\[\]])*)\\[)\]]\.?"  # \(5\) or \[5\]
     r"|\*\*([^*]*)\*\*"
-    r"|\**(?:(?i:(?:the |final |correct )*answer)(?: is\b|\W*:)[\s*:]*)+(.*?)\**"
-    r"|[\[(]'([^']*)',?[\])]"  # a list or a tuple as Python prints it
+    r"|\**(?:(?i:(?:the |final |correct )*answer)(?: is\b|\W*:)[\s*:]*)+(.*?)\**"  # **Answer:** 5
+    r"|[\[(]'([^']*)',?[\])]"  # a list or a tuple of one, as Python prints it
     r'|[\[(]"([^"]*)",?[\])]'
     r"|[\[(](?:'.*'|\".*\")[\])]()",  # several answers: none
     re.DOTALL,
 )
 # Python prints each backslash as two.
 _DOUBLED = re.compile(r"(?:[^\\]|\\\\(?=[A-Za-z{}]))+")
-# Found between a box and the box before: a word, but not "and"; the end of a sentence; before the
-# first box also an equals sign at the end. So x = \boxed{3}, y = \boxed{4} is not 4.
+# Found before a box to which a sentence leads: the end of another sentence; before the first box
+# also a word, or an equals sign at the end. Several boxes in one sentence are several answers.
 _LEADS = re.compile(
-    r"(?<![\\A-Za-z{])(?:(?!and\b)[A-Za-z]{3,}|[Ii]s|[Ss]o)\b|[.:]\s"
-    r"|^[^{].*(?<![<>!])(?<!\\not)=[\s$]*$",
+    r"[.:]\s|\n\n"
+    r"|^[^{](?:.*(?<![\\A-Za-z{])(?:[A-Za-z]{3,}|[Ii]s|[Ss]o)\b|.*(?<![<>!])(?<!\\not)=[\s$]*$)",
     re.DOTALL,
 )
 _MARK = re.compile(r"####|<answer>|\\f?box")
@@ -58,7 +58,8 @@ def gold_answer(text: str) -> str:
     start = re.sub(r"\\(?:text|math)[a-z]*", "", text[:MAX_PLACEHOLDER].lower())
     words = " ".join(re.findall(r"\w+", start))
     is_placeholder = PLACEHOLDER.fullmatch(text.strip("-–—−_/|:'\"()[] "), 0, MAX_PLACEHOLDER)
-    return "" if is_placeholder or _NO_ANSWER.search(words) else text
+    is_prose = "\n" in text and "\\begin" not in text
+    return "" if is_placeholder or is_prose or _NO_ANSWER.search(words) else text
 
 
 def _unwrapped(text):
@@ -69,7 +70,7 @@ def _unwrapped(text):
         return found[found.lastindex]
     if not BOX.search(text):
         return text
-    # The last box counts if a sentence leads to it, or if what stands around changes nothing.
+    # The last box counts if a sentence leads to it, or if what stands around it changes nothing.
     *_, before, after = BOX.split(text)
     content = box_content(after, 0)
     is_whole = is_equal(BOX.sub("", text), "{" + content + "}")

@@ -102,7 +102,7 @@ ROWS = [
     ({"solution": BOX, "answer": "6"}, ""),  # the box says 5
     ({"solution": "First \\boxed{4}, then \\boxed{5}.", "answer": "4"}, ""),
     ({"solution": "The roots are \\boxed{3} and \\boxed{4}."}, ""),  # not 4
-    ({"solution": "First \\boxed{4}, then \\boxed{5}."}, "5"),
+    ({"solution": "First \\boxed{4}. Then \\boxed{5}."}, "5"),
     ({"solution": BOX, "answer": float("inf")}, ""),
     ({"solution": BOX, "answer": "\\boxed{5}"}, "5"),
     ({"solution": BOX, "answer": "$\\boxed{5}$"}, "5"),

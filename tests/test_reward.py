@@ -102,6 +102,18 @@ def test_five_million_characters_are_harmless():
     )
 
 
+@pytest.mark.parametrize(
+    "unit",
+    ["\\boxed{", "\n\n\\ \\boxed{", "\\boxed{1} and ", "no ", "not a ", "answer: ", "<answer>"],
+)
+def test_a_long_gold_is_cheap(unit):
+    """20 ms are usual; work that is not linear took seconds."""
+    text = (unit * 20_000)[:20_000]
+    assert is_cheap(lambda: golds.gold_answer(text), 0.2)
+    assert is_cheap(lambda: golds.agrees(text, "5"), 0.2)
+    assert is_cheap(lambda: golds.agrees(rf"\boxed{{{text}}}", text), 0.2)
+
+
 @pytest.mark.parametrize("text, gold", GOLDS["gold"])
 def test_gold_answers_are_unwrapped_or_none(text, gold):
     assert golds.gold_answer(text) == gold

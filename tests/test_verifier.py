@@ -48,6 +48,7 @@ def test_a_small_letter_names_a_choice_but_a_capital_is_no_variable(small):
     assert verifier.is_equal(small, "A") and verifier.is_equal(small, "A) 5")
     assert not verifier.is_equal("A", "a") and not verifier.is_equal("I", "i")
     assert not verifier.is_equal("x", "X") and not verifier.is_equal("B", "e")
+    assert not verifier.is_equal(small + " 5", "a") and not verifier.is_equal("a", "(a)5")
 
 
 def test_unicode_is_read_in_bounded_time():

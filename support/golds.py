@@ -28,8 +28,9 @@ _DOUBLED = re.compile(r"(?:[^\\]|\\\\(?=[A-Za-z{}]))+")
 # Found before a box to which a sentence leads: the end of another sentence; before the first box
 # also a word, or an equals sign at the end. Several boxes in one sentence are several answers.
 _LEADS = re.compile(
-    r"[.:]\s|\n\n"
-    r"|^[^{](?:.*(?<![\\A-Za-z{])(?:[A-Za-z]{3,}|[Ii]s|[Ss]o)\b|.*(?<![<>!])(?<!\\not)=[\s$]*$)",
+    r"[.:]\s|[。：]|\n\n"
+    r"|^(?!\{).*(?<![\\A-Za-z{])(?:(?:[A-Za-z]{3,}|[Ii]s|[Ss]o)\b|[一-龥])"
+    r"|^(?!\{).*(?<![<>!])(?<!\\not)=[\s$]*$",
     re.DOTALL,
 )
 _MARK = re.compile(r"####|<answer>|\\f?box")

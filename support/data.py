@@ -104,7 +104,8 @@ def _parse(path, number, line, need_solution):
         record = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
         raise InputError(
-            f"{where}: not valid JSON in UTF-8 ({error}): write one object per line"
+            f"{where}: not valid JSON in UTF-8 ({error}): write one object per line, and every "
+            "backslash twice"
         ) from None
     if not isinstance(record, dict):
         raise InputError(
@@ -116,13 +117,14 @@ def _parse(path, number, line, need_solution):
     answer = record["answer"] = _answer_text(record.get("answer"))
     if not record.get("solution") and golds.is_worked(str(answer)):
         record["solution"] = answer
-    needed = {name, "solution"} if need_solution else {name}
-    for field in (name, "solution", "answer", "restated"):
-        _check_field(where, field, record.get(field), field in needed)
+    for field in (name, "answer", "restated"):
+        _check_field(where, field, record.get(field), field == name)
     solution = record.get("solution") or ""
     if answer is None or not answer.strip():
         answer = solution if reward.extract_answer(solution) else ""  # without a box: ungradable
     gold = golds.gold_answer(answer)
+    is_none = answer and not gold  # ungradable: then the solution does not matter
+    _check_field(where, "solution", record.get("solution"), need_solution and not is_none)
     return Problem(record[name], solution, gold, number, record.get("restated") or "")
 
 

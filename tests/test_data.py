@@ -97,6 +97,7 @@ ROWS = [
     ({"solution": "Take roots.", "answer": "notfound"}, ""),
     ({"solution": BOX, "answer": "\\boxed{}"}, ""),
     ({"solution": BOX, "answer": "N/A"}, ""),
+    ({"answer": "N/A"}, ""),
     ({"solution": BOX, "answer": ["5", "6"]}, ""),
     ({"solution": BOX, "answer": []}, ""),
     ({"solution": BOX, "answer": "6"}, ""),  # the box says 5

@@ -6,6 +6,7 @@ no test.
 """
 
 import fcntl
+import json
 import os
 import runpy
 import signal
@@ -174,6 +175,20 @@ def train_here(*flags, entry=None):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def greedy_by_eval(data, out, *flags):
+    """Completions of the problems in `data`, by eval.py in this process."""
+    import eval as evaluation
+
+    sampling = ["--temperature", 0, "--samples", 1, "--max-new-tokens", 12, "--no-thinking"]
+    argv = ["eval.py", *flags, "--data", data, "--out", out, *sampling]
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(word) for word in argv])
+        evaluation.main()
+    signal.signal(signal.SIGTERM, handler)
+    return [json.loads(line)["completion"] for line in (out / "samples.jsonl").open()]
 
 
 def family_here(*flags):

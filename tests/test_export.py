@@ -1,14 +1,11 @@
 """What is exported is what was evaluated, also if training runs in bfloat16."""
 
-import json
 import shutil
-import signal
-import sys
 from collections import namedtuple
 
 import pytest
 import torch
-from conftest import train_arguments, train_here
+from conftest import greedy_by_eval, train_arguments, train_here
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
@@ -99,20 +96,10 @@ def test_after_a_hundred_steps(four_steps, tiny_toy, tmp_path):
 
 def assert_same_completions(base, run, steps, toy, out):
     adapter = adapter_of(run, steps)
-    exported = completions(toy, out / "a", "--model", run / "model")
-    assert exported == completions(toy, out / "b", "--model", base, "--adapter", adapter)
-
-
-def completions(toy, out, *flags):
-    """Greedy ones, by eval.py."""
-    sampling = ["--temperature", 0, "--samples", 1, "--max-new-tokens", 12, "--no-thinking"]
-    argv = ["eval.py", *flags, "--data", toy / "test.jsonl", "--out", out, *sampling]
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(word) for word in argv])
-        evaluation.main()
-    signal.signal(signal.SIGTERM, handler)
-    return [json.loads(line)["completion"] for line in (out / "samples.jsonl").open()]
+    exported = greedy_by_eval(toy / "test.jsonl", out / "a", "--model", run / "model")
+    assert exported == greedy_by_eval(
+        toy / "test.jsonl", out / "b", "--model", base, "--adapter", adapter
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

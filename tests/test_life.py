@@ -7,15 +7,12 @@ vocabulary, a template that prints the date, and golds with #### before them.
 
 import json
 import shutil
-import signal
-import sys
 
 import pytest
 import torch
-from conftest import train_arguments, train_here
+from conftest import greedy_by_eval, train_arguments, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import eval as evaluation
 import teacher
 from support.data import load_model, load_problems
 
@@ -70,17 +67,6 @@ def by_generate(model, tokenizer, problems):
     return found
 
 
-def by_eval(toy, out, *flags):
-    sampling = ["--temperature", 0, "--samples", 1, "--max-new-tokens", 12, "--no-thinking"]
-    argv = ["eval.py", *flags, "--data", toy / "few.jsonl", "--out", out, "--date", DAY, *sampling]
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(word) for word in argv])
-        evaluation.main()
-    signal.signal(signal.SIGTERM, handler)
-    return [json.loads(line)["completion"] for line in (out / "samples.jsonl").open()]
-
-
 @pytest.fixture(scope="module")
 def few(tiny_toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
@@ -97,10 +83,16 @@ def test_one_policy_in_every_form(run, few, tmp_path, capfd):
     assert exported.dtype == torch.float32
     expected = by_generate(exported, tokenizer, problems)
     assert len({*expected}) > 8
-    assert by_eval(few, tmp_path / "a", "--model", run / "model") == expected
+    assert (
+        greedy_by_eval(few / "few.jsonl", tmp_path / "a", "--date", DAY, "--model", run / "model")
+        == expected
+    )
     adapter = ["--model", base, "--adapter", adapter_of(run)]
-    assert by_eval(few, tmp_path / "b", *adapter) == expected
-    assert by_eval(few, tmp_path / "c", "--model", base) != expected
+    assert greedy_by_eval(few / "few.jsonl", tmp_path / "b", "--date", DAY, *adapter) == expected
+    assert (
+        greedy_by_eval(few / "few.jsonl", tmp_path / "c", "--date", DAY, "--model", base)
+        != expected
+    )
     lines = capfd.readouterr().err.splitlines()
     stops = [line for line in lines if line.startswith("completions stop at")]
     assert len(stops) == 3 and all("(2, chat template)" in line for line in stops)

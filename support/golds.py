@@ -17,7 +17,8 @@ _WRAPPED = re.compile(
     r"|(?:\$|\$\$)((?:[^$\\]|\\.)*)(?:\$|\$\$)\.?"  # but \$ may be inside
     r"|\\[(\[]((?:[^\\]|\\[^()\[\]])*)\\[)\]]\.?"  # \(5\) or \[5\]
     r"|\*\*([^*]*)\*\*"
-    r"|\**(?:(?i:(?:the |final |correct )*answer)(?: is\b|\W*:)[\s*:]*)+(.*?)\**"  # **Answer:** 5
+    # **Answer:** 5, or a sentence
+    r"|\**(?:(?i:(?:the |final |correct )*answer)(?: is\b|\W*:)[\s*:]*)+((?:(?!\\f?box).)*?)\**"
     r"|[\[(]'([^']*)',?[\])]"  # a list or a tuple of one, as Python prints it
     r'|[\[(]"([^"]*)",?[\])]'
     r"|[\[(](?:'.*'|\".*\")[\])]()",  # several answers: none

@@ -19,7 +19,8 @@ after the head (`Head`): this is part of the distribution, and of its gradient.
 
 Prompts and completions stay token ids from end to end; nothing is decoded and encoded again.
 
-Copy this file: it needs torch, and a transformers model and tokenizer to work on.
+Copy this file: it needs torch, and a model and tokenizer of transformers 5.23. Older versions may ignore
+`sanitize_control_tokens`, and make control tokens of a problem that spells them.
 """
 
 import json

@@ -21,7 +21,7 @@ import json
 import re
 import sys
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pprint import pprint
 
@@ -120,6 +120,9 @@ class DiagnosticsSettings(ReadingSettings):
     high: float = flag(egrsd.HIGH, "H in nats from which a token is a pivot or a fork", least=0)
     low: float = flag(egrsd.LOW, "H in nats below which a pivot's continuation is certain", least=0)
     branches: int = flag(100, "positions for branch viability, drawn at random, 0: none", least=0)
+    teacher_samples: int = flag(
+        0, "solutions per problem that the teacher writes, for its own accuracy, 0: none", least=0
+    )
 
 
 # ---- measures of texts, tokens and scores
@@ -189,12 +192,17 @@ def auroc_interval(scores, labels, resamples=2000):
 # ---- sample and read
 
 
+def sample_with_bar(model, tokenizer, s, problems, **which):
+    """Graded rollouts of the problems, and a bar that shows how they come."""
+    with tqdm(total=len(problems) * s.samples, desc="sampling", unit=" completions") as bar:
+        sampled = sample(model, tokenizer, problems, s, show=progress(bar), **which)
+    return grade_rollouts(tokenizer, sampled)
+
+
 def sample_student(model, tokenizer, s: ReadingSettings, problems: list[Problem]) -> list[Rollout]:
     """The student's solutions, with rewards and advantages. These very rewards stand for those of
     earlier steps in eq. (9)."""
-    with tqdm(total=len(problems) * s.samples, desc="sampling", unit=" completions") as bar:
-        sampled = sample(model, tokenizer, problems, s, seed=(s.seed, 0), show=progress(bar))
-    rollouts = grade_rollouts(tokenizer, sampled)
+    rollouts = sample_with_bar(model, tokenizer, s, problems, seed=(s.seed, 0))
     for r in rollouts:
         r.reward = reward.shaped_reward(r.correct, len(r.token_ids), s.max_new_tokens)
     rewards = torch.tensor([r.reward for r in rollouts])
@@ -203,6 +211,15 @@ def sample_student(model, tokenizer, s: ReadingSettings, problems: list[Problem]
     for r, advantage in zip(rollouts, baseline.advantage(rewards).tolist(), strict=True):
         r.advantage = advantage
     return rollouts
+
+
+def teacher_accuracy(model, tokenizer, s: DiagnosticsSettings, problems: list[Problem]) -> float:
+    """Share of correct solutions when the teacher writes them itself, at the student's settings."""
+    prompts = [teacher_prompt(tokenizer, problem, problem.solution, s) for problem in problems]
+    s = replace(s, samples=s.teacher_samples)
+    with lora.disabled(model):
+        rollouts = sample_with_bar(model, tokenizer, s, problems, seed=(s.seed, 2), prompts=prompts)
+    return sum(r.correct for r in rollouts) / len(rollouts)
 
 
 def read_both(model, tokenizer, s, rollouts):
@@ -273,6 +290,7 @@ def summarise(rollouts, values):
         "length": mask.sum(1).float().mean().item(),
         **markers(texts, len(order)),
         "repetition": repetition_rate(texts),
+        "entropy": flat["entropy"].mean().item(),
         "overlap": flat["overlap"].mean().item(),
         "kinds": kinds,
         "deciles": deciles,
@@ -406,6 +424,8 @@ def diagnose(s: DiagnosticsSettings) -> dict:
         rollouts = sample_student(model, tokenizer, s, problems)
         values, hidden = read_both(model, tokenizer, s, rollouts)
         result = summarise(rollouts, values)
+        if s.teacher_samples:
+            result["teacher_accuracy"] = teacher_accuracy(model, tokenizer, s, problems)
         if s.branches:
             result["branches"] = branch_viability(model, tokenizer, s, rollouts, values, hidden)
         write_json(out / "diagnostics.json", {"settings": asdict(s), **result})

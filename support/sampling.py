@@ -90,6 +90,7 @@ def sample(
     sampling: Sampling,
     *,
     seed: tuple[int, ...],
+    prompts: list[list[int]] | None = None,
     first_row: int = 0,
     show: Callable[[int, int], None] | None = None,
     make_decoder: Callable | None = None,
@@ -101,9 +102,10 @@ def sample(
     The rollouts of all ranks are numbered, and the first one here has the number `first_row`. So the
     result does not depend on the number of ranks. The numbers in `leave_out` are not sampled, which
     changes no other rollout. `on_rollout(number, rollout)` gets each one as soon as it is there.
+    `prompts` take the place of the student's.
     """
     k = sampling.samples
-    prompts = [student_prompt(tokenizer, problem, sampling) for problem in problems]
+    prompts = prompts or [student_prompt(tokenizer, problem, sampling) for problem in problems]
     end = teacher.prompt_end(tokenizer, sampling.thinking, sampling.date)
     total = k * len(problems)
     seeds = rollout.row_seeds(rollout.generator_for_rows(seed, first_row), total)

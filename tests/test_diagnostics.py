@@ -161,6 +161,24 @@ def test_a_run_adds_up(diagnosed):
         )
 
 
+def test_accuracy_of_the_teacher_is_that_of_its_own_solutions(tiny_toy, tiny_run, tmp_path):
+    """Greedily, against transformers' generate without the adapter."""
+    adapter = tiny_run / "checkpoints" / "step-000004" / "adapter"
+    flags = ["--adapter", adapter, "--temperature", 0, "--branches", 0]
+    found = run(tiny_toy, tmp_path / "out", *flags, "--teacher-samples", 1)["teacher_accuracy"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_toy / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_toy / "model")
+    correct = []
+    for p in load_problems(tiny_toy / "test.jsonl")[0][:12]:
+        prompt = teacher.encode(tokenizer, teacher.teacher_messages(p.problem, p.solution))
+        with torch.no_grad():
+            ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
+        text = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
+        ended = ids[0, -1] in rollout.stop_ids(model, tokenizer)
+        correct.append(bool(ended) and reward.grade(text, p.answer))
+    assert found == np.mean(correct) and 0 < found < 1
+
+
 def test_readings_are_those_of_student_and_teacher(diagnosed, tiny_toy, tiny_run):
     record = json.loads((diagnosed / "tokens.jsonl").read_text().splitlines()[5])
     model, tokenizer = (

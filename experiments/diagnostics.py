@@ -228,6 +228,7 @@ def read_both(model, tokenizer, s, rollouts):
     token_ids = [r.token_ids for r in rollouts]
     prompts = [r.prompt for r in rollouts]
     shown = [teacher_prompt(tokenizer, r.problem, r.problem.solution, s) for r in rollouts]
+    print(f"student and teacher read {sum(map(len, token_ids)):,} tokens", file=sys.stderr)
     by_student = teacher.read_in_batches(model, prompts, token_ids, BATCH_TOKENS, hidden=True)
     with lora.disabled(model):
         by_teacher = teacher.read_in_batches(model, shown, token_ids, BATCH_TOKENS, hidden=True)

@@ -135,8 +135,8 @@ def draw_methods(axes, results):
     axes.legend(fontsize=8, ncols=2, bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False)
 
 
-def draw_curves(axes, results, measure, label):
-    for name in CURVES:
+def draw_curves(axes, results, measure, label, names=CURVES):
+    for name in names:
         mean = np.mean([curves[measure] for curves in results["curves"][name]], axis=0)
         # update t shows the mean of updates t - 4 to t
         smooth = np.convolve(mean, np.full(5, 1 / 5), "valid")

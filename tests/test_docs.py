@@ -9,7 +9,18 @@ import pytest
 
 import eval as evaluation
 import train
-from experiments import bench, compare, diagnostics, gradients, plot, report, walk
+from experiments import (
+    bench,
+    compare,
+    diagnostics,
+    gradients,
+    paired,
+    plot,
+    report,
+    smollm2,
+    stories,
+    walk,
+)
 from family import __main__ as lab
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +133,10 @@ def flags_of():
         "experiments.compare": compare,
         "experiments.diagnostics": diagnostics,
         "experiments.gradients": gradients,
+        "experiments.paired": paired,
         "experiments.report": report,
+        "experiments.smollm2": smollm2,
+        "experiments.stories": stories,
         "experiments.walk": walk,
         "family": lab,
     }

@@ -1,0 +1,109 @@
+"""What runs changed, problem by problem: their evaluations on the same problems, and their curves.
+
+    python eval.py --model runs/seed0/model --data test.jsonl --out runs/seed0/test        so for every run
+    python -m experiments.paired start=runs/sft "cl-egrsd=runs/seed*" --out runs/paired
+
+A row is a name and the directories of its runs, such as one for each seed; each has an evaluation in its
+directory `test`. A figure is a mean over problems and runs, with a 95 % interval of a bootstrap over problems.
+Differences are taken problem by problem, to the first row or to that of --to. The intervals do not say how runs of
+other seeds would differ: see the means of single runs.
+
+--out gets paired.json and paired.png, accuracy and length of the rollouts of all rows that sample.
+"""
+
+from collections import defaultdict
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+
+from eval import bootstrap_interval
+from experiments.compare import import_extra, markdown, read_curves, read_lines
+from experiments.plot import draw_curves
+from support.checkpoint import write_json
+from support.errors import InputError
+from support.flags import Parser, nonempty_path
+from support.run import one_line_errors
+
+PROGRAM = "python -m experiments.paired"
+MEASURES = ("accuracy", "length")
+
+
+def by_problem(run: Path) -> dict[str, np.ndarray]:
+    """Accuracy (%) and mean length of every problem of a run's evaluation, [2] each."""
+    found = defaultdict(list)
+    for record in read_lines(run / "test" / "samples.jsonl"):
+        found[record["problem"]].append((100 * record["correct"], record["tokens"]))
+    return {problem: np.mean(values, axis=0) for problem, values in found.items()}
+
+
+def figures(rows: dict[str, list[Path]], to: str) -> dict[str, dict]:
+    """By row, for both measures: [mean, low, high], the same for the difference to the row `to`, and
+    the means of single runs."""
+    tested = {name: [by_problem(run) for run in runs] for name, runs in rows.items()}
+    problems = list(tested[to][0])
+    means = {}
+    for name, runs in tested.items():
+        if any(run.keys() != set(problems) for run in runs):
+            raise InputError(f"{name}: an evaluation on other problems than those of {to}")
+        means[name] = np.array([[run[p] for p in problems] for run in runs])  # [runs, problems, 2]
+    base = means[to].mean(0)
+    found = {}
+    for name, values in means.items():
+        mean = values.mean(0)
+        found[name] = {}
+        for k, measure in enumerate(MEASURES):
+            difference = mean[:, k] - base[:, k]
+            found[name] |= {
+                measure: [mean[:, k].mean(), *bootstrap_interval(mean[:, k])],
+                f"{measure} - {to}": [difference.mean(), *bootstrap_interval(difference)],
+                f"{measure}, single runs": values[:, :, k].mean(1).tolist(),
+            }
+    return found
+
+
+def table(found: dict[str, dict]) -> str:
+    """The figures as markdown."""
+    lines = []
+    for name, row in found.items():
+        cells = [" ".join(f"{value:.1f}" for value in values) for values in row.values()]
+        lines.append([name, *cells])
+    return markdown(f"| row | {' | '.join(row)} |", lines)
+
+
+def draw(curves: dict[str, list], path: Path) -> None:
+    """Accuracy and length of the rollouts by update."""
+    plt = import_extra("matplotlib.pyplot")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for panel, measure in zip(axes, MEASURES, strict=True):
+        draw_curves(panel, {"curves": curves}, measure, f"{measure} of the rollouts", curves)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = Parser(__doc__, prog=PROGRAM)
+    parser.add_argument("rows", nargs="+", help="name=directory, * in it stands for any characters")
+    parser.add_argument(
+        "--to", default="", help="the row that others are compared to (default: the first)"
+    )
+    parser.add_argument("--out", type=nonempty_path, default=Path("runs/paired"), help="directory")
+    with one_line_errors(PROGRAM, "stopped"):
+        a = parser.parse_args()
+        rows = {}
+        for row in a.rows:
+            name, _, pattern = row.partition("=")
+            rows[name] = sorted(map(Path, glob(pattern)))
+            if not rows[name]:
+                raise InputError(f"{row}: no such directory: write name=directory")
+        found = figures(rows, a.to or next(iter(rows)))
+        curves = {}
+        for name, runs in rows.items():
+            curves[name] = [read_curves(run / "metrics.jsonl") for run in runs]
+        print(table(found))
+        a.out.mkdir(parents=True, exist_ok=True)
+        write_json(a.out / "paired.json", {"rows": found, "curves": curves})
+        draw({name: runs for name, runs in curves.items() if runs[0]}, a.out / "paired.png")
+
+
+if __name__ == "__main__":
+    main()

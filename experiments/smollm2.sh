@@ -5,8 +5,9 @@
 #     bash experiments/smollm2.sh                  into runs/smollm2
 #     SEEDS=0 ROWS=cl-egrsd bash experiments/smollm2.sh runs/small
 #
-# The same command goes on after a stop: what is complete is left as it is. --bf16 halves the time on CPUs with AMX; on a CPU
-# without such instructions set BF16=--no-bf16.
+# Run it in the root of the repository. The same command goes on after a stop: what is complete is left as it is, so take a new
+# directory after a change of flags. --bf16 halves the time on CPUs with AMX; on a CPU without such instructions set
+# BF16=--no-bf16.
 set -euo pipefail
 work=${1:-runs/smollm2}
 seeds=${SEEDS:-0 1}
@@ -18,7 +19,7 @@ train() { # output directory, problems, base model, flags
         --checkpoint-every 4 --resume auto "${BF16:---bf16}" --out "$work/$1" --data "$work/problems/$2.jsonl" --model "$work/$3" "${@:4}"
 }
 evaluate() { # output directory of a run
-    [ -e "$work/$1/test/results.json" ] || "$python" eval.py --model "$work/$1/model" --data "$work/problems/test.jsonl" --samples 1 \
+    "$python" eval.py --model "$work/$1/model" --data "$work/problems/test.jsonl" --samples 1 \
         --top-p 1 --max-new-tokens 128 --no-thinking --resume auto --out "$work/$1/test"
 }
 sft=(--method sft --lr 1e-3 --lr-warmup-steps 4 --max-grad-norm 1)
@@ -31,9 +32,10 @@ train sft sft model "${sft[@]}" --prompts-per-step 16 --steps 100
 
 # what student and teacher do, token by token
 [ -e "$work/diagnostics/diagnostics.json" ] || "$python" -m experiments.diagnostics "${read[@]}" --data "$work/problems/validation.jsonl" \
-    --problems 200 --samples 1 --teacher-samples 1 --branches 0 --out "$work/diagnostics"
+    --problems 200 --samples 1 --gamma 1 --teacher-samples 1 --branches 0 --out "$work/diagnostics"
 
-# a learning rate for all policy gradients, on problems that nothing else trains on: 5e-4 was better
+# a learning rate for all policy gradients, on problems that nothing else trains on: compare `reward` in their
+# metrics.jsonl. With us 5e-4 was better
 for rate in 2e-4 5e-4; do
     train "rate-$rate" validation sft/model --method direction-aware --lr $rate --steps 8 --seed 100
 done
@@ -42,7 +44,7 @@ done
 for seed in $seeds; do
     for row in $rows; do
         case $row in
-            continued-sft) flags=("${sft[@]}") ;;
+            continued-sft) flags=("${sft[@]}" --prompts-per-step 16) ;;
             cl-egrsd) flags=(--method cl-egrsd --gamma 1 --window 3 --lr 5e-4) ;;
             egrsd) flags=(--method egrsd --gamma 1 --lr 5e-4) ;;
             *) flags=(--method "$row" --lr 5e-4) ;;
@@ -51,15 +53,17 @@ for seed in $seeds; do
     done
 done
 
+# which signal turns the gradient the right way
+[ -e "$work/gradients.json" ] || "$python" -m experiments.gradients "${read[@]}" --data "$work/problems/train.jsonl" --batches 12 --batch 16 \
+    --gamma 1 3 --window 0 3 --eps 0.2 --pass-tokens 2048 --out "$work/gradients.json"
+
 # before and after, on problems that nothing else saw
 evaluate sft
 compared=("start=$work/sft")
 for row in $rows; do
-    for seed in $seeds; do evaluate "$row-seed$seed"; done
-    compared+=("$row=$work/$row-seed*")
+    for seed in $seeds; do
+        evaluate "$row-seed$seed"
+        compared+=("$row=$work/$row-seed$seed")
+    done
 done
 "$python" -m experiments.paired "${compared[@]}" --out "$work"
-
-# which signal turns the gradient the right way
-[ -e "$work/gradients.json" ] || "$python" -m experiments.gradients "${read[@]}" --data "$work/problems/train.jsonl" --batches 16 --batch 16 \
-    --gamma 1 --window 0 3 --eps 0.2 --pass-tokens 2048 --out "$work/gradients.json"

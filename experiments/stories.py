@@ -53,6 +53,7 @@ LESS = (
 REMARKING = 0.6  # how often a sentence of a solution has a remark before it
 FILES = {"sft": 1000, "train": 1000, "validation": 200, "test": 200}  # problems in each
 QUESTION = "How many {things} does {who} have [now|in the end|after all this|at last]?"
+
 # the solution
 REMARKS = (  # thoughts that any word may go on
     "[This|That|Our|Such a] [story|tale|puzzle|question|problem|riddle] [looks|seems|sounds|feels] "
@@ -105,7 +106,7 @@ class StoriesSettings:
 
     out: str = flag("runs/stories", "directory for the files")
     seed: int = flag(0, "seed of all that is drawn", **SEEDS)
-    largest: int = flag(20, "largest number of a story, but for sums and products", least=5)
+    largest: int = flag(20, "largest number of things at the start or added", least=5)
 
 
 def say(rng: np.random.Generator, text: str, **known) -> str:
@@ -167,7 +168,7 @@ def capitals(text: str) -> str:
 
 
 def write_files(s: StoriesSettings) -> None:
-    """FILES in --out, which is made anew. A problem is in one of them only."""
+    """The FILES in --out. A problem is in one of them only."""
     rng = np.random.default_rng(s.seed)
     seen = set()
     out = Path(s.out)

@@ -1,7 +1,6 @@
 """SmolLM2-135M, a model that was really pretrained: `pytest -m real`, about two minutes and 4 GB.
 
-`python -m experiments.smollm2 --until problems` makes what is needed; without it the tests are
-skipped.
+experiments/smollm2.sh makes what is needed first of all; without it the tests are skipped.
 """
 
 import json
@@ -20,7 +19,7 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(
         not (MODEL / "config.json").exists() or not (PROBLEMS / "test.jsonl").exists(),
-        reason="make it with: python -m experiments.smollm2 --until problems",
+        reason="made by: bash experiments/smollm2.sh",
     ),
 ]
 CPU = torch.device("cpu")
@@ -64,7 +63,7 @@ def test_it_is_a_language_model_that_stops():
 def test_sampled_greedily_as_generate_does(few, tmp_path):
     model, tokenizer = load_model(str(MODEL), torch.float32, CPU)
     expected = by_generate(model, tokenizer, few)
-    assert len({*expected}) == 4
+    assert len({*expected}) > 1
     assert greedy_by_eval(few, tmp_path / "greedy", "--model", MODEL) == expected
 
 
@@ -79,7 +78,7 @@ def test_read_as_whole_logits_are(few, dtype, within):
         prompts.append(teacher.encode(tokenizer, teacher.student_messages(record["problem"])))
         completions.append(tokenizer(record["solution"]).input_ids[: 12 + 6 * n])
     with torch.no_grad():
-        got = teacher.read(model, prompts, completions)
+        got = teacher.read(model, prompts, completions, entropy=True)
         exact = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
         for i, (prompt, ids) in enumerate(zip(prompts, completions, strict=True)):
             logits = exact(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
@@ -95,9 +94,8 @@ def test_read_as_whole_logits_are(few, dtype, within):
 def test_two_steps_export_and_load_again(few, tmp_path):
     run = tmp_path / "run"
     flags = {"model": MODEL, "data": PROBLEMS / "train.jsonl", "steps": 2, "prompts-per-step": 4}
-    changes = flags | {"lr": 1e-3, "max-new-tokens": 24, "no-thinking": True}
-    del changes["no-thinking"]
-    train_here(*train_arguments(None, run, **changes))
+    changes = flags | {"lr": 1e-3, "max-new-tokens": 24}
+    train_here(*train_arguments(tmp_path, run, **changes))
     adapter = run / "checkpoints" / "step-000002" / "adapter"
     as_model = greedy_by_eval(few, tmp_path / "a", "--model", run / "model")
     with_adapter = ["--model", MODEL, "--adapter", adapter]

@@ -114,7 +114,7 @@ def test_the_script_runs_commands_that_the_programs_take(tmp_path):
     outputs = [c[c.index("--out") + 1] for c in commands if "paired" not in c[1]]
     assert len(outputs) == len(set(outputs)) == 28
 
-    done = ["model", "problems/test.jsonl", "sft/model", "rate-2e-4/model", "sft/test/results.json"]
+    done = ["model", "problems/test.jsonl", "sft/model", "rate-2e-4/model"]
     for name in [*done, "diagnostics/diagnostics.json", "gradients.json", "grpo-seed0/model"]:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).touch()
@@ -128,7 +128,6 @@ def test_the_script_runs_commands_that_the_programs_take(tmp_path):
         "diagnostics",
         "rate-2e-4",
         "grpo-seed0",
-        "sft/test",
         "gradients.json",
     ]
 
@@ -146,18 +145,21 @@ def test_figures_are_paired_by_problem(tmp_path, monkeypatch, capsys):
     for name, correct in right.items():
         (tmp_path / name / "test").mkdir(parents=True)
         records = [
-            {"problem": f"{i}?", "correct": bool(c), "tokens": 10 * (i + 1)}
+            {"line": i, "problem": f"{i}?", "correct": bool(c), "tokens": 10 * (i + 1)}
             for i, c in enumerate(correct)
         ]
         if name == "ours1":
             records.reverse()
         lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / name / "test" / "results.json").write_text('{"results": [{}]}')
         (tmp_path / name / "test" / "samples.jsonl").write_text(lines)
         step = {"accuracy": 0.5, "length": 15.0} if "ours" in name else {"loss": 1.0}
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(step) + "\n")
     monkeypatch.setattr(paired, "draw", lambda curves, path: path.write_text(" ".join(curves)))
-    rows = [f"start={tmp_path}/sft", f"ours={tmp_path}/ours?", f"more={tmp_path}/more*"]
+    names = {"sft": "start", "ours0": "ours", "more0": "more", "more1": "more", "ours1": "ours"}
+    rows = [f"{row}={tmp_path / run}" for run, row in names.items()]
     monkeypatch.setattr(sys, "argv", ["paired", *rows, "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(paired, "import_extra", lambda name: None)
     paired.main()
     written = json.loads((tmp_path / "out" / "paired.json").read_text())
     start, ours, more = (written["rows"][name] for name in ("start", "ours", "more"))
@@ -169,13 +171,15 @@ def test_figures_are_paired_by_problem(tmp_path, monkeypatch, capsys):
     assert more["accuracy - start"] == [-25, -50, 0]
     assert written["curves"]["ours"] == [{"accuracy": [0.5], "length": [15.0]}] * 2
     assert (tmp_path / "out" / "paired.png").read_text() == "ours"
-    assert "| ours | 75.0 50.0 100.0 | 25.0 0.0 50.0 | 100.0 50.0 |" in capsys.readouterr().out
+    assert (
+        "| ours | 75.0 [50.0, 100.0] | 25.0 [0.0, 50.0] | 100.0 50.0 |" in capsys.readouterr().out
+    )
 
     rows = {name: [tmp_path / run] for name, run in (("ours", "ours0"), ("more", "more1"))}
     # to the other row, by problem: +100 and 0
     assert paired.figures(rows, "more")["ours"]["accuracy - more"] == [50, 0, 100]
     (tmp_path / "more1" / "test" / "samples.jsonl").write_text(
-        json.dumps({"problem": "0?", "correct": True, "tokens": 1}) + "\n"
+        json.dumps({"line": 0, "problem": "0?", "correct": True, "tokens": 1}) + "\n"
     )
     with pytest.raises(
         InputError, match="ours: an evaluation on other problems than those of more"
@@ -183,8 +187,8 @@ def test_figures_are_paired_by_problem(tmp_path, monkeypatch, capsys):
         paired.figures(rows, "more")
 
 
-def test_a_row_without_directories_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["paired", f"start={tmp_path}/none*"])
-    with pytest.raises(SystemExit):
-        paired.main()
-    assert "no such directory: write name=directory" in capsys.readouterr().err
+def test_an_evaluation_that_is_not_complete_is_refused(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "results.json").write_text('{"results": []}')
+    with pytest.raises(InputError, match="0 results, one is needed: go on with eval.py"):
+        paired.by_problem(tmp_path)

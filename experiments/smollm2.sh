@@ -55,7 +55,7 @@ done
 
 # which signal turns the gradient the right way
 [ -e "$work/gradients.json" ] || "$python" -m experiments.gradients "${read[@]}" --data "$work/problems/train.jsonl" --batches 12 --batch 16 \
-    --gamma 1 3 --window 0 3 --eps 0.2 --pass-tokens 2048 --out "$work/gradients.json"
+    --gamma 1 --window 0 3 --eps 0.2 0.8 --pass-tokens 2048 --out "$work/gradients.json"
 
 # before and after, on problems that nothing else saw
 evaluate sft

@@ -562,10 +562,10 @@ def document():
 HEADER = """\
 # Models that work
 
-Of each type a tiny random model was built with transformers {version} and tested: sampling with a cache, log-probs,
-gradients, and an adapter that goes through files, PEFT 0.21.2 and merging. **No real checkpoint was trained here.** A
-model also needs a chat template. Other models may work: every model is tried when it is loaded. Quantised checkpoints
-are refused, GGUF files are dequantised: [running.md](running.md#your-own-model).
+Of each type a tiny random model was built with transformers 5.23.0 and tested: sampling with a cache, log-probs,
+gradients, and an adapter that goes through files, PEFT 0.21.2 and merging. **One real checkpoint was trained here**, a
+`llama` ([real.md](real.md)). A model also needs a chat template. Other models may work: every model is tried when it is
+loaded. Quantised checkpoints are refused, GGUF files are dequantised: [running.md](running.md#your-own-model).
 
 Without a note: a cache of keys and values, plain logits, a default adapter on all linear layers but the head.
 

@@ -25,7 +25,7 @@ evaluate() { # output directory of a run
 sft=(--method sft --lr 1e-3 --lr-warmup-steps 4 --max-grad-norm 1)
 read=(--model "$work/sft/model" --max-new-tokens 128 --slots 128)
 
-# the model, the problems, and SFT on 1,000 of their solutions: the start of everything else
+# the model, the problems, and SFT on 1,600 draws of 1,000 solutions: the start of everything else
 [ -e "$work/model" ] || "$python" -m experiments.smollm2 --out "$work/model"
 [ -e "$work/problems/test.jsonl" ] || "$python" -m experiments.stories --out "$work/problems"
 train sft sft model "${sft[@]}" --prompts-per-step 16 --steps 100
@@ -66,4 +66,6 @@ for row in $rows; do
         compared+=("$row=$work/$row-seed$seed")
     done
 done
-"$python" -m experiments.paired "${compared[@]}" --out "$work"
+for base in start $rows; do
+    "$python" -m experiments.paired "${compared[@]}" --to "$base" --out "$work/to-$base"
+done

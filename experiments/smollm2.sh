@@ -54,7 +54,7 @@ for seed in $seeds; do
 done
 
 # which signal turns the gradient the right way
-[ -e "$work/gradients.json" ] || "$python" -m experiments.gradients "${read[@]}" --data "$work/problems/train.jsonl" --batches 12 --batch 16 \
+[ -s "$work/gradients.json" ] || "$python" -m experiments.gradients "${read[@]}" --data "$work/problems/train.jsonl" --batches 12 --batch 16 \
     --gamma 1 --window 0 3 --eps 0.2 0.8 --pass-tokens 2048 --out "$work/gradients.json"
 
 # before and after, on problems that nothing else saw

@@ -6,8 +6,7 @@
 #     SEEDS=0 ROWS=cl-egrsd bash experiments/smollm2.sh runs/small
 #
 # Run it in the root of the repository. The same command goes on after a stop: what is complete is left as it is, so take a new
-# directory after a change of flags. --bf16 halves the time on CPUs with AMX; on a CPU without such instructions set
-# BF16=--no-bf16.
+# directory after a change of flags. --bf16 is faster on CPUs with AMX; on others set BF16=--no-bf16.
 set -euo pipefail
 work=${1:-runs/smollm2}
 seeds=${SEEDS:-0 1}

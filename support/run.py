@@ -211,6 +211,7 @@ class StepLog:
 
     def begin_step(self):
         self.seconds = Counter()
+        self.peaks = Counter()  # GiB, by phase
         self.loss = 0.0
         self.token_sums = Counter()
         self.read = {}  # by id of a rollout: where its values are
@@ -220,6 +221,9 @@ class StepLog:
     def begin(self, phase):
         now = time.perf_counter()
         self.seconds[self.phase] += now - self.phase_began
+        self.peaks[self.phase] = max(self.peaks[self.phase], peak_memory_gib())
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         self.phase = phase
         self.phase_began = now
 
@@ -256,8 +260,8 @@ class StepLog:
         return {"by_token": found}
 
     def finish_step(self, step: int, rollouts: list[Rollout], num_tokens: float, **metrics) -> dict:
-        """Write the step's samples. Returns its line of metrics.jsonl: means over all ranks, seconds of
-        this rank, the largest memory of a rank."""
+        """Write the step's samples. Returns its line of metrics.jsonl: means over all ranks, seconds
+        and memory of this rank, the largest memory of a rank."""
         self.begin("checkpoint")
         sums = {
             "reward": sum(r.reward for r in rollouts),
@@ -282,8 +286,9 @@ class StepLog:
             self.write_samples(step, rollouts[:SAMPLES_PER_STEP])
         for phase in ("rollout", "teacher", "student"):
             means[f"{phase}_s"] = self.seconds[phase]
+            means[f"{phase}_gib"] = self.peaks[phase]
         means["step_s"] = time.perf_counter() - self.began
-        means["memory_gib"] = self.ranks.max(peak_memory_gib())
+        means["memory_gib"] = self.ranks.max(max(self.peaks.values()))
         return {"step": step, "loss": loss, **metrics, **means}
 
     def set_status(self, means, num_tokens):
@@ -306,7 +311,8 @@ class StepLog:
 
 
 def peak_memory_gib() -> float:
-    """The most memory this process has used so far: on the GPU, or without one on the host."""
+    """The most memory this process has used: on the GPU since the peak was reset, or without one on
+    the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ import teacher
 import toy
 import train
 from support import checkpoint, run, settings
+from support.distributed import Ranks
 
 ROOT = Path(train.__file__).parent
 
@@ -71,9 +73,7 @@ def assert_close_gradients(run, reference, step):
 
 
 def without_seconds(rows):
-    return [
-        {k: v for k, v in row.items() if not k.endswith("_s") and k != "memory_gib"} for row in rows
-    ]
+    return [{k: v for k, v in row.items() if not k.endswith(("_s", "_gib"))} for row in rows]
 
 
 def assert_same_run(a, b, step=4):
@@ -122,6 +122,9 @@ def test_a_run_leaves_what_it_promises(tiny_run, tiny_toy):
         "teacher_s",
         "student_s",
         "step_s",
+        "rollout_gib",
+        "teacher_gib",
+        "student_gib",
         "memory_gib",
     }
     assert promised <= rows[0].keys()
@@ -141,6 +144,19 @@ def test_a_run_leaves_what_it_promises(tiny_run, tiny_toy):
     state = torch.load(tiny_run / "checkpoints/step-000004/state.pt", weights_only=True)
     optimizer_steps = {moments["step"].item() for moments in state["optimizer"]["state"].values()}
     assert optimizer_steps == {4.0}
+
+
+def test_memory_is_that_of_each_phase(tmp_path, monkeypatch):
+    """The peak since the phase began. A phase may come twice."""
+    peaks = iter([9, 3, 1, 2, 2.5, 5, 4])
+    monkeypatch.setattr(run, "peak_memory_gib", lambda: next(peaks))
+    log = run.StepLog(SimpleNamespace(ranks=Ranks(), out=tmp_path))
+    for phase in ("rollout", "grade", "teacher", "rollout", "student", "update"):
+        log.begin(phase)
+    assert log.peaks == {"first": 9, "rollout": 3, "grade": 1, "teacher": 2, "student": 5}
+    metrics = log.finish_step(1, [], 0)
+    assert [metrics[f"{phase}_gib"] for phase in ("rollout", "teacher", "student")] == [3, 2, 5]
+    assert metrics["memory_gib"] == 9
 
 
 def test_the_bar_ends_with_the_last_step(tiny_toy, tmp_path, capsys):

@@ -320,7 +320,8 @@ class Decoder:
         """Draw the next token of the rows in these n slots from their logits [n, V]."""
         age = self.age[slots]
         alive = self.alive[slots]
-        logits[:, self.unused] = -torch.inf
+        # not `logits[:, self.unused] = -inf`, which copies the number from the CPU
+        logits.index_fill_(1, self.unused, -torch.inf)
         token, logprob = self.draw(logits, self.uniforms[slots, age])
         self.token[slots] = token
         self.token_ids[slots, age] = token

@@ -267,10 +267,12 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__.rstrip("_")
-        by_mask = name.startswith("index") and any(
+        by_mask = name in ("index", "index_put") and any(
             i is not None and i.dtype == torch.bool for i in args[1]
         )
-        if name in self.WAITING or by_mask:
+        # x[i] = 1.0 makes a tensor of the number on the CPU, which is copied at once
+        by_number = name == "index_put" and args[2].dim() == 0
+        if name in self.WAITING or by_mask or by_number:
             self.operations.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -291,7 +293,8 @@ def test_nothing_waits_for_the_device_between_polls(model, monkeypatch, settings
     with torch.inference_mode(), waits:  # the detector does detect
         x = torch.ones(3)
         _ = x.max().item(), x.tolist(), x[x > 2], torch.isin(x, x), bool(x[0])
-    assert len(waits.operations) == 5
+        x[torch.tensor([0])] = 1.0
+    assert len(waits.operations) == 6
 
 
 def test_a_look_waits_twice_and_closing_gaps_copies_one_list(model, monkeypatch):

@@ -2,7 +2,7 @@
 the limit.
 
     python -m experiments.bench                    rows 1 to 3 on the CPU, ten minutes on two cores
-    python -m experiments.bench --device cuda --rows 1 2 3 4 5 --repeats 1      at the shape of Qwen3-4B, in bfloat16
+    python -m experiments.bench --device cuda --rows 1 2 3 4 5 6 --repeats 1    at the shape of Qwen3-4B, in bfloat16
 
     1  mixed lengths    128 prompts of 48 tokens, 32 slots, at most 512 new tokens
                         peer: transformers' generate on batches of 32; limit: 32 tokens per bare decode step of 32 rows
@@ -10,13 +10,14 @@ the limit.
                         peer: generate with num_return_sequences; limit: prefill and bare decode steps of 64 rows
     3  scoring          4 x 1,024 tokens of hidden states, vocabulary 151,936
                         peer: the whole float32 logits; limit: the matrix products alone
-    4  decode step      4 and 32 rows of 1,024 columns, and the kernels that it launches
+    4  decode step      4 and 32 rows of 1,024 columns
                         limit: the bytes that it must read, divided by the measured speed of copying
     5  training step    `Trainer.train_step` with the paper's settings, 4 completions of 1,024 tokens: each phase
                         limit of seconds: operations divided by the measured speed of a matrix product; of memory: the
                         formulas of docs/gpu.md for Qwen3-4B
+    6  kernels          launches, attention and the longest kernels of reading 4 x 1,024 tokens and of a decode step
 
-On CUDA rows that decode are measured again with CUDA graphs.
+On CUDA rows that decode come again with CUDA graphs; then the peer of row 4 is the step without.
 
 Weights are random: speed and memory do not depend on them. Ours and the peer take turns, so that a
 slow moment of the machine meets both. The table gives medians over the turns. A ratio is the median
@@ -61,7 +62,6 @@ import train
 from support.checkpoint import write_json
 from support.data import Problem
 from support.distributed import Ranks
-from support.errors import InputError
 from support.flags import flag, parse
 from support.graphs import Graphs
 from support.run import one_line_errors
@@ -122,7 +122,7 @@ class BenchSettings:
         "the CPU, qwen3-4b on CUDA)",
         choices=tuple(SHAPES),
     )
-    rows: list = flag([1, 2, 3], "rows to measure, in this order", least=1, most=5)
+    rows: list = flag([1, 2, 3], "rows to measure, in this order", least=1, most=6)
     repeats: int = flag(5, "turns of ours and the peer per row", least=1)
     out: Path = flag(None, "JSON file for the figures of every turn (default: none)")
 
@@ -279,11 +279,12 @@ def compare_samplers(row, s, model, prompts, limit, **settings):
     peer = partial(peer_tokens, model, prompts, **settings)
     for name, make_decoder in decoders(s):
         works = {"ours": partial(our_tokens, model, prompts, make_decoder=make_decoder, **settings)}
+        turns = partial(take_turns, row + name, "tokens/s", s.repeats, tokens_per_second)
         if make_decoder:
-            works["ours"]()  # records
+            turns(**works)  # records what the same turns need again
         else:
             works |= {"peer": peer, "limit": limit}
-        yield take_turns(row + name, "tokens/s", s.repeats, tokens_per_second, **works)
+        yield turns(**works)
 
 
 def mixed_lengths(s):
@@ -381,34 +382,41 @@ def decode_steps(s):
     yield row_of("4 copying", "TB/s", [speed / 1e12])
     weights = sum(parameter.nbytes for parameter in model.parameters())
     column, _ = rollout.row_size(model)
-    ids = random_prompts(4, s.fewer(512), model.config.vocab_size)
-    yield kernels("4 reading 4 x 1,024", partial(teacher.read, model, ids, ids))
     before = {}  # seconds of eager steps, by rows
     for name, make_decoder in decoders(s):
         for rows in (4, 32):
-            # at most 100 tokens, no stop ids; all rows have the same prompt
-            decoder = (make_decoder or rollout.Decoder)(model, rows, 1024, 100, [])
-            decoder.start(range(rows), rollout.prefill(model, [[0]]), [0] * rows, range(rows))
-            step = partial(decoder.run, rows, 1024)
-            what = f"4 decode step, {rows} x 1,024{name}"
             limit = (weights + rows * 1024 * column) / speed
-            took = [fastest(step)]
-            yield row_of(what, "s", took, before.get(rows, []), [limit])
-            yield kernels(what, step)
+            took = [fastest(decode_step(model, rows, make_decoder))]
+            row = f"4 decode step, {rows} x 1,024{name}"
+            yield row_of(row, "s", took, before.get(rows, []), [limit])
             before[rows] = took
 
 
-def kernels(what: str, work: Callable) -> dict:
-    """A row of one work() as torch's profiler sees it: launches, and which attention. Prints the
-    longest kernels."""
-    with torch.profiler.profile() as profile:
-        work()
-        now()
-    events = profile.key_averages()
-    print(events.table("self_device_time_total", 6, max_name_column_width=50))
-    attention = {event.key for event in events if re.match("aten::_.*attention", event.key)}
-    launches = sum(event.count for event in events if "LaunchKernel" in event.key)
-    return row_of(f"{what}: {', '.join(sorted(attention))}", "launches", [launches])
+def decode_step(model, rows: int, make_decoder: Callable | None) -> Callable:
+    """A step of so many rows, all of the same prompt, over 1,024 columns."""
+    decoder = (make_decoder or rollout.Decoder)(model, rows, 1024, max_new_tokens=100, stop_ids=[])
+    decoder.start(range(rows), rollout.prefill(model, [[0]]), [0] * rows, range(rows))
+    return partial(decoder.run, rows, 1024)
+
+
+@torch.inference_mode()
+def kernels(s):
+    """What torch's profiler sees of a work. The profiler may slow down what comes after it."""
+    model = random_model(s)
+    ids = random_prompts(4, s.fewer(512), model.config.vocab_size)
+    works = {"reading": partial(teacher.read, model, ids, ids)}
+    for name, make_decoder in decoders(s):
+        works[f"decode step{name}"] = decode_step(model, 4, make_decoder)
+    for what, work in works.items():
+        fastest(work)
+        with torch.profiler.profile() as profile:
+            work()
+            now()
+        events = profile.key_averages()
+        print(events.table("self_device_time_total", 6, max_name_column_width=50))
+        attention = {event.key for event in events if re.match("aten::_.*attention", event.key)}
+        launches = sum(event.count for event in events if "LaunchKernel" in event.key)
+        yield row_of(f"6 {what}, {', '.join(sorted(attention))}", "launches", [launches])
 
 
 def random_trainer(s: BenchSettings, out: str) -> train.Trainer:
@@ -440,7 +448,10 @@ def training_step(s):
         t = random_trainer(s, out)
         for name, make_decoder in decoders(s):
             t.make_decoder = make_decoder
-            t.train_step()  # warms up
+            # warms up; only graphs need all tokens for that
+            t.s.max_new_tokens = s.fewer(1024) if make_decoder else s.fewer(64)
+            t.train_step()
+            t.s.max_new_tokens = s.fewer(1024)
             steps = [t.train_step() for _ in range(s.repeats)]
             for phase, (memory, operations) in FORMULA.items():
                 took = [metrics[f"{phase}_s"] for metrics in steps]
@@ -450,7 +461,14 @@ def training_step(s):
                 yield row_of(f"5 {phase}{name}", "peak GiB", peaks, limit=[memory])
 
 
-ROWS = {1: mixed_lengths, 2: shared_prompts, 3: scoring, 4: decode_steps, 5: training_step}
+ROWS = {
+    1: mixed_lengths,
+    2: shared_prompts,
+    3: scoring,
+    4: decode_steps,
+    5: training_step,
+    6: kernels,
+}
 
 
 def measure(s: BenchSettings) -> None:
@@ -481,8 +499,6 @@ def measure(s: BenchSettings) -> None:
                 print(line(row), flush=True)
                 if s.out:
                     write_json(s.out, about | {"rows": rows})
-        except InputError:
-            raise
         except Exception:
             traceback.print_exc()
             failed = True

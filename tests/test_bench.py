@@ -50,8 +50,12 @@ def test_a_step_must_read_the_weights_and_the_columns_of_all_rows(monkeypatch, t
         read = 4 * (weights + count * 1024 * column)
         assert row["limit"][0] * speed == pytest.approx(read)
         assert row["ours"][0] > 0
-    launches = [name for name in rows if name.endswith("launches")]
-    assert len(launches) == 3 and all("attention" in name for name in launches)
+
+
+def test_the_profiler_says_which_attention_runs(monkeypatch, tmp_path, capsys):
+    rows = figures(monkeypatch, tmp_path, 6)
+    assert len(rows) == 2 and all("_attention" in name for name in rows)
+    assert "# of Calls" in capsys.readouterr().out
 
 
 def tiny_settings():

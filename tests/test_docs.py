@@ -50,6 +50,7 @@ OF_A_RUN = {
     "math500.jsonl",
     "gsm8k_200.jsonl",
     "bench.json",
+    "gpu.json",
     "report.html",
 }
 

@@ -105,7 +105,8 @@ def measure(s: GpuSettings) -> None:
         with suppress(FileNotFoundError):  # torchrun's processes, if it had no time to stop them
             subprocess.call(["pkill", "-KILL", "-f", f"train.py.*{out}"])
         seconds = time.monotonic() - began
-        shown = re.sub(r".*%\|.*\n", "", log.read_text(errors="replace"))[-20_000:]  # without bars
+        shown = log.read_text(errors="replace").replace(str(ROOT), ".")
+        shown = re.sub(r".*%\|.*\n", "", shown)[-20_000:]  # without bars
         ends.append(f"{name}: exit code {code}, {seconds:.0f} s, {log}")
         print(f"{shown}\n{ends[-1]}", flush=True)
         figures[name] = {"command": text, "code": code, "seconds": seconds, "log": shown}

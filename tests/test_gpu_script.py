@@ -13,7 +13,7 @@ from support import flags, settings
 NEEDS_TIMEOUT = pytest.mark.skipif(not shutil.which("timeout"), reason="needs GNU's timeout")
 
 
-def start(monkeypatch, root, commands, *argv, code=None):
+def start(monkeypatch, root, commands, *argv):
     """The figures that the script writes when these are its commands; `root` is the repository."""
     (root / "results").mkdir(parents=True, exist_ok=True)
     for name, value in (("ROOT", root), ("RESULTS", root / "results"), ("COMMANDS", commands)):
@@ -31,14 +31,16 @@ def test_nothing_hides_the_rest(monkeypatch, tmp_path, capsys):
         "failing": (20, "no_such_module"),
         "hanging": (1, "http.server 0"),
         "working": (20, "this"),
+        "showing": (20, "site"),  # prints sys.path, which has the directory of the repository
     }
     place, figures = start(monkeypatch, tmp_path, commands, "--small")
     assert place.parts[0] == "runs"  # results/ is for figures of a GPU
-    assert [figures[name]["code"] for name in commands] == [1, 124, 0]
+    assert [figures[name]["code"] for name in commands] == [1, 124, 0, 0]
     assert 1 <= figures["hanging"]["seconds"] < 10
     assert "No module named no_such_module" in figures["failing"]["log"]
     assert "Namespaces are one honking great idea" in figures["working"]["log"]
-    *_, failing, hanging, working, last = capsys.readouterr().out.splitlines()
+    assert str(tmp_path) not in json.dumps(figures) and "sys.path" in figures["showing"]["log"]
+    *_, failing, hanging, working, _, last = capsys.readouterr().out.splitlines()
     for line, name, code in ((failing, "failing", 1), (hanging, "hanging", 124)):
         assert line.startswith(f"{name}: exit code {code}, ") and line.endswith(f"/{name}.log")
     assert working.startswith("working: exit code 0, ") and last.endswith("/gpu.json")

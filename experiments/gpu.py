@@ -43,9 +43,9 @@ TORCHRUN = "torch.distributed.run --standalone --nproc-per-node {} train.py --ou
 FEW = " --steps 16 --eval-data="
 BENCH = "experiments.bench --repeats 1 --shape "
 COMMANDS = {  # the seconds that each may take, and what follows `python -m`
-    "machine": (10, "torch.utils.collect_env"),
+    "machine": (20, "torch.utils.collect_env"),
     "tests": (80, "pytest -m gpu -n 0 -v -rP tests/test_gpu.py"),
-    "toy": (70, TORCHRUN.format(1) + "toy"),
+    "toy": (60, TORCHRUN.format(1) + "toy"),
     "4b": (100, BENCH + "qwen3-4b --rows 4 1 6"),
     "step": (100, BENCH + "qwen3-4b --rows 5 3"),
     "graphs": (35, TORCHRUN.format(1) + "graphs --cuda-graphs" + FEW),

@@ -11,11 +11,11 @@ token,
 
 The logits of a whole batch would be B x T x V floats: 20 GB for 32 completions of 1,024 tokens and
 Qwen3's vocabulary of 151,936. They never exist. The head, the last layer, makes the logits of a
-chunk of completion tokens at a time. If the head is frozen (LoRA) and no entropy is asked for,
-the gradient is made at once: that of log p(y) with respect to the hidden state is W[y] - p W, where
-W are the head's weights, and the probabilities p are at hand. For a head that is
-trained the chunk is computed again in the backward pass. Some models scale or cap their logits
-after the head (`Head`): this is part of the distribution, and of its gradient.
+chunk of completion tokens at a time. If the head is frozen (LoRA), the gradient is made at once:
+that of log p(y) with respect to the hidden state is W[y] - p W, where W are the head's weights, and
+the probabilities p are at hand. For a head that is trained the chunk is computed again in the
+backward pass. Some models scale or cap their logits after the head (`Head`): this is part of the
+distribution, and of its gradient. Entropies have no gradient.
 
 Prompts and completions stay token ids from end to end; nothing is decoded and encoded again.
 
@@ -49,19 +49,17 @@ TokenLists = Sequence[Sequence[int]]  # token ids, one list for each row
 class Reading:
     """What a model thinks of B completions of up to T tokens: float32, 0 outside the mask.
 
-    logp [B, T] in nats; entropy [B, T] in nats, or None if it was not asked for; mask bool [B, T],
-    from lengths; hidden, or None: for each completion the states [T_i, D] that predict its tokens,
-    in the model's dtype.
+    logp and entropy [B, T] in nats; mask bool [B, T], from lengths; hidden, or None: for each
+    completion the states [T_i, D] that predict its tokens, in the model's dtype.
     """
 
     logp: Tensor
-    entropy: Tensor | None
+    entropy: Tensor
     mask: Tensor
     hidden: list[Tensor] | None = None
 
     def select(self, indices: list[int], width: int) -> "Reading":
-        """Some of the completions; `width` is the length of the longest of them. It needs
-        entropies."""
+        """Some of the completions; `width` is the length of the longest of them."""
         tensors = [x[indices, :width] for x in (self.logp, self.entropy, self.mask)]
         hidden = [self.hidden[i] for i in indices] if self.hidden else None
         return Reading(*tensors, hidden)
@@ -211,15 +209,15 @@ def read(
     completions: TokenLists,
     *,
     temperature: float = 1.0,
-    entropy: bool = False,
     hidden: bool = False,
 ) -> Reading:
     """Score completions[i] as the continuation of prompts[i]; token ids in, `Reading` out.
 
     log-probs and entropies are those of softmax(logits / temperature), in float32 whatever the
-    model's dtype. `entropy` and `hidden` ask for these fields. Gradients flow iff they are enabled.
-    Eq. (4), arXiv 2605.13255. The model must be one that `check_head` does not refuse. ValueError
-    on an empty prompt or completion, and on a temperature <= 0.
+    model's dtype. `hidden` asks for the states. Where gradients are enabled, they flow through the
+    log-probs, never through the entropies. Eq. (4), arXiv 2605.13255. The model must be one that
+    `check_head` does not refuse. ValueError on an empty prompt or completion, and on a temperature
+    <= 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
@@ -244,10 +242,8 @@ def read(
     predicts = (column >= starts - 1) & (column < ends - 1)
     states = output.last_hidden_state[predicts]  # [N, D]: completion tokens, row after row
     targets = ids.roll(-1, 1)[predicts]  # [N]
-    logp, entropies = score(output_head(model), states, targets, temperature, entropy)
-    logp = pad(logp.split(lengths))  # [N] -> [B, T]
-    if entropy:
-        entropies = pad(entropies.split(lengths))
+    scores = score(output_head(model), states, targets, temperature)
+    logp, entropies = (pad(x.split(lengths)) for x in scores)  # [N] -> [B, T]
     mask = torch.arange(max(lengths), device=device) < ends - starts
     return Reading(logp, entropies, mask, list(states.split(lengths)) if hidden else None)
 
@@ -287,7 +283,7 @@ def read_in_batches(
     temperature: float = 1.0,
     hidden: bool = False,
 ) -> Reading:
-    """`read` with entropies and without gradients, for as many completions as you like:
+    """`read` without gradients, for as many completions as you like:
     `micro_batches` of at most `most_tokens` tokens each, put together to one `Reading` of all B
     completions in their order."""
     # rows of all batches, in the order of the batches
@@ -303,7 +299,6 @@ def read_in_batches(
             [prompts[i] for i in batch],
             [completions[i] for i in batch],
             temperature=temperature,
-            entropy=True,
             hidden=hidden,
         )
         logp += reading.logp
@@ -341,65 +336,66 @@ def micro_batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
 
 
 def score(
-    head: Head | nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """hidden [N, D], targets [N] -> log-probs [N] and entropies [N] (or None), float32, with
-    CHUNK_LOGITS logits at a time. `head` may be a linear layer, if nothing comes after it."""
+    head: Head | nn.Module, hidden: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """hidden [N, D], targets [N] -> log-probs [N] and entropies [N], float32, the entropies without
+    a gradient. There are CHUNK_LOGITS logits at a time. `head` may be a linear layer, if nothing
+    comes after it."""
     if not isinstance(head, Head):
         head = Head(head)
     size = max(1, CHUNK_LOGITS // head.linear.out_features)
     is_trained = any(parameter.requires_grad for parameter in head.linear.parameters())
-    if hidden.requires_grad and not is_trained and not entropy:
-        return _FrozenHead.apply(hidden, head, targets, temperature, size), None
+    if hidden.requires_grad and not is_trained:
+        return _FrozenHead.apply(hidden, head, targets, temperature, size)
     # The backward pass needs the logits of a chunk. They are not kept, but computed again.
     recomputed = partial(
         checkpoint,
         _score_chunk,
         head,
         temperature,
-        entropy,
         use_reentrant=False,
         preserve_rng_state=False,
     )
     logp, entropies = _by_chunks(recomputed, hidden, targets, size)
-    return torch.cat(logp), torch.cat(entropies) if entropy else None
+    return torch.cat(logp), torch.cat(entropies)
 
 
 def _by_chunks(function, hidden, targets, size):
-    """function(hidden, targets) -> (a, b) of `size` tokens at a time; returns all a and all b."""
+    """function(hidden, targets) -> (a, b, ...) of `size` tokens at a time; returns all a, all b, ..."""
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
     return zip(*[function(*chunk) for chunk in chunks], strict=True)
 
 
-def _score_chunk(head, temperature, entropy, hidden, targets):
+def _score_chunk(head, temperature, hidden, targets):
     logprobs = (head(hidden) / temperature).log_softmax(1)  # [n, V]
     logp = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1)
-    if not entropy:
-        return logp, None
-    return logp, torch.special.entr(logprobs.exp()).sum(1)  # (4)
+    return logp, torch.special.entr(logprobs.detach().exp()).sum(1)  # (4)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """log p(y) [N] and, from the same logits, its derivative by the hidden states."""
+    """log p(y) and H [N] and, from the same logits, the derivative of log p(y) by the hidden states."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, temperature, size):
         function = partial(_score_and_differentiate, head, temperature)
-        logp, slopes = _by_chunks(function, hidden, targets, size)
+        logp, entropies, slopes = _by_chunks(function, hidden, targets, size)
         ctx.save_for_backward(torch.cat(slopes))  # [N, D]
-        return torch.cat(logp)
+        entropies = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropies)
+        return torch.cat(logp), entropies
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         (slopes,) = ctx.saved_tensors
         # torch casts the product to the dtype of hidden
         return grad.unsqueeze(1) * slopes, None, None, None, None
 
 
 def _score_and_differentiate(head, temperature, hidden, targets):
-    """hidden [n, D], targets [n] -> log p(y) [n] and its derivative by the hidden state [n, D].
+    """hidden [n, D], targets [n] -> log p(y) [n], H [n], and the derivative of log p(y) by the hidden
+    state [n, D].
 
-    It is (W[y] - p W) / temperature for a plain head. A scale is one more factor. A cap multiplies
+    The derivative is (W[y] - p W) / temperature for a plain head. A scale is one more factor. A cap multiplies
     the part of each logit by 1 - (logit / cap)^2, the derivative of cap * tanh(x / cap). Tensors
     [n, V] are large: what can be done in place is done in place, so that there are never more than
     two, or three with a cap.
@@ -410,10 +406,13 @@ def _score_and_differentiate(head, temperature, hidden, targets):
     del logits  # frees the chunk
     y = targets.unsqueeze(1)
     logp = logprobs.gather(1, y).squeeze(1)
+    p = logprobs.exp()
+    entropies = torch.special.entr(p, out=logprobs).sum(1)  # (4)
+    del logprobs
     # onehot(y) - p, in float32 before it is rounded to the head's dtype
-    slope = logprobs.exp_().neg_()
+    slope = p.neg_()
     slope.scatter_add_(1, y, torch.ones_like(y, dtype=slope.dtype))
     if head.cap:
         slope.mul_(cap_slope)
     weight = head.linear.weight
-    return logp, slope.to(weight.dtype) @ weight * head.scale / temperature
+    return logp, entropies, slope.to(weight.dtype) @ weight * head.scale / temperature

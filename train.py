@@ -161,6 +161,7 @@ class EGRSD:
 
         sampling_gap  |log-prob under the distribution drawn from - log p_S|
         entropy       H of the teacher, nats                      delta    log p_T - log p_S
+        student_entropy  the same of the student
         gate          omega        magnitude  w                   clipped  1 if w is at a bound, else 0
         """
         signals = self.signals(t, batch)
@@ -171,6 +172,7 @@ class EGRSD:
         at_a_bound = (signals.magnitude - 1).abs() >= t.s.eps - 1e-6
         return {
             "sampling_gap": (drawn - logp).abs(),
+            "student_entropy": batch.by_student.entropy,
             "entropy": batch.by_teacher.entropy,
             "delta": batch.by_teacher.logp - logp,
             "magnitude": signals.magnitude,

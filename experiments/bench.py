@@ -326,13 +326,11 @@ def shared_prompts(s):
     )
 
 
-def whole_logits(head, hidden, targets, temperature, entropy):
+def whole_logits(head, hidden, targets, temperature):
     """As teacher.score, at temperature 1, by all logits at once."""
     logprobs = head(hidden).float().log_softmax(-1)
     logp = -nn.functional.nll_loss(logprobs, targets, reduction="none")
-    if not entropy:
-        return logp, None
-    return logp, torch.special.entr(logprobs.exp()).sum(-1)
+    return logp, torch.special.entr(logprobs.detach().exp()).sum(-1)
 
 
 def scoring(s):
@@ -344,10 +342,10 @@ def scoring(s):
 
     @torch.no_grad()
     def forward(score):
-        score(head, hidden, targets, 1.0, True)
+        score(head, hidden, targets, 1.0)
 
     def backward(score):
-        score(head, hidden.clone().requires_grad_(), targets, 1.0, False)[0].sum().backward()
+        score(head, hidden.clone().requires_grad_(), targets, 1.0)[0].sum().backward()
 
     def products(with_gradient):
         """The matrix products that cannot be avoided: logits, and for the gradient probabilities

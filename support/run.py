@@ -158,16 +158,68 @@ def name_lack_of_memory(advice: Callable[[], str]):
         raise
 
 
-SIGNS = (  # of a run that does not learn: a metric, its value, what to say
-    ("truncated", 1, "no completion finished: look at --max-new-tokens, and at samples.jsonl"),
-    ("no_answer", 1, "no completion had a boxed answer: look at first_prompts in config.json"),
-    ("reward_range", 0, "all rewards of a step were equal: are the problems too hard or too easy?"),
+SIGNS = (  # of a run that does not learn: a metric, when it is one, what to say
+    (
+        "truncated",
+        lambda x: x == 1,
+        "no completion finished: look at --max-new-tokens, and at samples.jsonl",
+    ),
+    (
+        "no_answer",
+        lambda x: x == 1,
+        "no completion had a boxed answer: look at first_prompts in config.json",
+    ),
+    (
+        "reward_range",
+        lambda x: x == 0,
+        "all rewards of a step were equal: are the problems too hard or too easy?",
+    ),
     (
         "moved",
-        False,
+        lambda x: not x,
         "the adapter's weights did not move: look at --lr, and at grad_norm in metrics.jsonl",
     ),
+    (
+        "repeated",
+        lambda x: x > 0.5,
+        "more than half of the 4-grams were repetitions: look at samples.jsonl; lower --lr",
+    ),
+    (
+        "student_entropy",
+        lambda x: x < 0.01,
+        "the student's entropy was below 0.01 nats: completions hardly differ any more; lower --lr",
+    ),
 )
+# Words of a completion, in lower case, that speak of the solution that only the teacher was shown.
+MENTIONS = (
+    "reference solution",
+    "provided solution",
+    "given solution",
+    "solution above",
+    "solution provided",
+    "according to the solution",
+    "as in the solution",
+)
+
+
+def repeated(token_ids: list[int]) -> float:
+    """Share of a completion's 4-grams of tokens that it has had before.
+
+    >>> repeated([1, 2, 1, 2, 1, 2, 1]), repeated([1, 2, 3])
+    (0.5, 0.0)
+    """
+    grams = list(zip(*(token_ids[i:] for i in range(4)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def mentions_solution(text: str) -> bool:
+    """Whether one of MENTIONS is in it.
+
+    >>> mentions_solution("As the Reference Solution says"), mentions_solution("The solution is 3.")
+    (True, False)
+    """
+    lower = text.lower()
+    return any(words in lower for words in MENTIONS)
 
 
 class Watch:
@@ -188,8 +240,9 @@ class Watch:
         metrics = metrics | {"moved": not torch.equal(sums, self.before)}
         self.before = sums
         found = []
-        for name, value, text in SIGNS:
-            self.steps[name] = self.steps[name] + 1 if metrics.get(name) == value else 0
+        for name, is_sign, text in SIGNS:
+            found_now = name in metrics and is_sign(metrics[name])
+            self.steps[name] = self.steps[name] + 1 if found_now else 0
             if self.steps[name] == PATIENCE:
                 found.append(f"warning: for {PATIENCE} steps {text}")
         return found
@@ -214,6 +267,7 @@ class StepLog:
         self.peaks = Counter()  # GiB, by phase
         self.loss = 0.0
         self.token_sums = Counter()
+        self.largest_gap = 0.0
         self.read = {}  # by id of a rollout: where its values are
         self.began = time.perf_counter()
         self.phase_began = self.began
@@ -237,6 +291,8 @@ class StepLog:
         self.loss += loss.item()
         for name, value in values.items():
             self.token_sums[name] += (value * batch.by_student.mask).sum().double().item()
+        largest = (values["sampling_gap"] * batch.by_student.mask).max().item()
+        self.largest_gap = max(self.largest_gap, largest)
         shown = {"logp": batch.by_student.logp.detach()} | values
         for i, example in enumerate(batch.examples):
             self.read[id(example)] = (batch, shown, i)
@@ -270,6 +326,8 @@ class StepLog:
             "truncated": sum(not r.finished for r in rollouts),
             "no_answer": sum(r.answer is None for r in rollouts),
             "length": sum(len(r.token_ids) for r in rollouts),
+            "repeated": sum(repeated(r.token_ids) for r in rollouts),
+            "mentions": sum(mentions_solution(r.text) for r in rollouts),
         }
         own = [self.loss, len(rollouts), *sums.values(), *self.token_sums.values()]
         loss, count, *totals = self.ranks.sum(own)
@@ -281,6 +339,8 @@ class StepLog:
         rewards = self.ranks.gather_lists([r.reward for r in rollouts])
         if len(rewards) > 1:
             means["reward_range"] = max(rewards) - min(rewards)
+        if rewards:
+            means["sampling_gap_max"] = self.ranks.max(self.largest_gap)
         self.set_status(means, num_tokens)
         if self.ranks.rank == 0:
             self.write_samples(step, rollouts[:SAMPLES_PER_STEP])

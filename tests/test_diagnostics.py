@@ -194,7 +194,7 @@ def test_readings_are_those_of_student_and_teacher(diagnosed, tiny_toy, tiny_run
         privileged = teacher.encode(
             tokenizer, teacher.teacher_messages(problem.problem, problem.solution)
         )
-        seen = teacher.read(model, [privileged], [ids], entropy=True)
+        seen = teacher.read(model, [privileged], [ids])
         lora.load_adapter(model, tiny_run / "checkpoints" / "step-000004" / "adapter")
         own = teacher.read(
             model, [teacher.encode(tokenizer, teacher.student_messages(problem.problem))], [ids]

@@ -136,7 +136,7 @@ def test_logits_of_reading_are_not_rounded_to_bfloat16():
         torch.testing.assert_close(head(hidden), exact, rtol=1e-5, atol=1e-4)
     targets = torch.arange(64, device="cuda")
     hidden.requires_grad_()  # the frozen head differentiates by itself
-    logp, _ = teacher.score(head, hidden, targets, 1.0, False)
+    logp, _ = teacher.score(head, hidden, targets, 1.0)
     wanted = exact.log_softmax(1)[targets, targets]
     torch.testing.assert_close(logp, wanted, rtol=1e-5, atol=1e-4)
     logp.sum().backward()

@@ -78,7 +78,7 @@ def test_read_as_whole_logits_are(few, dtype, within):
         prompts.append(teacher.encode(tokenizer, teacher.student_messages(record["problem"])))
         completions.append(tokenizer(record["solution"]).input_ids[: 12 + 6 * n])
     with torch.no_grad():
-        got = teacher.read(model, prompts, completions, entropy=True)
+        got = teacher.read(model, prompts, completions)
         exact = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
         for i, (prompt, ids) in enumerate(zip(prompts, completions, strict=True)):
             logits = exact(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]

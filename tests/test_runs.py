@@ -1,6 +1,7 @@
 """What a run refuses, in one line; what it warns of; and that nothing of the user's is lost or
 silently wrong."""
 
+import doctest
 import gzip
 import json
 import os
@@ -838,6 +839,30 @@ def test_the_five_steps_must_be_in_a_row():
             watch.warnings({"truncated": truncated, "no_answer": 0.0, "reward_range": 0.5})
         )
     assert [len(lines) for lines in found] == [0] * 9 + [1] + [0] * 6
+
+
+@pytest.mark.parametrize(
+    "name, sound, sign, words",
+    [
+        ("repeated", 0.5, 0.51, "more than half of the 4-grams were repetitions"),
+        ("student_entropy", 0.01, 0.009, "the student's entropy was below 0.01 nats"),
+    ],
+)
+def test_a_collapse_is_told_once(name, sound, sign, words):
+    parameters = [torch.zeros(3)]
+    watch, found = run.Watch(parameters), []
+    for value in [sign] * 4 + [sound] + [sign] * 7:
+        parameters[0] += 1e-6
+        found += watch.warnings({name: value})
+    assert len(found) == 1 and words in found[0]
+
+
+def test_signs_of_texts():
+    assert doctest.testmod(run).failed == 0
+    words = ["so", "it", "is", "so", "it", "is", "so", "it"]  # 5 4-grams, 3 of them different
+    ids = [sorted(set(words)).index(word) for word in words]
+    assert run.repeated(ids) == pytest.approx(2 / 5)
+    assert run.repeated([7] * 100) == pytest.approx(1 - 1 / 97)
 
 
 def test_config_json_shows_the_first_problem_s_two_prompts(finished, few):

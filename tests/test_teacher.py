@@ -32,7 +32,7 @@ def plain(model, prompt, completion, temperature=1.0):
 def test_ragged_batch_equals_one_by_one(model, temperature):
     """Right-padded prompts with the completion behind the pads, and no position ids, are off by 0.1
     to 0.3 nats."""
-    reading = teacher.read(model, PROMPTS, COMPLETIONS, temperature=temperature, entropy=True)
+    reading = teacher.read(model, PROMPTS, COMPLETIONS, temperature=temperature)
     assert reading.mask.dtype == torch.bool and reading.mask.sum(1).tolist() == [9, 1, 14, 3]
     for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         logp, entropy = plain(model, prompt, completion, temperature)
@@ -74,7 +74,7 @@ def test_half_precision_is_read_without_a_mask(dtype, autocast, masked):
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-        reading = teacher.read(model, PROMPTS, COMPLETIONS, entropy=True)
+        reading = teacher.read(model, PROMPTS, COMPLETIONS)
         assert len(seen) == 2 and all((mask is not None) == masked for mask in seen)
         forward = model.model.forward
         ends = torch.tensor([len(p) + len(c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
@@ -87,19 +87,18 @@ def test_half_precision_is_read_without_a_mask(dtype, autocast, masked):
                 **keywords,
             ),
         )
-        other = teacher.read(model, PROMPTS, COMPLETIONS, entropy=True)
+        other = teacher.read(model, PROMPTS, COMPLETIONS)
     tolerance = 1e-6 if masked else 0.1
     torch.testing.assert_close(reading.logp, other.logp, atol=tolerance, rtol=0)
     torch.testing.assert_close(reading.entropy, other.entropy, atol=tolerance, rtol=0)
 
 
 def test_padding_changes_nothing(model):
-    alone = teacher.read(model, PROMPTS[:1], COMPLETIONS[:1], entropy=True)
+    alone = teacher.read(model, PROMPTS[:1], COMPLETIONS[:1])
     beside_a_long_row = teacher.read(
         model,
         [PROMPTS[0], random_ids([90])[0]],
         [COMPLETIONS[0], random_ids([60])[0]],
-        entropy=True,
     )
     for a, b in ((alone.logp, beside_a_long_row.logp), (alone.entropy, beside_a_long_row.entropy)):
         torch.testing.assert_close(a[0], b[0, :9], atol=1e-5, rtol=0)
@@ -158,7 +157,7 @@ def test_frozen_head_runs_once_per_chunk(monkeypatch, chunk_tokens, temperature,
     runs = []
     head.register_forward_hook(lambda *_: runs.append(1))
     ours, plain_hidden = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-    logp, _ = teacher.score(head, ours, targets, temperature, entropy=False)
+    logp, _ = teacher.score(head, ours, targets, temperature)
     (logp * upstream).sum().backward()
     exact = (plain_hidden @ head.weight.double().T / temperature).log_softmax(-1)[
         range(27), targets
@@ -209,7 +208,7 @@ def test_a_frozen_head_keeps_two_chunks_of_logits_or_three_with_a_cap(
     targets = torch.randint(vocabulary, (len(hidden),))
     with LiveBytes() as live:
         head = teacher.Head(linear, cap=cap)
-        logp, _ = teacher.score(head, hidden, targets, temperature, entropy=False)
+        logp, _ = teacher.score(head, hidden, targets, temperature)
         logp.sum().backward()
     assert chunks - 0.5 < live.peak / (4 * tokens * vocabulary) < chunks + 0.1
 
@@ -259,9 +258,7 @@ def test_read_in_batches_equals_read(model, most_tokens, hidden):
     prompts = random_ids([5, 11, 1, 7, 3, 19, 2, 8, 4])
     completions = random_ids([9, 1, 14, 3, 6, 2, 25, 5, 1], seed=1)
     with torch.no_grad():
-        whole = teacher.read(
-            model, prompts, completions, temperature=0.8, entropy=True, hidden=hidden
-        )
+        whole = teacher.read(model, prompts, completions, temperature=0.8, hidden=hidden)
     reading = teacher.read_in_batches(
         model, prompts, completions, most_tokens, temperature=0.8, hidden=hidden
     )
@@ -287,12 +284,12 @@ def test_hidden_states_are_kept_only_if_asked_for_and_give_the_logp(model):
 def test_gradients_flow_iff_enabled(model):
     assert teacher.read(model, PROMPTS, COMPLETIONS).logp.requires_grad
     with torch.no_grad():
-        assert not teacher.read(model, PROMPTS, COMPLETIONS, entropy=True).logp.requires_grad
+        assert not teacher.read(model, PROMPTS, COMPLETIONS).logp.requires_grad
 
 
 def test_softmax_is_float32_behind_a_bfloat16_head():
     model = tiny_qwen3().bfloat16()
-    reading = teacher.read(model, PROMPTS, COMPLETIONS, entropy=True)
+    reading = teacher.read(model, PROMPTS, COMPLETIONS)
     assert reading.logp.dtype == reading.entropy.dtype == torch.float32
     hidden = model.model(torch.tensor([PROMPTS[0] + COMPLETIONS[0]])).last_hidden_state[0, 4:-1]
     exact = model.lm_head(hidden).double().log_softmax(-1)[range(9), COMPLETIONS[0]]
@@ -325,10 +322,12 @@ def test_scaled_and_capped_logits_equal_plain_in_values_and_gradients(
     plain = hidden.double().requires_grad_()
     logits = scale * (plain @ linear.weight.double().T + linear.bias.double())
     want = ((cap * (logits / cap).tanh() if cap else logits) / 0.7).log_softmax(-1)
-    logp, _ = teacher.score(head, ours, targets, 0.7, entropy=False)
-    _, entropy = teacher.score(head, hidden, targets, 0.7, entropy=True)
+    logp, entropy = teacher.score(head, ours, targets, 0.7)
     torch.testing.assert_close(logp.double(), want[range(27), targets], atol=1e-5, rtol=0)
-    torch.testing.assert_close(entropy.double(), -(want.exp() * want).sum(-1), atol=1e-5, rtol=0)
+    assert logp.requires_grad and not entropy.requires_grad
+    without_gradient = teacher.score(head, hidden, targets, 0.7)[1]
+    for found in (entropy, without_gradient):
+        torch.testing.assert_close(found.double(), -(want.exp() * want).sum(-1), atol=1e-5, rtol=0)
     variables = [ours, linear.weight] if trained else [ours]
     found = torch.autograd.grad((logp * weights).sum(), variables, retain_graph=True)
     variables = [plain, linear.weight] if trained else [plain]

@@ -117,6 +117,10 @@ def test_a_run_leaves_what_it_promises(tiny_run, tiny_toy):
         "gate",
         "clipped",
         "sampling_gap",
+        "sampling_gap_max",
+        "student_entropy",
+        "repeated",
+        "mentions",
         "tokens",
         "rollout_s",
         "teacher_s",
@@ -131,7 +135,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, tiny_toy):
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[0]["lr"] == 1e-2 and 0 < sum(row["accuracy"] for row in rows) < 4
     # T = 1, no truncation: sampled and trained policy are one
-    assert all(row["sampling_gap"] < 1e-4 for row in rows)
+    assert all(0 < row["sampling_gap"] < row["sampling_gap_max"] < 1e-4 for row in rows)
     assert len((tiny_run / "samples.jsonl").read_text().splitlines()) == 4 * run.SAMPLES_PER_STEP
     config = json.loads((tiny_run / "config.json").read_text())
     assert config["settings"]["lora_rank"] == 4 and config["world_size"] == 1

@@ -1,14 +1,16 @@
 """Evaluation: K sampled solutions per problem, for any number of checkpoints and data files, in one
 table.
 
-    python eval.py --model runs/train/model --data toy --max-new-tokens 128 --no-thinking
+    python eval.py --model toy --model runs/train/model --data toy
     python eval.py --model Qwen/Qwen3-4B --model Qwen/Qwen3-4B --adapter runs/q/checkpoints/step-000100/adapter \\
                    --data aime24.jsonl --data math500.jsonl
     torchrun --standalone --nproc-per-node=8 eval.py ...        the processes share the problems
     python eval.py --from vllm.jsonl --data math500.jsonl       grades completions that another engine wrote
 
-train.py calls `evaluate` and `summarise` before and after training. The defaults are the evaluation
-of arXiv 2605.13255: K = 4, temperature 1.0, top-p 0.95, 32,768 tokens, thinking on.
+train.py calls `evaluate` and `summarise` before and after training. How to sample is what flags say,
+else what the run did that a model or an adapter comes from: the same seed gives the accuracy that the
+run reported. For other models it is the evaluation of arXiv 2605.13255: K = 4, temperature 1.0, top-p
+0.95, thinking on, 32,768 tokens or what the model's window leaves.
 
     avg@K       mean accuracy over samples, then over problems, with a 95 % bootstrap interval over problems
     pass@k      chance that at least one of k samples is correct, the unbiased estimate of arXiv 2107.03374
@@ -46,6 +48,7 @@ import torch
 from tqdm import tqdm
 
 import reward
+import rollout
 import toy
 from support.data import (
     Problem,
@@ -68,9 +71,10 @@ from support.run import (
 )
 from support.samples import SampleLog, read_completions
 from support.sampling import check_prompts, grade_rollouts, progress, sample, student_prompt
-from support.settings import EvaluationSettings
+from support.settings import EvaluationSettings, Sampling
 
 BOOTSTRAP_RESAMPLES = 10_000
+SEED = 2**32 - 1  # beside --seed, of all sampling; in train.py the step stands there
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -233,6 +237,9 @@ def load(s, name, adapter, files, device):
     def prompts(problem):
         return [student_prompt(tokenizer, problem, s)]
 
+    if not s.max_new_tokens:
+        longest = max(len(prompts(problem)[0]) for *_, problems in files for problem in problems)
+        s.max_new_tokens = int(min(Sampling.max_new_tokens, rollout.window(model) - longest))
     for _, path, problems in files:
         check_prompts(model, tokenizer, path, problems, s.max_new_tokens, prompts)
     return model, tokenizer
@@ -249,13 +256,19 @@ def run(s, ranks, out):
         files.append((data, path, problems))
         digests[path] = digest(Path(path))
     log = SampleLog(out, asdict(s), ranks)
-    s.date = log.settings["date"] or ranks.today()
-    log.settings["date"] = s.date
+    s.date = log.settings["date"] = log.settings["date"] or ranks.today()
+    s.max_new_tokens = log.settings["max_new_tokens"]
     found = []
     adapters = [None] * (len(s.model) - len(s.adapter)) + s.adapter
     for name, adapter in zip(s.model, adapters, strict=True):
         model, tokenizer = ranks.once_per_node(partial(load, s, name, adapter, files, ranks.device))
+        log.settings["max_new_tokens"] = s.max_new_tokens
         if ranks.rank == 0:
+            print(
+                f"{s.samples} completions per problem, of at most {s.max_new_tokens:,} tokens, at "
+                f"temperature {s.temperature:g} and top-p {s.top_p:g}",
+                file=sys.stderr,
+            )
             print(thinking_line(tokenizer, s.thinking, s.date), file=sys.stderr)
             print(stop_line(model, tokenizer), file=sys.stderr)
         log.begin(digests | {name: model_digest(toy.resolve(name, "model"))})
@@ -309,7 +322,7 @@ def solve(
         tokenizer,
         problems,
         replace(s, slots=slots),
-        seed=(s.seed,),
+        seed=(s.seed, SEED),
         first_row=first_row,
         show=progress(bar),
         make_decoder=make_decoder,

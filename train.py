@@ -64,7 +64,6 @@ from support.sampling import (
 from support.settings import Sampling, Settings
 from teacher import Reading
 
-EVALUATION = 2**32 - 1  # stands for the step number in the seeds of evaluation
 # rows decoded together in evaluation, unless --slots or the free memory says otherwise
 EVALUATION_SLOTS = 128
 
@@ -460,12 +459,15 @@ class Trainer:
 
         def solve(problems, first_row, graded, keep, bar):
             show = progress(bar, check=self.stop.interrupt)
-            rollouts = self.sample(problems, sampling, EVALUATION, first_row, show)
+            rollouts = self.sample(problems, sampling, evaluation.SEED, first_row, show)
             for number, one in enumerate(grade_rollouts(self.tokenizer, rollouts)):
                 keep(number, one)
 
         records = evaluation.evaluate(self.held_out, s.eval_samples, solve, self.ranks, name)
         found = evaluation.summarise(records, s.eval_samples)
+        if self.ranks.rank == 0:
+            lines = [json.dumps(record) + "\n" for record in records]
+            checkpoint.write_text(self.out / f"held_out_{name}.jsonl", "".join(lines))
         self.results[name] = {
             "accuracy": found["avg"],
             "length": found["length"],

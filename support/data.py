@@ -53,6 +53,10 @@ LOST_IN_ANSWER = re.compile(
 )
 # files that make a model what it is
 IDENTITY = ("*.safetensors", "*.bin", "*.gguf", "*config.json", "tokenizer.json", "*.jinja")
+OTHERWISE = {  # than adding a field
+    "solution": ", or show the teacher the answer alone: python -m family --method cl-egrsd "
+    "--teacher-context answer"
+}
 
 
 @dataclass(frozen=True)
@@ -139,14 +143,19 @@ def _answer_text(answer):
 def _check_field(where, field, value, is_needed):
     if value is None:
         if is_needed:
-            raise InputError(f"{where}: field '{field}' is missing: add it")
+            raise InputError(
+                f"{where}: field '{field}' is missing: add it{OTHERWISE.get(field, '')}"
+            )
         return
     if not isinstance(value, str):
         raise InputError(
             f"{where}: field '{field}' must be text, got {type(value).__name__}: put it in quotes"
         )
     if is_needed and not value.strip():
-        raise InputError(f"{where}: field '{field}' is empty: fill it in or remove the line")
+        raise InputError(
+            f"{where}: field '{field}' is empty: fill it in or remove the line"
+            f"{OTHERWISE.get(field, '')}"
+        )
     lost = LOST_COMMAND.search(value) or field == "answer" and LOST_IN_ANSWER.search(value)
     if lost:
         command = json.dumps(lost[0]).strip('"')  # as it was written

@@ -470,11 +470,18 @@ def write_config(trainer):
     checkpoint.write_json(path, config)
     left_out = f" ({trainer.left_out} left out)" if trainer.left_out else ""
     done = f" ({trainer.step} are done)" if trainer.step else ""
+    evaluations = ""
+    if trainer.held_out:
+        when = "before and after" if s.eval_before else "after"
+        evaluations = (
+            f"{when} training: {len(trainer.held_out) * s.eval_samples:,} completions of "
+            f"{len(trainer.held_out):,} held-out problems (--eval-samples)\n"
+        )
     print(
         f"{s.method} trains an adapter of {trained:,} weights for {s.model} on "
         f"{len(trainer.problems):,} problems{left_out}: {s.steps} steps{done} of {completions} "
         f"completions (device: {derived['device']}, processes: {world})\n"
-        f"{config['stop_tokens']}\nall settings: {path}; --help has a sentence for each",
+        f"{evaluations}{config['stop_tokens']}\nall settings: {path}; --help has a sentence for each",
         flush=True,
     )
 

@@ -68,7 +68,8 @@ class SampleLog:
                 f"{self.results}: no evaluation that can be resumed here ({reason(error)}): "
                 "check --out, or leave --resume out"
             ) from None
-        self.settings["date"] = self.settings["date"] or before.get("date")
+        for key in ("date", "max_new_tokens"):  # found out at the first start
+            self.settings[key] = self.settings[key] or before.get(key)
         changed = [
             f"{flag_name(key)} was {before.get(key)}"
             for key, value in self.settings.items()

@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from support import flags
 from support.errors import DAMAGED, InputError
 from support.flags import (
     SEEDS,
@@ -201,8 +200,14 @@ class Sampling:
 
 @dataclass
 class EvaluationSettings(Sampling):
-    """The command line: how to sample (arXiv 2605.13255's evaluation), and what."""
+    """The command line: how to sample, and what."""
 
+    max_new_tokens: int = flag(
+        0,
+        f"longest completion in tokens, 0: {Sampling.max_new_tokens:,}, or what the window of the "
+        "first model leaves",
+        least=0,
+    )
     model: list = flag([], "checkpoint directory, hub id or toy; repeat it to compare several")
     adapter: list = flag([], "LoRA adapter directory; k of them go to the last k models")
     data: list = flag([], "JSONL file with problem and answer, or toy; repeat it for several")
@@ -351,9 +356,22 @@ def _stored(preset, given, kind):
 
 
 def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
-    """InputError if a needed flag is missing, if flags exclude each other, or if there are more
-    adapters than models."""
-    s = flags.parse(EvaluationSettings, argv, description)
+    """How to sample is what flags say, else what the run did that a model or an adapter comes from.
+    InputError if a needed flag is missing, if flags exclude each other, if runs differ, or if there
+    are more adapters than models."""
+    parser = Parser(description)
+    add_flags(parser, fields(EvaluationSettings))
+    given = vars(parser.parse_args(argv))
+    by_run = {}
+    for name in [*given.get("model", []), *given.get("adapter", [])]:
+        for key, value in evaluation_of(name).items():
+            if by_run.setdefault(key, value) != value and key not in given:
+                raise InputError(
+                    f"{flag_name(key)}: the runs of these models were evaluated with {by_run[key]} "
+                    f"and {value}: say which one to take"
+                )
+    s = EvaluationSettings(**by_run | given)
+    check_ranges(s)
     if s.from_ and (len(s.data) != 1 or s.model or s.adapter or s.resume):
         raise InputError(
             "--from needs one --data, and neither --model, --adapter nor --resume; see --help"
@@ -369,6 +387,27 @@ def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
             "for each one"
         )
     return s
+
+
+def evaluation_of(name: str) -> dict:
+    """How the run that this model or adapter comes from samples in its evaluations, as fields of
+    `Sampling`; empty if it comes from no run. The toy has its preset."""
+    if name == "toy":
+        values = vars(Settings(**PRESETS["toy"]))
+    else:
+        # RUN/model, or RUN/checkpoints/step-000025/adapter
+        configs = [place / "config.json" for place in list(Path(name).parents)[:3]]
+        found = [json.loads(path.read_text()) for path in configs if path.exists()]
+        values = next((config["settings"] for config in found if "settings" in config), None)
+    if values is None:
+        return {}
+    return {
+        "samples": values["eval_samples"],
+        "max_new_tokens": values["eval_max_new_tokens"] or values["max_new_tokens"],
+        "temperature": values["eval_temperature"],
+        "top_p": values["eval_top_p"],
+        "thinking": values["thinking"],
+    }
 
 
 def in_use(out: str | Path) -> bool:

@@ -31,6 +31,8 @@ TORCHRUN = {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "-
 OF_A_RUN = {
     "config.json",
     "metrics.jsonl",
+    "held_out_before.jsonl",
+    "held_out_after.jsonl",
     "samples.jsonl",
     "evaluation.json",
     "results.json",

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_ended_well, start_ranks
+from transformers import AutoTokenizer
 
 import eval as evaluation
 import reward
 import rollout
-from support import memory, samples
+import teacher
+from support import memory, samples, settings
 
 
 def test_pass_at_k_equals_counting_all_subsets():
@@ -167,6 +169,61 @@ def fails(monkeypatch, capsys, *argv):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_one_model_has_one_accuracy(tiny_run, tiny_toy, tmp_path, monkeypatch):
+    """What train.py reports of the trained model, eval.py finds without a flag of sampling: the
+    same completions, from model/ and from the adapter."""
+    reported = json.loads((tiny_run / "evaluation.json").read_text())["after"]
+    theirs = (tiny_run / "held_out_after.jsonl").read_text().splitlines()
+    adapter = tiny_run / "checkpoints" / "step-000004" / "adapter"
+    for n, named in enumerate(
+        [["--model", tiny_run / "model"], ["--model", tiny_toy / "model", "--adapter", adapter]]
+    ):
+        out = tmp_path / str(n)
+        call(monkeypatch, *named, "--data", tiny_toy / "test.jsonl", "--out", out)
+        result = json.loads((out / "results.json").read_text())["results"][0]
+        assert (result["avg"], result["length"]) == (reported["accuracy"], reported["length"])
+        ours = (out / "samples.jsonl").read_text().splitlines()
+        for a, b in zip(ours, theirs, strict=True):
+            assert json.loads(a).items() >= json.loads(b).items()
+
+
+def test_the_defaults_are_those_of_the_run_or_the_paper(tiny_run, tiny_toy, tmp_path, monkeypatch):
+    how = settings.evaluation_of
+    config = json.loads((tiny_run / "config.json").read_text())["settings"]
+    of_run = how(str(tiny_run / "model"))
+    assert of_run["max_new_tokens"] == config["max_new_tokens"] and of_run["samples"] == 1
+    toy = settings.PRESETS["toy"]
+    assert how("toy")["max_new_tokens"] == toy["max_new_tokens"]
+    assert how("toy")["top_p"] == toy["eval_top_p"]
+    # a checkpoint that no run made: K = 4, thinking, as much as its window leaves
+    assert how(str(tiny_toy / "model")) == how("Qwen/Qwen3-4B") == {}
+    out = tmp_path / "out"
+    data = tmp_path / "one.jsonl"
+    data.write_text((tiny_toy / "test.jsonl").read_text().splitlines()[0] + "\n")
+    monkeypatch.setattr(rollout, "window", lambda model: 60)
+    flags = ["--model", tiny_toy / "model", "--data", data, "--out", out]
+    call(monkeypatch, *flags)
+    used = json.loads((out / "results.json").read_text())["settings"]
+    sampled = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_toy / "model")
+    asked = teacher.student_messages(sampled["problem"])
+    assert used["max_new_tokens"] == 60 - len(teacher.encode(tokenizer, asked, True, used["date"]))
+    assert (used["samples"], used["top_p"], used["thinking"]) == (4, 0.95, True)
+    call(monkeypatch, *flags, "--resume")
+
+
+def test_runs_that_were_evaluated_differently_need_a_flag(tmp_path, monkeypatch, capsys):
+    for name, samples_ in ("a", 1), ("b", 4):
+        (tmp_path / name).mkdir()
+        config = {"settings": vars(settings.Settings(eval_samples=samples_))}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    named = ["--model", tmp_path / "a" / "model", "--model", tmp_path / "b" / "model"]
+    line = fails(monkeypatch, capsys, *named, "--data", "toy")
+    assert "--samples: the runs of these models were evaluated with 1 and 4" in line
+    parsed = settings.parse_evaluation([*map(str, named), "--data", "toy", "--samples", "2"], "")
+    assert parsed.samples == 2 and parsed.max_new_tokens == settings.Settings.max_new_tokens
+
+
 @pytest.fixture
 def small(tiny_toy, tmp_path):
     """Flags of an evaluation of 12 problems, twice each, six rows at a time."""
@@ -184,6 +241,8 @@ def small(tiny_toy, tmp_path):
         "--slots",
         6,
         "--no-thinking",
+        "--temperature",
+        1.4,
     ]
 
 

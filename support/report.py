@@ -1,7 +1,8 @@
 """report.html: the results of one run, or of several, on one page.
 
-The page needs no other file. It is made from config.json, metrics.jsonl, evaluation.json and the
-records of samples.jsonl that have `by_token`. A run writes it whenever it ends or stops, and
+The page needs no other file. It is made from config.json, metrics.jsonl, evaluation.json, the first
+completions of held_out_before.jsonl and held_out_after.jsonl, and the records of samples.jsonl that
+have `by_token`. A run writes it whenever it ends or stops, and
 `python -m experiments.report` writes it again. That command also makes a page of the completions
 of experiments.diagnostics. All texts are escaped, so no problem and no completion can break the
 page or run code in it.
@@ -13,6 +14,7 @@ import math
 import re
 import sys
 from collections import ChainMap
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
@@ -26,6 +28,8 @@ from support.settings import METHODS
 COLUMNS = ("entropy", "lookahead", "gate", "delta", "advantage", "kind")  # of tokens.jsonl
 COLOURS = {"entropy": "teacher entropy", "gate": "gate", "advantage": "token advantage"}
 MOST_TOKENS = 300  # shown of a completion
+MOST_CHARACTERS = 1500  # of one before or after training
+MOST_PROBLEMS = 4  # shown before and after training
 CURVES = {  # names in metrics.jsonl, with a unit or a meaning
     "reward": "",
     "accuracy": "share",
@@ -33,7 +37,7 @@ CURVES = {  # names in metrics.jsonl, with a unit or a meaning
     "entropy": "of the teacher, nats",
     "student_entropy": "nats",
     "repeated": "share of 4-grams",
-    "mentions": "share that speak of the solution",
+    "mentions": "of a solution, share",
     "gate": "omega",
     "clipped": "share with w at a bound",
     "loss": "",
@@ -81,7 +85,7 @@ def script_data(completions):
     data = []
     for completion in completions:
         shown = {"tokens": [visible(token) for token in completion["tokens"]]}
-        for name in (*COLUMNS, "magnitude", "logp"):
+        for name in (*COLUMNS, "magnitude", "logp", "student_entropy"):
             if name in completion:
                 shown[name] = [x if math.isfinite(x) else None for x in completion[name]]
         data.append(shown)
@@ -180,18 +184,67 @@ def report(runs):
     """The page. Completions and all settings are shown for a single run only."""
     title = f"{len(runs)} training runs"
     completions = []
-    last = ""
+    first = last = texts = ""
     if len(runs) == 1:
         title = f"Training run {runs[0].directory}"
+        first = headline(runs[0])
+        texts = before_and_after(runs[0])
         completions, last = chosen_completions(runs[0])
         last += all_settings(runs[0])
     curves = "".join(curve(name, runs) for name in CURVES)
-    body = f"""<ul class="legend">{legend(runs)}</ul><h2>Held-out problems</h2>
-{figures(runs)}<h2>Training</h2>
-<p class="faint">Thin: single steps. Thick: the mean over the steps around. Point at a place, or go to it with the arrow
-keys, for its values.</p><div class="curves">{curves}</div>
+    body = f"""{first}<ul class="legend">{legend(runs)}</ul><h2>Held-out problems</h2>
+{figures(runs)}{texts}<h2>Training</h2>
+<p class="faint">Thin: single steps. Thick: the mean over the steps around. Dots: held-out problems, before and after.
+Point at a place, or go to it with the arrow keys, for its values.</p><div class="curves">{curves}</div>
 {last}"""
     return document(title, body, completions)
+
+
+def headline(run):
+    """What the run did, in a line, and what its method is."""
+    s = run.settings
+    text = ""
+    if {"before", "after"} <= run.results.keys():
+        before = run.results["before"]
+        after = run.results["after"]
+        change = after["length"] / before["length"] - 1
+        minutes = sum(record["step_s"] for record in run.metrics) / 60
+        text = f"""<p class="headline">{before["accuracy"]:.0%} \u2192 {after["accuracy"]:.0%} right,
+{abs(change):.0%} {"longer" if change > 0 else "shorter"}</p>
+<p>{len(run.metrics)} steps in {minutes:.1f} minutes: {escaped(s["method"])}, gamma {s["gamma"]:g}, W {s["window"]},
+magnitude within 1 \u00b1 {s["eps"]:g}</p>"""
+    if s["method"] in METHODS:
+        text += """<p class="faint">A verifier says whether a completion is right. The <b>magnitude</b> asks
+whether the teacher, who sees the solution, likes a token more than the student does. The <b>gate</b> takes weight from
+tokens of which the teacher is uncertain. <a href="https://arxiv.org/abs/2605.13255">arXiv 2605.13255</a></p>"""
+    return text
+
+
+def before_and_after(run):
+    """The first completions of the first held-out problems, before and after training."""
+    paths = [run.directory / f"held_out_{name}.jsonl" for name in ("before", "after")]
+    if not all(path.exists() for path in paths):
+        return ""
+    text = ""
+    for pair in zip(*map(first_completions, paths), strict=False):
+        columns = ""
+        for name, record in zip(("before", "after"), pair, strict=True):
+            verdict = "correct" if record["correct"] else "wrong"
+            shown = escaped(record["completion"][:MOST_CHARACTERS])
+            columns += f"""<div><span class="faint">{name}: {verdict}, {record["tokens"]} tokens</span>
+<div class="plain">{shown}</div></div>"""
+        text += f"""<article><h2>{escaped(pair[0]["problem"])}</h2>
+<div class="faint">gold answer {escaped(pair[0]["gold"])}</div>
+<div class="columns">{columns}</div></article>
+"""
+    return text
+
+
+def first_completions(path):
+    """One completion of each of the first problems."""
+    with path.open() as lines:
+        first = (json.loads(line) for line in lines)
+        return list(islice((record for record in first if not record["sample"]), MOST_PROBLEMS))
 
 
 def legend(runs):
@@ -224,31 +277,57 @@ def figures(runs):
 
 
 def curve(name, runs):
-    """A metric of all runs by step, drawn from its highest value (y = 0) to its lowest (y = 100);
-    empty if no run has it."""
+    """A metric of all runs by step, drawn from a round number above it (y = 0) to one below (y =
+    100), with its values on held-out problems; empty if no run has it."""
     series = []
+    ends = []  # (step, value) of the evaluations, by run
     for run in runs:
         found = [record for record in run.metrics if math.isfinite(record.get(name, math.nan))]
         series.append({record["step"]: record[name] for record in found})
+        steps = list(series[-1]) or [0]
+        places = {"before": steps[0], "after": steps[-1]}
+        evaluated = {key: found[name] for key, found in run.results.items() if name in found}
+        ends.append([(places[key], value) for key, value in evaluated.items()])
     steps = set().union(*series)
     if not steps:
         return ""
     values = [value for points in series for value in points.values()]
+    values += [value for points in ends for _, value in points]
     first = min(steps)
     last = max(steps)
-    low = min(values)
-    high = max(values)
+    low, high = round_bounds(min(values), max(values))
+
+    def height(value):
+        return 100 * (high - value) / (high - low)
+
     lines = ""
-    for points in series:
-        heights = [100 * (high - value) / (high - low or 1) for value in points.values()]
+    for points, dots in zip(series, ends, strict=True):
+        heights = list(map(height, points.values()))
+        marks = ""
+        for step, value in dots:
+            marks += f'<polyline class="dot" points="{coordinates([step], [height(value)])}"/>'
         lines += f"""<g><polyline class="raw" points="{coordinates(points, heights)}"/>
-<polyline points="{coordinates(points, smoothed(heights))}"/></g>"""
+<polyline points="{coordinates(points, smoothed(heights))}"/>{marks}</g>"""
     return f"""<figure><figcaption>{name} <span class="faint">{CURVES[name]}</span></figcaption>
 <div class="y"><span>{high:.4g}</span><span>{low:.4g}</span></div><svg viewBox="{first} 0 {last - first or 1} 100"
 preserveAspectRatio="none" role="img" tabindex="0" data-high="{high}" data-low="{low}">
 <title>{name} by step, {first} to {last}</title>{lines}<path class="cursor"/></svg>
 <div class="x"><span>{first}</span><span>step</span><span>{last}</span></div></figure>
 """
+
+
+def round_bounds(low, high):
+    """Two different round numbers around low and high, with little room to spare.
+
+    >>> round_bounds(0.375, 0.9688), round_bounds(36.95, 57.6), round_bounds(0.0, 0.0)
+    ((0.3, 1.0), (35, 60), (0.0, 0.2))
+    """
+    span = (high - low or abs(high) or 1.0) / 3
+    power = math.floor(math.log10(span))
+    unit = max(digit for digit in (1, 2, 5) if digit <= span / 10**power) * 10**power
+    bottom = math.floor(low / unit)
+    top = max(math.ceil(high / unit), bottom + 1)
+    return round(bottom * unit, 1 - power), round(top * unit, 1 - power)
 
 
 def smoothed(values):

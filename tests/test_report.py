@@ -1,6 +1,7 @@
 """report.html: it is there whenever a run ends, says what the run's files say, and nothing in them
 can break it."""
 
+import doctest
 import html.parser
 import json
 import os
@@ -22,7 +23,9 @@ from support.data import load_problems
 from support.distributed import Ranks
 from support.errors import InputError
 
+TEXTS = ("student_entropy", "repeated", "mentions")  # curves
 VOID = {"meta", "input", "br", "polyline", "path"}  # have no end, or end themselves
+PAPER = "https://arxiv.org/abs/2605.13255"
 EVIL = "</script><script>alert(1)</script><!-- \" ' {{data}} {{name}} \u202e \ud83d \x00 &amp;"
 
 
@@ -33,8 +36,10 @@ class Page(html.parser.HTMLParser):
         super().__init__()
         self.tags, self.open, self.text, self.scripts = [], [], "", {}
         self.feed(text)
+        links = {a["href"] for _, a in self.tags if not a.get("href", "#").startswith("#")}
+        assert links <= {PAPER} and "src" not in {key for _, a in self.tags for key in a}
+        text = text.replace(PAPER, "")
         assert not self.open and "http" not in text and "url(" not in text and "@import" not in text
-        assert not [a for _, a in self.tags if "src" in a or not a.get("href", "#").startswith("#")]
         assert not [a for _, a in self.tags if any(name.startswith("on") for name in a)]
         assert not report.HIDDEN.search(text)
         self.data = json.loads(self.scripts["data"], parse_constant=lambda name: pytest.fail(name))
@@ -73,7 +78,8 @@ def records_of(path):
 def copied(tiny_run, tmp_path):
     """What a report needs of a run."""
     (tmp_path / "run").mkdir()
-    for name in ("config.json", "metrics.jsonl", "evaluation.json", "samples.jsonl"):
+    names = ["config.json", "metrics.jsonl", "evaluation.json", "samples.jsonl"]
+    for name in [*names, "held_out_before.jsonl", "held_out_after.jsonl"]:
         shutil.copy(tiny_run / name, tmp_path / "run")
     return tmp_path / "run"
 
@@ -142,7 +148,7 @@ def test_the_values_of_the_first_step_are_those_of_plain_forward_passes(tiny_run
                 teacher.teacher_messages(problem.problem, problem.solution),
             )
         )
-        logp, _ = read_slowly(model, asked, ids)
+        logp, own_entropy = read_slowly(model, asked, ids)
         teacher_logp, H = read_slowly(model, shown, ids)
         w = torch.exp((teacher_logp - logp) * (1 if record["advantage"] > 0 else -1)).clamp(
             0.8, 1.2
@@ -152,6 +158,7 @@ def test_the_values_of_the_first_step_are_those_of_plain_forward_passes(tiny_run
             "logp": logp,
             "delta": teacher_logp - logp,
             "entropy": H,
+            "student_entropy": own_entropy,
             "magnitude": w,
             "gate": (1 - 0.3 * soon / max(1, most)).clamp(0.1, 1),
         }
@@ -187,15 +194,55 @@ def test_what_the_page_of_a_run_says(tiny_run):
         record["by_token"]["text"] for record in samples
     ]
     assert all(record["problem"] in page.text for record in samples)
-    assert page.count("svg") == page.count("title") - 1 == 8 and page.colours() == [*report.COLOURS]
+    assert page.count("svg") == page.count("title") - 1 == 11 and page.colours() == [
+        *report.COLOURS
+    ]
     for name, found in json.loads((tiny_run / "evaluation.json").read_text()).items():
         assert (
             f"{name}{found['accuracy']:.3f}{found['length']:.1f}{found['truncated']:.3f}"
             in page.text
         )
+    before, after = (
+        records_of(tiny_run / f"held_out_{name}.jsonl") for name in ("before", "after")
+    )
+    for pair in zip(before[: report.MOST_PROBLEMS], after, strict=False):
+        for record in pair:
+            assert record["problem"] in page.text and record["completion"] in page.text
+    assert before[report.MOST_PROBLEMS]["problem"] not in page.text.split("step 1")[0]
+    dots = [a["points"] for tag, a in page.tags if a.get("class") == "dot"]
+    assert [dot.split(",")[0] for dot in dots] == ["1", "4"] * 2  # of accuracy and of length
     assert (
         "4 of 4 steps" in page.text and "lora_rank4" in page.text and torch.__version__ in page.text
     )
+
+
+@pytest.mark.parametrize(
+    "after, words",
+    [
+        ({"accuracy": 0.87, "length": 38.0}, "37% \u2192 87% right,\n34% shorter"),
+        ({"accuracy": 0.2, "length": 63.5}, "37% \u2192 20% right,\n10% longer"),
+    ],
+)
+def test_the_headline_says_what_changed(copied, after, words):
+    path = copied / "evaluation.json"
+    before = json.loads(path.read_text())["before"] | {"accuracy": 0.37, "length": 57.6}
+    path.write_text(json.dumps({"before": before, "after": before | after}))
+    change(copied / "metrics.jsonl", step_s=30.0)
+    report.write([copied], copied / "report.html")
+    text = page_of(copied).text
+    assert words in text and "4 steps in 2.0 minutes: cl-egrsd, gamma 0.3, W 3" in text
+    path.write_text(json.dumps({"before": before}))
+    report.write([copied], copied / "report.html")
+    assert "% right" not in page_of(copied).text
+
+
+def test_bounds_of_axes_are_round():
+    assert doctest.testmod(report).failed == 0
+    for low, high in ((3.2, 3.2), (-5, -5), (1e-9, 3e5), (-0.07875, 0.2085), (0.9553, 0.9819)):
+        bottom, top = report.round_bounds(low, high)
+        assert bottom <= low <= high <= top > bottom
+        assert top - bottom <= 2 * (high - low) or high == low
+        assert all(len(f"{x:.2g}") <= 6 and float(f"{x:.3g}") == x for x in (bottom, top))
 
 
 def test_what_is_derived_agrees_with_egrsd(tiny_run):
@@ -235,6 +282,7 @@ def test_what_is_derived_agrees_with_egrsd(tiny_run):
 def test_hostile_texts_are_only_texts(copied):
     for name in ("problem", "gold"):
         change(copied / "samples.jsonl", **{name: EVIL})
+        change(copied / "held_out_before.jsonl", **{name: EVIL, "completion": EVIL})
     records = [
         record | {"by_token": record["by_token"] | {"text": [EVIL] * record["tokens"]}}
         if "by_token" in record
@@ -265,7 +313,7 @@ def test_numbers_that_are_none(copied):
     page = page_of(copied)
     assert (
         page.data[0]["delta"][0] is None
-        and page.count("svg") == 7
+        and page.count("svg") == 10
         and "loss by step" not in page.text
     )
 
@@ -300,7 +348,8 @@ def test_a_long_run_and_a_long_completion(copied):
     report.write([copied], copied / "report.html")
     page = page_of(copied)
     assert "300 of 1000 tokens" in page.text and "1 to 3000" in page.text
-    assert {len(a["points"].split()) for tag, a in page.tags if tag == "polyline"} == {3000}
+    lines = [a for tag, a in page.tags if tag == "polyline" and a.get("class") != "dot"]
+    assert {len(a["points"].split()) for a in lines} == {3000}
     assert (copied / "report.html").stat().st_size < 2_000_000
 
 
@@ -309,8 +358,8 @@ def test_a_single_step_is_drawn_as_a_dot(copied):
     first = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
     (copied / "metrics.jsonl").write_text(first)
     report.write([copied], copied / "report.html")
-    points = {a["points"] for tag, a in page_of(copied).tags if tag == "polyline"}
-    assert points == {"1,0 1,0"}
+    points = [a["points"].split() for tag, a in page_of(copied).tags if tag == "polyline"]
+    assert all(first == last and first.startswith("1,") for first, last in points)
 
 
 def test_several_runs_over_each_other(copied, tiny_run, tmp_path):
@@ -320,7 +369,10 @@ def test_several_runs_over_each_other(copied, tiny_run, tmp_path):
     code, lines, out = forked(tmp_path, experiments.report.main, "report", copied, tiny_run)
     assert (code, lines, out) == (0, [], "report.html\n")
     page = page_of(tmp_path)
-    assert page.count("polyline") == 8 * 2 * 2 and page.count("tr") == 5 and page.data == []
+    # two lines of eleven curves and the dots of two
+    assert (
+        page.count("polyline") == 2 * (11 * 2 + 2 * 2) and page.count("tr") == 5 and page.data == []
+    )
     assert (
         f"{copied} 4 of 9 steps" in page.text
         and ", seed 7" in page.text
@@ -341,14 +393,17 @@ def test_values_beside_an_outlier(copied):
     """The script reads a value back from its place in the curve."""
     values = [0.05 + n / 1000 if n != 50 else 3000.0 for n in range(100)]
     (copied / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": n, "loss": x}) + "\n" for n, x in enumerate(values))
+        "".join(
+            json.dumps({"step": n, "step_s": 1, "loss": x}) + "\n" for n, x in enumerate(values)
+        )
     )
     report.write([copied], copied / "report.html")
     raw = next(
         a for tag, a in page_of(copied).tags if tag == "polyline" and a.get("class") == "raw"
     )
     places = {int(x): float(y) for x, y in (point.split(",") for point in raw["points"].split())}
-    assert [3000 - places[n] / 100 * (3000 - 0.05) for n in range(100)] == pytest.approx(
+    low, high = report.round_bounds(min(values), max(values))
+    assert [high - places[n] / 100 * (high - low) for n in range(100)] == pytest.approx(
         values, abs=1e-5
     )
 
@@ -374,8 +429,12 @@ def test_what_is_no_run_is_one_line(copied, tmp_path, break_it, part):
     "method, curves, colours",
     [
         ("sft", ["loss", "grad_norm"], []),
-        ("grpo", ["reward", "accuracy", "length", "loss", "grad_norm"], []),
-        ("opsd", ["reward", "accuracy", "length", "entropy", "loss", "grad_norm"], ["entropy"]),
+        ("grpo", ["reward", "accuracy", "length", *TEXTS, "loss", "grad_norm"], []),
+        (
+            "opsd",
+            ["reward", "accuracy", "length", "entropy", *TEXTS, "loss", "grad_norm"],
+            ["entropy"],
+        ),
     ],
 )
 def test_a_neighbour_shows_what_it_has(tiny_toy, tmp_path, method, curves, colours):

@@ -8,7 +8,8 @@ taken together, such as the seeds of a method. A figure is a mean over problems 
 bootstrap over problems]. Differences are taken problem by problem, to the first row or to that of --to. The intervals
 do not say how runs of other seeds would differ: see the means of single runs.
 
---out gets paired.json and paired.png, accuracy and length of the rollouts of the rows whose runs sample.
+--out gets paired.json and paired.png, accuracy and length of the rollouts of the rows whose runs sample
+(mean over runs, with a 95 % interval if there are several).
 """
 
 import json
@@ -81,15 +82,6 @@ def table(found: dict[str, dict]) -> str:
     return markdown(f"| row | {' | '.join(row)} |", lines)
 
 
-def draw(curves: dict[str, list], path: Path) -> None:
-    """Accuracy and length of the rollouts by update."""
-    plt = import_extra("matplotlib.pyplot")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for panel, measure in zip(axes, MEASURES, strict=True):
-        draw_curves(panel, {"curves": curves}, measure, f"{measure} of the rollouts", curves)
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     parser = Parser(__doc__, prog=PROGRAM)
     parser.add_argument("rows", nargs="+", help="name=directory of a run")
@@ -97,7 +89,8 @@ def main() -> None:
     parser.add_argument("--out", type=nonempty_path, default=Path("runs/paired"), help="directory")
     with one_line_errors(PROGRAM, "stopped"):
         a = parser.parse_args()
-        import_extra("matplotlib.pyplot")  # better missing here than after minutes
+        for module in "matplotlib.pyplot", "scipy.stats":
+            import_extra(module)  # better missing here than after minutes
         rows = defaultdict(list)
         curves = defaultdict(list)
         for row in a.rows:
@@ -111,7 +104,8 @@ def main() -> None:
         print(table(found))
         a.out.mkdir(parents=True, exist_ok=True)
         write_json(a.out / "paired.json", {"rows": found, "curves": curves})
-        draw({name: runs for name, runs in curves.items() if all(runs)}, a.out / "paired.png")
+        sampled = [name for name, runs in curves.items() if all(runs)]
+        draw_curves(curves, a.out / "paired.png", sampled)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ experiments.gradients foretold it.
     pip install -r experiments/requirements.txt && python -m experiments.plot
 
     frontier.png     every row at its mean length and accuracy on the test problems, with 95 % intervals over seeds in
-                     both; up and to the left is better
-    curves.png       accuracy and length of a few rows' rollouts by update, mean over seeds, smoothed over five updates
+                     both; up and to the left is better; rows with less than half of the accuracy without training
+                     are only named
+    curves.png       accuracy and length of a few rows' rollouts by update, mean over seeds with 95 % intervals,
+                     smoothed over five updates; names in the order of the lines' ends
     alignment.png    the rows that both experiments know, with all seeds: what gradients_start.json says of them, and
                      the mean over each half of the updates, with standard errors
 
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.compare import import_extra, markdown
+from experiments.compare import import_extra, interval, markdown
 from support.flags import flag, parse
 from support.run import one_line_errors
 
@@ -36,6 +38,23 @@ CURVES = (
     "gamma 3.0 W 3",
     "gamma 1.0 W 0, eps 0.8",
 )
+COLORS = {name: f"C{k}" for k, name in enumerate(CURVES)}
+PLACES = {  # of names in frontier.png, in points to the right of their row and above it
+    "no training": (-14, 11),
+    "sft": (8, 4),
+    "topk-opd": (40, -18),
+    "grpo": (10, 8),
+    "direction-aware": (-62, 46),
+    "egrsd": (8, 60),
+    "cl-egrsd": (-70, -22),
+    "gamma 3.0 W 0": (20, 42),
+    "gamma 3.0 W 3": (-24, 14),
+    "gamma 1.0 W 0, eps 0.8": (38, 24),
+    "rlrt": (8, 4),
+    "sdpo": (8, 4),
+    "stable-opd": (8, 4),
+    "opsd": (-38, -4),
+}
 WITHOUT_MAGNITUDE = ("grpo", "magnitude off", "gamma 1.0 W 0, eps 0")
 TIMES = ("start", "middle", "end")
 PREDICTORS = ("alignment", "sign", "shorter", "momentum", "bias")
@@ -117,44 +136,47 @@ def correlation_tables(names, said, trained, resamples=2000):
 # ---- pictures
 
 
-def draw_methods(axes, results):
-    for k, (name, row) in enumerate(results["rows"].items()):
-        axes.errorbar(
-            row["length"]["mean"],
-            row["accuracy"]["mean"],
-            row["accuracy"]["half_width"],
-            row["length"]["half_width"],
-            "os^D"[k % 4],
-            label=name,
-        )
+def draw_methods(axes, rows):
+    failed = []
+    for name, row in rows.items():
+        x, y = row["length"], row["accuracy"]
+        if y["mean"] < rows["no training"]["accuracy"]["mean"] / 2:
+            failed.append(name)
+            continue
+        point = x["mean"], y["mean"]
+        color = COLORS.get(name, "black" if name in PLACES else "0.75")
+        style = {"color": color, "elinewidth": 1, "zorder": 2 + (name in PLACES)}
+        axes.errorbar(*point, y["half_width"], x["half_width"], "o", **style)
+        if name in PLACES:
+            line = {"arrowstyle": "-", "color": color}
+            axes.annotate(name, point, PLACES[name], "data", "offset points", line, color=color)
     axes.set(
-        title="The toy: 95 % intervals over seeds",
+        title=f"Not shown, less than half as accurate as no training: {', '.join(failed)}",
         xlabel="mean length of completions, tokens",
         ylabel="accuracy on held-out problems",
     )
-    axes.legend(fontsize=8, ncols=2, bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False)
 
 
-def draw_curves(axes, results, measure, label, names=CURVES):
-    for name in names:
-        mean = np.mean([curves[measure] for curves in results["curves"][name]], axis=0)
-        # update t shows the mean of updates t - 4 to t
-        smooth = np.convolve(mean, np.full(5, 1 / 5), "valid")
-        axes.plot(range(5, len(mean) + 1), smooth, label=name)
-    axes.set(xlabel="update", ylabel=label)
-    axes.legend(fontsize=8, frameon=False)
-
-
-def draw_foretold(axes, names, said, key, trained, label):
-    """said [rows] at the start against trained [rows, seeds], with names beside the points."""
-    x = said["start", key]
-    y = trained.mean(1)
-    error = import_extra("scipy.stats").sem(trained, axis=1)
-    axes.errorbar(x, y, error, fmt="o", markersize=4)
-    axes.margins(x=0.25)  # room for the names
-    for name, *point in zip(names, x, y, strict=True):
-        axes.annotate(name, point, (3, 3), textcoords="offset points", fontsize=5)
-    axes.set(xlabel=f"{key}, at the start", ylabel=label)
+def draw_curves(curves, path, names=CURVES):
+    """Accuracy and length of the rollouts by update. Of a row with several runs: their mean, with a
+    95 % interval."""
+    plt = import_extra("matplotlib.pyplot")
+    figure, panels = plt.subplots(2, 1, figsize=(8.3, 7), layout="constrained")
+    for axes, measure, unit in zip(panels, ("accuracy", "length"), ("", ", tokens"), strict=True):
+        for name in names:
+            # update t shows the mean of updates t - 4 to t
+            runs = [run[measure] for run in curves[name]]
+            runs = np.lib.stride_tricks.sliding_window_view(runs, 5, axis=1).mean(2)
+            mean = runs.mean(0)
+            half = [interval(values)["half_width"] or 0 for values in runs.T]
+            updates = range(5, len(mean) + 5)
+            axes.plot(updates, mean, label=name)
+            axes.fill_between(updates, mean - half, mean + half, alpha=0.15, linewidth=0)
+        axes.set(xlabel="update", ylabel=f"{measure} of the rollouts{unit}")
+        lines = sorted(axes.lines, key=lambda line: -line.get_ydata()[-1])
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False}
+        axes.legend(handles=lines, labelcolor="linecolor", handlelength=1, **place)
+    figure.savefig(path, dpi=200)
 
 
 def draw(s):
@@ -167,23 +189,29 @@ def draw(s):
     names, said, trained = shared_rows(results, gradients)
     print(correlation_tables(names, said, trained))
 
-    figure, axes = plt.subplots(figsize=(13, 6), layout="constrained")
-    draw_methods(axes, results)
-    figure.savefig(s.out / "frontier.png", dpi=150)
+    figure, axes = plt.subplots(figsize=(8.3, 6), layout="constrained")
+    draw_methods(axes, results["rows"])
+    figure.savefig(s.out / "frontier.png", dpi=200)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    draw_curves(left, results, "accuracy", "accuracy of the rollouts")
-    draw_curves(right, results, "length", "mean length of the rollouts, tokens")
-    figure.savefig(s.out / "curves.png", dpi=150)
+    draw_curves(results["curves"], s.out / "curves.png")
 
-    figure, panels = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    figure, panels = plt.subplots(2, 2, figsize=(8.3, 8), layout="constrained")
     halves = np.array_split(trained, 2, axis=3)
-    for row, (left, right) in enumerate(panels):
-        accuracy, _, length = halves[row].mean(3).transpose(2, 0, 1)  # [rows, seeds] each
-        shown = f"half {row + 1} of the updates"
-        draw_foretold(left, names, said, "alignment", accuracy, f"mean accuracy, {shown}")
-        draw_foretold(right, names, said, "shorter", length, f"mean length, {shown}")
-    figure.savefig(s.out / "alignment.png", dpi=150)
+    foretold = ("alignment", 0, "accuracy"), ("shorter", 2, "length")
+    for axes, (half, (key, area, measure)) in zip(
+        panels.flat, product((0, 1), foretold), strict=True
+    ):
+        runs = halves[half][:, :, area].mean(2)  # [rows, seeds]
+        error = import_extra("scipy.stats").sem(runs, axis=1)
+        x = said["start", key]
+        for name, *point in zip(names, x, runs.mean(1), error, strict=True):
+            color = COLORS.get(name, "0.7")
+            axes.errorbar(*point, fmt="o", color=color, label=name if name in COLORS else None)
+        axes.set(
+            xlabel=f"{key}, at the start", ylabel=f"mean {measure}, half {half + 1} of the updates"
+        )
+    figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper center")
+    figure.savefig(s.out / "alignment.png", dpi=200)
     print(f"frontier.png, curves.png and alignment.png are in {s.out}")
 
 

@@ -364,6 +364,42 @@ def test_pictures(tmp_path, monkeypatch, capsys):
         assert (tmp_path / name).stat().st_size > 20_000 and name in printed
 
 
+def test_rows_that_failed_are_named_but_not_drawn():
+    pytest.importorskip("matplotlib").use("Agg")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = {"no training": 0.4, "sft": 0.9, "lost": 0.19, "kept": 0.21}
+    rows = {
+        name: {
+            "accuracy": {"mean": value, "half_width": 0.01},
+            "length": {"mean": 100 * value, "half_width": 1.0},
+        }
+        for name, value in figures.items()
+    }
+    _, axes = pyplot.subplots()
+    plot.draw_methods(axes, rows)
+    points = [tuple(bars.lines[0].get_xydata()[0]) for bars in axes.containers]
+    assert points == [(40, 0.4), (90, 0.9), (21, 0.21)]
+    assert axes.get_title().endswith(": lost")
+    assert [text.get_text() for text in axes.texts] == ["no training", "sft"]
+    pyplot.close()
+
+
+def test_curves_of_several_runs_have_an_interval(monkeypatch):
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib").use("Agg")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    low, high = ({key: [value] * 5 for key in ("accuracy", "length")} for value in (0.4, 0.6))
+    plot.draw_curves({"one": [low], "both": [low, high]}, "none", ["one", "both"])
+    for axes in drawn[0].axes:
+        assert [list(line.get_ydata()) for line in axes.lines] == [[0.4], [0.5]]
+        spreads = [np.ptp(band.get_datalim(axes.transData).intervaly) for band in axes.collections]
+        assert spreads == pytest.approx([0, 2 * 12.706 * 0.1], abs=1e-3)
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert names == ["both", "one"]  # as the lines end
+
+
 def test_the_recorded_rows_that_need_more_are_those_of_the_documentation():
     rows, gradients = (
         json.loads((ROOT / "results" / f"{name}_asked.json").read_text())["rows"]

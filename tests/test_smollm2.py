@@ -155,7 +155,9 @@ def test_figures_are_paired_by_problem(tmp_path, monkeypatch, capsys):
         (tmp_path / name / "test" / "samples.jsonl").write_text(lines)
         step = {"accuracy": 0.5, "length": 15.0} if "ours" in name else {"loss": 1.0}
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(step) + "\n")
-    monkeypatch.setattr(paired, "draw", lambda curves, path: path.write_text(" ".join(curves)))
+    monkeypatch.setattr(
+        paired, "draw_curves", lambda curves, path, names: path.write_text(" ".join(names))
+    )
     names = {"sft": "start", "ours0": "ours", "more0": "more", "more1": "more", "ours1": "ours"}
     rows = [f"{row}={tmp_path / run}" for run, row in names.items()]
     monkeypatch.setattr(sys, "argv", ["paired", *rows, "--out", str(tmp_path / "out")])

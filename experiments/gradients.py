@@ -21,6 +21,7 @@ training step on the same rollouts. They have the same advantages, unless they c
 completions of a problem (--samples 8 --batch 8; python -m family calls it --rollouts-per-prompt).
 A teacher that follows the student starts as --adapter.
 
+A recommendation comes first, then all rows: highest sign first, or alignment where there is no sign.
 The number after +- is the standard error by a jackknife over batches, which pairs differences. "-"
 means that noise made the estimate of a square negative. A gradient is kept as a count-sketch of
 --sketch numbers (Charikar, Chen, Farach-Colton 2002), which is linear and has unbiased inner
@@ -288,8 +289,8 @@ def with_error(x):
 
 @np.errstate(invalid="ignore", divide="ignore")  # nan where the estimate of a square is negative
 def summarise(sketches, grid, exact):
-    """sketches [C, N, m] -> by name, best alignment first: [value, standard error] by column.
-    exact: the sketches hold every coordinate, up to its sign."""
+    """sketches [C, N, m] -> by name, best first: [value, standard error] by column. exact: the sketches
+    hold every coordinate, up to its sign; then the highest sign is best, else the highest alignment."""
     names = list(grid)
     plain = sketches[names.index("grpo")].double()
     shorter = sketches[names.index("shorter")].double()
@@ -297,7 +298,8 @@ def summarise(sketches, grid, exact):
     for name, own in zip(names, sketches, strict=True):
         columns[name] = leave_one_out(own.double(), plain, shorter)
     rows = {}
-    for name in sorted(names, key=lambda name: -columns[name]["alignment"][0]):
+    best = "sign" if exact else "alignment"
+    for name in sorted(names, key=lambda name: -columns[name][best][0]):
         found = columns[name]
         eps = grid[name][2]
         ungated = next(other for other in names if grid[other] == (0, 0, eps))
@@ -431,9 +433,8 @@ def main() -> None:
             result = measure(s)
         if s.out:
             write_json(Path(s.out), result)
-        print(gradients_table(result) + "\n", flush=True)
         rows = {name: result["rows"][name] for name in configurations(s)}
-        print(recommendation(rows), flush=True)
+        print(f"{recommendation(rows)}\n\n{gradients_table(result)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,9 @@ def test_figures_equal_slow_loops():
     rng = np.random.default_rng(0)
     vectors = 0.5 + rng.normal(size=(4, 6, 40))
     rows = gradients.summarise(torch.tensor(vectors), GRID, True)
-    assert list(rows) == sorted(rows, key=lambda name: -rows[name]["alignment"][0])
+    assert list(rows) == sorted(rows, key=lambda name: -rows[name]["sign"][0])
+    without_signs = gradients.summarise(torch.tensor(vectors), GRID, False)
+    assert list(without_signs) == sorted(rows, key=lambda name: -rows[name]["alignment"][0])
     for name, s in zip(GRID, vectors, strict=True):
 
         def values(kept, name=name, s=s):
@@ -305,8 +307,10 @@ def test_command(tiny_toy, tiny_run, tmp_path, monkeypatch, capsys):
         and result["settings"]["batch"] == 8
     )
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0][2:] for line in lines[4:-2]] == list(result["rows"])
-    assert lines[-1] == gradients.recommendation(result["rows"])
+    assert lines[0] == gradients.recommendation(result["rows"])
+    assert [line.split(" | ")[0][2:] for line in lines[6:]] == list(result["rows"])
+    signs = [row["sign"][0] for row in result["rows"].values()]
+    assert signs == sorted(signs, reverse=True)
 
 
 def test_recommendation_names_the_best_gate_or_none():

@@ -205,8 +205,9 @@ def draw(s):
         error = import_extra("scipy.stats").sem(runs, axis=1)
         x = said["start", key]
         for name, *point in zip(names, x, runs.mean(1), error, strict=True):
-            color = COLORS.get(name, "0.7")
-            axes.errorbar(*point, fmt="o", color=color, label=name if name in COLORS else None)
+            named = name in COLORS
+            style = {"color": COLORS.get(name, "0.7"), "zorder": 2 + named}
+            axes.errorbar(*point, fmt="o", label=name if named else None, **style)
         axes.set(
             xlabel=f"{key}, at the start", ylabel=f"mean {measure}, half {half + 1} of the updates"
         )

@@ -9,6 +9,8 @@ family's papers.
     kinds         locks (H < --high), pivots (H >= --high, and < --low within --window tokens), forks (the rest): their
                   shares, mean H, |d| and gates of EGRSD and CL-EGRSD, d = log p_T - log p_S              2605.13255
     deciles       the same for tokens in ten parts by H                                                   2605.13255
+    regimes       the same for tokens by two questions: is H, divided as in (5), at least --split? Is the least one of
+                  the next --window tokens? What the lookahead adds is `change`, CL-EGRSD's gate minus EGRSD's
     branches      force every token that the teacher proposes on correct solutions, let the student go on, count correct
                   ends; AUROC of position, H, lookahead H and |d| for places where all branches fail      2605.21606
 
@@ -68,7 +70,13 @@ MARKERS = (
     "check",
 )
 PREDICTORS = ("position", "entropy", "lookahead", "|d|")  # of unreliable positions
-AVERAGED = ("entropy", "|d|", "gate", "cl_gate")  # per kind and per decile
+AVERAGED = ("entropy", "normalised", "|d|", "gate", "cl_gate", "change")  # of groups of tokens
+REGIMES = (
+    "certain, then certain",
+    "certain, then uncertain",
+    "uncertain, then certain",
+    "uncertain, then uncertain",
+)
 BATCH_TOKENS = 2**14  # per forward pass when reading
 
 # How branches are made and judged (2605.21606)
@@ -119,6 +127,9 @@ class DiagnosticsSettings(ReadingSettings):
     eps: float = flag(0.2, "clip of the magnitude, for the token advantages", least=0, below=1)
     high: float = flag(egrsd.HIGH, "H in nats from which a token is a pivot or a fork", least=0)
     low: float = flag(egrsd.LOW, "H in nats below which a pivot's continuation is certain", least=0)
+    split: float = flag(
+        0.2, "share of the largest H from which a token is uncertain, for the regimes", least=0
+    )
     branches: int = flag(100, "positions for branch viability, drawn at random, 0: none", least=0)
     teacher_samples: int = flag(
         0, "solutions per problem that the teacher writes, for its own accuracy, 0: none", least=0
@@ -252,16 +263,25 @@ def read_both(model, tokenizer, s, rollouts):
         low=s.low,
         soon=s.window,
     )
+    scale = max(1.0, H.max().item())
+    has_next = mask.roll(-1, 1)
+    has_next[:, -1] = False
+    # of the tokens after this one; 0 at the end of the text
+    least_next = egrsd.lookahead_min(H.roll(-1, 1), mask & has_next, max(1, s.window) - 1)
+    gate = egrsd.confidence_gate(H, mask, s.gamma, 0, s.floor)
     values = {
         "mask": mask,
         "entropy": H,
+        "normalised": H / scale,
+        "regime": 2 * (H >= s.split * scale) + (least_next >= s.split * scale),
         "delta": delta,
         "|d|": delta.abs(),
         "overlap": overlap,
         "lookahead": signals.least_entropy,
         "kind": signals.kind,
-        "gate": egrsd.confidence_gate(H, mask, s.gamma, 0, s.floor),
+        "gate": gate,
         "cl_gate": signals.gate,
+        "change": signals.gate - gate,
         "advantage": signals.advantage,
         "position": (mask.cumsum(1) - 0.5) / mask.sum(1, keepdim=True),
     }
@@ -273,12 +293,6 @@ def summarise(rollouts, values):
     texts = [r.text for r in rollouts]
     mask = values["mask"]
     flat = {name: value[mask] for name, value in values.items()}  # [N], N tokens
-    kinds = {}
-    for k, name in enumerate(egrsd.KINDS):
-        found = flat["kind"] == k
-        kinds[name] = {"share": found.float().mean().item()}
-        for key in AVERAGED:
-            kinds[name][key] = flat[key][found].mean().item() if found.any() else None
     deciles = []
     order = flat["entropy"].numpy().argsort(kind="stable")
     for part in np.array_split(order, 10):
@@ -293,9 +307,22 @@ def summarise(rollouts, values):
         "repetition": repetition_rate(texts),
         "entropy": flat["entropy"].mean().item(),
         "overlap": flat["overlap"].mean().item(),
-        "kinds": kinds,
+        "kinds": averages(flat, "kind", egrsd.KINDS),
+        "regimes": averages(flat, "regime", REGIMES),
         "deciles": deciles,
     }
+
+
+def averages(flat, key, names):
+    """By name of a group: its share of the tokens, and what is averaged over it. flat[key] has the
+    numbers of the groups."""
+    groups = {}
+    for k, name in enumerate(names):
+        found = flat[key] == k
+        groups[name] = {"share": found.float().mean().item()}
+        for value in AVERAGED:
+            groups[name][value] = flat[value][found].mean().item() if found.any() else None
+    return groups
 
 
 # ---- branches

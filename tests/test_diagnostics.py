@@ -149,6 +149,20 @@ def test_a_run_adds_up(diagnosed):
         (1 - 0.3 * H / max(1, H.max()))[H < 0.5].mean(), abs=1e-3
     )
     assert result["kinds"]["lock"]["gate"] < result["kinds"]["lock"]["cl_gate"]
+    most = max(1, H.max())
+    counts, changes = {name: 0 for name in diagnostics.REGIMES}, []
+    for record in records:  # regimes against a loop
+        for t, entropy in enumerate(record["entropy"]):
+            words = ["uncertain" if entropy >= 0.2 * most else "certain"]
+            soon = min(record["entropy"][t + 1 : t + 4], default=0)
+            words.append("uncertain" if soon >= 0.2 * most else "certain")
+            counts[", then ".join(words)] += 1
+            if words == ["uncertain", "certain"]:
+                changes.append(record["gate"][t] - (1 - 0.3 * entropy / most))
+    for name, found in result["regimes"].items():
+        assert found["share"] == pytest.approx(counts[name] / len(H), abs=2 / len(H))
+    found = result["regimes"]["uncertain, then certain"]
+    assert found["change"] == pytest.approx(np.mean(changes), abs=2e-3) and len(changes) > 5
     for record in records:  # kinds against a loop
         for t, (kind, entropy) in enumerate(zip(record["kind"], record["entropy"], strict=True)):
             assert kind == (

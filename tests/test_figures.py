@@ -1,0 +1,142 @@
+"""experiments.figures and experiments.sweep: their numbers against loops, and both commands on the
+tiny toy."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import figures, sweep
+
+
+def result(checkpoint, data, accuracy, length, half=0.02):
+    bounds = {"low": accuracy - half, "high": accuracy + half}
+    return {"checkpoint": checkpoint, "data": data, "avg": accuracy, "length": length} | bounds
+
+
+def called(monkeypatch, capsys, module, *argv):
+    monkeypatch.setattr(sys, "argv", [module.PROGRAM, *map(str, argv)])
+    module.main()
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def pyplot():
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib").use("Agg")
+
+
+# ---- figures
+
+
+def test_a_checkpoint_is_the_mean_of_its_files():
+    files = [
+        {"results": [result("a", "x", 0.5, 100, 0.03), result("b", "x", 0.7, 90)]},
+        {"results": [result("a", "y", 0.3, 300, 0.04)]},
+    ]
+    points = figures.checkpoints(files)
+    assert points["a"] == pytest.approx((200, 40, 100 * 0.05 / 2))
+    assert points["b"] == pytest.approx((90, 70, 2))
+
+
+def test_the_frontier_is_what_no_other_checkpoint_beats():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        places = rng.integers(5, size=(8, 2))
+        points = {str(n): (float(x), float(y), 0) for n, (x, y) in enumerate(places)}
+        front = [points[name][:2] for name in figures.unbeaten(points)]
+        for length, accuracy in places:
+            is_beaten = any(
+                (x <= length and y > accuracy) or (x < length and y >= accuracy) for x, y in places
+            )
+            assert is_beaten != ((length, accuracy) in front)
+
+
+def test_evaluations_become_a_picture(pyplot, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(
+        json.dumps({"results": [result("a", "x", 0.5, 100), result("b", "x", 0.4, 120)]})
+    )
+    out = tmp_path / "front.png"
+    printed = called(monkeypatch, capsys, figures, path, "--out", out)
+    assert "| a | 50.0 ± 2.0 | 100.0 | 500.00 | yes |" in printed
+    assert "| b | 40.0 ± 2.0 | 120.0 | 333.33 |  |" in printed
+    assert out.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        called(monkeypatch, capsys, figures, path, tmp_path / "none.json")
+
+
+def test_diagnostics_become_a_picture(pyplot, tmp_path, monkeypatch, capsys):
+    numbers = {"normalised": 0.25, "|d|": 0.125, "gate": 0.75, "cl_gate": 0.875, "change": 0.125}
+    nothing = dict.fromkeys(numbers) | {"share": 0.0}
+    found = {"deciles": [numbers] * 10, "regimes": {"a": numbers | {"share": 1.0}, "b": nothing}}
+    (tmp_path / "diagnostics.json").write_text(json.dumps(found))
+    out = tmp_path / "deciles.png"
+    printed = called(monkeypatch, capsys, figures, tmp_path / "diagnostics.json", "--out", out)
+    assert "| tenth 10 | 0.10 | 0.250 | 0.125 | 0.750 | 0.875 | 0.125 |" in printed
+    assert "| a | 1.00 | 0.250 |" in printed and "| b | 0.00 |  |" in printed
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+# ---- sweep
+
+
+def test_without_a_gate_there_is_no_lookahead():
+    s = sweep.SweepSettings(gamma=[0.0, 0.3, 1.0], window=[0, 3])
+    assert sweep.grid(s) == [(0.0, 0), (0.3, 0), (0.3, 3), (1.0, 0), (1.0, 3)]
+
+
+def test_rows_are_means_over_files_and_intervals_over_seeds():
+    pytest.importorskip("scipy")
+    points = [(1.0, 3, 0), (1.0, 3, 1)]
+    found = [
+        {4: [result("a", "x", 0.5, 100), result("a", "y", 0.3, 200)]},
+        {4: [result("a", "x", 0.6, 110), result("a", "y", 0.4, 210)]},
+    ]
+    (row,) = sweep.summarise(points, found)
+    assert (row["gamma"], row["window"], row["step"]) == (1.0, 3, 4)
+    assert row["accuracy"]["values"] == pytest.approx([40, 50]) and row["length"]["mean"] == 155
+    # t of one degree of freedom, 12.706, times the standard error, 5
+    assert row["accuracy"]["half_width"] == pytest.approx(63.5, abs=0.1)
+    assert "| 1 | 3 | 45.0 ± 63.5 (155.0) |" in sweep.table([row])
+
+
+def test_a_sweep_trains_evaluates_and_goes_on(pyplot, tiny_toy, tmp_path, monkeypatch, capsys):
+    data = f"--data {tiny_toy / 'test.jsonl'}"
+    train = f"--preset toy --model {tiny_toy / 'model'} {data} --eval-data= --steps 2 "
+    train += "--checkpoint-every 1 --prompts-per-step 8 --max-new-tokens 12"
+    flags = ["--gamma", 0, 1, "--window", 3, "--seeds", 0, "--train", train]
+    flags += ["--test", data, "--out", tmp_path / "out"]
+    printed = called(monkeypatch, capsys, sweep, *flags)
+    assert "| gamma | W | step 1 | step 2 |" in printed and "| 1 | 3 | " in printed
+    rows = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
+    assert [(row["gamma"], row["window"], row["step"]) for row in rows] == [
+        (0, 0, 1),
+        (0, 0, 2),
+        (1, 3, 1),
+        (1, 3, 2),
+    ]
+    for row in rows:  # the files of the evaluation say the same
+        run = tmp_path / "out" / f"gamma-{row['gamma']:g}-W-{row['window']}-seed0"
+        config = json.loads((run / "config.json").read_text())["settings"]
+        assert (config["gamma"], config["steps"]) == (row["gamma"], 2)
+        found = json.loads((run / "test" / "results.json").read_text())["results"][row["step"] - 1]
+        assert f"step-{row['step']:06d}" in found["checkpoint"]
+        assert row["accuracy"]["mean"] == pytest.approx(100 * found["avg"])
+    picture = tmp_path / "out" / "sweep.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    # nothing is trained again
+    monkeypatch.setattr(sweep.subprocess, "run", forbid_training(sweep.subprocess.run))
+    assert called(monkeypatch, capsys, sweep, *flags) == printed
+    with pytest.raises(SystemExit):
+        called(monkeypatch, capsys, sweep, *flags[:-1], tmp_path / "other", "--launch", "false")
+    assert "train.py ended with code 1" in capsys.readouterr().err
+
+
+def forbid_training(run):
+    def checked(command, **keywords):
+        assert "train.py" not in command or command[0] == "false"
+        return run(command, **keywords)
+
+    return checked

@@ -60,11 +60,11 @@ def draw_frontier(figure, points):
     axes = figure.subplots()
     front = unbeaten(points)
     axes.plot(*np.transpose([points[name][:2] for name in front]), color="0.8", zorder=0)
-    for name, (length, accuracy, half_width) in points.items():
-        axes.errorbar(length, accuracy, half_width, fmt="o")
-        axes.annotate(name, (length, accuracy), (6, 6), textcoords="offset points")
-    axes.margins(x=0.2)
+    for number, (name, (length, accuracy, half_width)) in enumerate(points.items()):
+        label = "/".join(Path(name).parts[-2:])
+        axes.errorbar(length, accuracy, half_width, fmt="os^Dv"[number % 5], label=label)
     axes.set(xlabel="mean length, tokens", ylabel="accuracy, %")
+    figure.legend(loc="outside right center", frameon=False)
 
 
 def frontier_table(points):

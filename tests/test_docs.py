@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import egrsd
 import eval as evaluation
 import train
 from experiments import (
     bench,
     compare,
     diagnostics,
+    figures,
     gpu,
     gradients,
     paired,
@@ -20,6 +23,7 @@ from experiments import (
     report,
     smollm2,
     stories,
+    sweep,
     walk,
 )
 from family import __main__ as lab
@@ -136,12 +140,14 @@ def flags_of():
         "experiments.plot": plot,
         "experiments.compare": compare,
         "experiments.diagnostics": diagnostics,
+        "experiments.figures": figures,
         "experiments.gpu": gpu,
         "experiments.gradients": gradients,
         "experiments.paired": paired,
         "experiments.report": report,
         "experiments.smollm2": smollm2,
         "experiments.stories": stories,
+        "experiments.sweep": sweep,
         "experiments.walk": walk,
         "family": lab,
     }
@@ -194,3 +200,27 @@ def test_ci_runs_the_readme_s_commands_in_this_order():
         and [line for line in lines if line in commands] == commands
         and lines[-1] == commands[1]
     )
+
+
+def test_the_bars_of_the_schematic_follow_from_its_inputs():
+    """docs/method.svg: the inputs stand in its comment, the bars are those of token_signals."""
+    svg = text_of(ROOT / "docs" / "method.svg")
+
+    def row(name):
+        numbers = re.search(rf"\n *{re.escape(name)} +([-\d. ]+)\n", svg)[1]
+        return torch.tensor([[float(number) for number in numbers.split()]])
+
+    H, delta = row("H"), row("teacher_logp - student_logp")
+    zeros, mask = torch.zeros_like(H), torch.ones_like(H, dtype=torch.bool)
+    found = egrsd.token_signals(torch.ones(1), delta, zeros, H, mask, gamma=1.0, window=3, eps=0.2)
+    least = egrsd.lookahead_min(H, mask, 3)
+    for color, values, scale in (
+        ("pale", H, 24),
+        ("entropy", least, 24),
+        ("neutral", found.magnitude - 1, 100),
+        ("gate", found.gate, 46),
+        ("plus", found.advantage, 46),
+    ):
+        path = re.search(f'<path class="{color}" d="([^"]*)"', svg)[1]
+        heights = [-float(height) for height in re.findall(r"h40v(-?[\d.]+)h-40z", path)]
+        assert heights == pytest.approx((scale * values[0, :7]).tolist(), abs=0.051), color

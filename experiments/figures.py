@@ -1,13 +1,12 @@
 """Two pictures that arXiv 2605.13255 has, of any files of ours.
 
-    python -m experiments.figures runs/eval-4b/results.json runs/eval-8b/results.json --out frontier.png
-        Evaluations of eval.py. Every checkpoint at its mean length and accuracy, each the mean over its data files,
-        with 95 % intervals over problems (Fig. 1). A line joins the checkpoints that no other one beats in both.
-    python -m experiments.figures runs/look/diagnostics.json --out deciles.png
-        What experiments.diagnostics wrote: |log p_T - log p_S| and both gates in ten parts of the tokens by H, and
-        what the lookahead changes in the four regimes (Fig. 4).
-
-The numbers are printed as a table, too.
+python -m experiments.figures runs/eval-4b/results.json runs/eval-8b/results.json --out frontier.png
+    Evaluations of eval.py. Every checkpoint at its mean length and accuracy, each the mean over its data files,
+    with 95 % intervals over problems (Fig. 1). A line joins the checkpoints that no other one beats. The same is
+    printed as a table.
+python -m experiments.figures runs/look/diagnostics.json --out deciles.png
+    What experiments.diagnostics wrote: |log p_T - log p_S| and both gates in ten parts of the tokens by H, and
+    what the lookahead changes in the four regimes (Fig. 4).
 """
 
 import json
@@ -44,16 +43,14 @@ def checkpoints(files: list[dict]) -> dict[str, tuple]:
 
 
 def unbeaten(points: dict[str, tuple]) -> list[str]:
-    """The checkpoints such that no other one is as short and more accurate; shortest first."""
-    found = []
-    best = -np.inf
-    for name, (_, accuracy, _) in sorted(
-        points.items(), key=lambda item: (item[1][0], -item[1][1])
-    ):
-        if accuracy > best:
-            found.append(name)
-            best = accuracy
-    return found
+    """The checkpoints such that no other one is shorter and as accurate, or as short and more
+    accurate; the shortest first."""
+
+    def beats(a, b):
+        return a[0] <= b[0] and a[1] >= b[1] and a[:2] != b[:2]
+
+    found = [n for n, own in points.items() if not any(beats(p, own) for p in points.values())]
+    return sorted(found, key=points.get)
 
 
 def draw_frontier(figure, points):
@@ -95,18 +92,6 @@ def draw_deciles(figure, found):
     right.set(xlabel="gate, CL-EGRSD minus EGRSD")
 
 
-def deciles_table(found):
-    lines = []
-    groups = {f"tenth {n}": part for n, part in enumerate(found["deciles"], 1)} | found["regimes"]
-    for name, part in groups.items():
-        share = part.get("share", 0.1)
-        values = [part[key] for key in ("normalised", "|d|", "gate", "cl_gate", "change")]
-        cells = ["" if value is None else f"{value:.3f}" for value in values]
-        lines.append([name, f"{share:.2f}", *cells])
-    head = "| tokens | share | H / max | mean abs(d) | gate, EGRSD | CL-EGRSD | change |"
-    return markdown(head, lines)
-
-
 def main() -> None:
     parser = Parser(__doc__, prog=PROGRAM)
     parser.add_argument(
@@ -124,7 +109,6 @@ def main() -> None:
             print(frontier_table(points))
         elif len(files) == 1 and "regimes" in files[0]:
             draw_deciles(figure, files[0])
-            print(deciles_table(files[0]))
         else:
             raise InputError(f"{a.files[0]}: neither results.json files nor one diagnostics.json")
         figure.savefig(a.out, dpi=200)

@@ -9,12 +9,12 @@ page or run code in it.
 """
 
 import html
+import itertools
 import json
 import math
 import re
 import sys
 from collections import ChainMap
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
@@ -226,7 +226,9 @@ def before_and_after(run):
     if not all(path.exists() for path in paths):
         return ""
     text = ""
-    for pair in zip(*map(first_completions, paths), strict=False):
+    # the samples of a problem stand beside each other
+    records = [read_log(path)[:: run.settings["eval_samples"]] for path in paths]
+    for pair in itertools.islice(zip(*records, strict=True), MOST_PROBLEMS):
         columns = ""
         for name, record in zip(("before", "after"), pair, strict=True):
             verdict = "correct" if record["correct"] else "wrong"
@@ -238,13 +240,6 @@ def before_and_after(run):
 <div class="columns">{columns}</div></article>
 """
     return text
-
-
-def first_completions(path):
-    """One completion of each of the first problems."""
-    with path.open() as lines:
-        first = (json.loads(line) for line in lines)
-        return list(islice((record for record in first if not record["sample"]), MOST_PROBLEMS))
 
 
 def legend(runs):
@@ -280,34 +275,35 @@ def curve(name, runs):
     """A metric of all runs by step, drawn from a round number above it (y = 0) to one below (y =
     100), with its values on held-out problems; empty if no run has it."""
     series = []
-    ends = []  # (step, value) of the evaluations, by run
     for run in runs:
         found = [record for record in run.metrics if math.isfinite(record.get(name, math.nan))]
         series.append({record["step"]: record[name] for record in found})
-        steps = list(series[-1]) or [0]
-        places = {"before": steps[0], "after": steps[-1]}
-        evaluated = {key: found[name] for key, found in run.results.items() if name in found}
-        ends.append([(places[key], value) for key, value in evaluated.items()])
     steps = set().union(*series)
     if not steps:
         return ""
-    values = [value for points in series for value in points.values()]
-    values += [value for points in ends for _, value in points]
     first = min(steps)
     last = max(steps)
+    when = {"before": first, "after": last}
+    ends = []
+    for run in runs:
+        ends.append(
+            [(when[key], found[name]) for key, found in run.results.items() if name in found]
+        )
+    points = itertools.chain(*ends, *(own.items() for own in series))
+    values = [value for _, value in points]
     low, high = round_bounds(min(values), max(values))
 
     def height(value):
         return 100 * (high - value) / (high - low)
 
     lines = ""
-    for points, dots in zip(series, ends, strict=True):
-        heights = list(map(height, points.values()))
+    for own, dots in zip(series, ends, strict=True):
+        heights = list(map(height, own.values()))
         marks = ""
         for step, value in dots:
             marks += f'<polyline class="dot" points="{coordinates([step], [height(value)])}"/>'
-        lines += f"""<g><polyline class="raw" points="{coordinates(points, heights)}"/>
-<polyline points="{coordinates(points, smoothed(heights))}"/>{marks}</g>"""
+        lines += f"""<g><polyline class="raw" points="{coordinates(own, heights)}"/>
+<polyline points="{coordinates(own, smoothed(heights))}"/>{marks}</g>"""
     return f"""<figure><figcaption>{name} <span class="faint">{CURVES[name]}</span></figcaption>
 <div class="y"><span>{high:.4g}</span><span>{low:.4g}</span></div><svg viewBox="{first} 0 {last - first or 1} 100"
 preserveAspectRatio="none" role="img" tabindex="0" data-high="{high}" data-low="{low}">
@@ -317,17 +313,15 @@ preserveAspectRatio="none" role="img" tabindex="0" data-high="{high}" data-low="
 
 
 def round_bounds(low, high):
-    """Two different round numbers around low and high, with little room to spare.
+    """Two different round numbers around low and high.
 
     >>> round_bounds(0.375, 0.9688), round_bounds(36.95, 57.6), round_bounds(0.0, 0.0)
-    ((0.3, 1.0), (35, 60), (0.0, 0.2))
+    ((0.3, 1.0), (30, 60), (0, 1))
     """
-    span = (high - low or abs(high) or 1.0) / 3
-    power = math.floor(math.log10(span))
-    unit = max(digit for digit in (1, 2, 5) if digit <= span / 10**power) * 10**power
-    bottom = math.floor(low / unit)
-    top = max(math.ceil(high / unit), bottom + 1)
-    return round(bottom * unit, 1 - power), round(top * unit, 1 - power)
+    power = math.floor(math.log10(high - low or abs(high) or 1))
+    bottom = math.floor(low / 10**power)
+    top = max(math.ceil(high / 10**power), bottom + 1)
+    return round(bottom * 10**power, -power), round(top * 10**power, -power)
 
 
 def smoothed(values):

@@ -356,20 +356,14 @@ def _stored(preset, given, kind):
 
 
 def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
-    """How to sample is what flags say, else what the run did that a model or an adapter comes from.
-    InputError if a needed flag is missing, if flags exclude each other, if runs differ, or if there
-    are more adapters than models."""
+    """How to sample is what flags say, else what the first run did that a model or an adapter comes
+    from. InputError if a needed flag is missing, if flags exclude each other, or if there are more
+    adapters than models."""
     parser = Parser(description)
     add_flags(parser, fields(EvaluationSettings))
     given = vars(parser.parse_args(argv))
-    by_run = {}
-    for name in [*given.get("model", []), *given.get("adapter", [])]:
-        for key, value in evaluation_of(name).items():
-            if by_run.setdefault(key, value) != value and key not in given:
-                raise InputError(
-                    f"{flag_name(key)}: the runs of these models were evaluated with {by_run[key]} "
-                    f"and {value}: say which one to take"
-                )
+    names = [*given.get("model", []), *given.get("adapter", [])]
+    by_run = next(filter(None, map(evaluation_of, names)), {})
     s = EvaluationSettings(**by_run | given)
     check_ranges(s)
     if s.from_ and (len(s.data) != 1 or s.model or s.adapter or s.resume):
@@ -392,14 +386,11 @@ def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
 def evaluation_of(name: str) -> dict:
     """How the run that this model or adapter comes from samples in its evaluations, as fields of
     `Sampling`; empty if it comes from no run. The toy has its preset."""
-    if name == "toy":
-        values = vars(Settings(**PRESETS["toy"]))
-    else:
-        # RUN/model, or RUN/checkpoints/step-000025/adapter
-        configs = [place / "config.json" for place in list(Path(name).parents)[:3]]
-        found = [json.loads(path.read_text()) for path in configs if path.exists()]
-        values = next((config["settings"] for config in found if "settings" in config), None)
-    if values is None:
+    values = vars(Settings(**PRESETS["toy"])) if name == "toy" else {}
+    for place in list(Path(name).parents)[:3]:  # RUN/model, RUN/checkpoints/step-000025/adapter
+        if not values and (place / "config.json").exists():
+            values = json.loads((place / "config.json").read_text()).get("settings", {})
+    if not values:
         return {}
     return {
         "samples": values["eval_samples"],

@@ -212,16 +212,17 @@ def test_the_defaults_are_those_of_the_run_or_the_paper(tiny_run, tiny_toy, tmp_
     call(monkeypatch, *flags, "--resume")
 
 
-def test_runs_that_were_evaluated_differently_need_a_flag(tmp_path, monkeypatch, capsys):
-    for name, samples_ in ("a", 1), ("b", 4):
+def test_the_first_run_says_how_to_sample_unless_a_flag_does(tmp_path):
+    for name, count in ("a", 1), ("b", 4):
         (tmp_path / name).mkdir()
-        config = {"settings": vars(settings.Settings(eval_samples=samples_))}
+        config = {"settings": vars(settings.Settings(eval_samples=count))}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    named = ["--model", tmp_path / "a" / "model", "--model", tmp_path / "b" / "model"]
-    line = fails(monkeypatch, capsys, *named, "--data", "toy")
-    assert "--samples: the runs of these models were evaluated with 1 and 4" in line
-    parsed = settings.parse_evaluation([*map(str, named), "--data", "toy", "--samples", "2"], "")
-    assert parsed.samples == 2 and parsed.max_new_tokens == settings.Settings.max_new_tokens
+    named = ["--model", "Qwen/Qwen3-4B", "--model", tmp_path / "b" / "model"]
+    named += ["--model", tmp_path / "a" / "model", "--data", "toy"]
+    parsed = settings.parse_evaluation(list(map(str, named)), "")
+    assert (parsed.samples, parsed.max_new_tokens) == (4, settings.Settings.max_new_tokens)
+    parsed = settings.parse_evaluation([*map(str, named), "--samples", "2"], "")
+    assert parsed.samples == 2 and not parsed.thinking
 
 
 @pytest.fixture

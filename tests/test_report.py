@@ -241,8 +241,8 @@ def test_bounds_of_axes_are_round():
     for low, high in ((3.2, 3.2), (-5, -5), (1e-9, 3e5), (-0.07875, 0.2085), (0.9553, 0.9819)):
         bottom, top = report.round_bounds(low, high)
         assert bottom <= low <= high <= top > bottom
-        assert top - bottom <= 2 * (high - low) or high == low
-        assert all(len(f"{x:.2g}") <= 6 and float(f"{x:.3g}") == x for x in (bottom, top))
+        assert top - bottom <= 3 * (high - low) or high == low
+        assert all(float(f"{x:.2g}") == x for x in (bottom, top))
 
 
 def test_what_is_derived_agrees_with_egrsd(tiny_run):

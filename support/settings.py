@@ -398,6 +398,7 @@ def evaluation_of(name: str) -> dict:
         "temperature": values["eval_temperature"],
         "top_p": values["eval_top_p"],
         "thinking": values["thinking"],
+        "date": values["date"],
     }
 
 

@@ -47,7 +47,7 @@ FIGURES = (  # names in evaluation.json, with the head and the format of their c
     ("accuracy", "accuracy", ".3f"),
     ("length", "mean length", ".1f"),
     ("truncated", "truncated", ".3f"),
-    ("efficiency", "% per 1,000 tokens", ".0f"),
+    ("efficiency", "Eff, % per 1,000 tokens", ".0f"),
     ("no_answer", "no answer", ".3f"),
 )
 
@@ -211,7 +211,7 @@ def headline(run):
         minutes = sum(record["step_s"] for record in run.metrics) / 60
         text = f"""<p class="headline">{before["accuracy"]:.0%} \u2192 {after["accuracy"]:.0%} right,
 {abs(change):.0%} {"longer" if change > 0 else "shorter"}</p>
-<p>{len(run.metrics)} steps in {minutes:.1f} minutes: {escaped(s["method"])}, gamma {s["gamma"]:g}, W {s["window"]},
+<p>{after["completions"]:,} held-out completions; {len(run.metrics)} steps in {minutes:.1f} minutes: {escaped(s["method"])}, gamma {s["gamma"]:g}, W {s["window"]},
 magnitude within 1 \u00b1 {s["eps"]:g}</p>"""
     if s["method"] in METHODS:
         text += """<p class="faint">A verifier says whether a completion is right. The <b>magnitude</b> asks
@@ -354,8 +354,8 @@ def chosen_completions(run):
         columns += f"<section><h2>step {step}</h2>\n{articles}</section>\n"
         completions += found
     text = f"""<section><h2>Completions</h2>
-<p class="faint">Point at a token, or go to it with the tab key, for its values.
-<a href="#settings">On to the settings</a></p>
+<p class="faint">Point at a token, tap it, or go to it with the tab key, for its values. A: advantage of the completion.
+<a href="#settings">Skip to the settings</a></p>
 {navigation(completions)}<div class="columns">{columns}</div></section>"""
     return completions, text
 

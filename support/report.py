@@ -211,8 +211,8 @@ def headline(run):
         minutes = sum(record["step_s"] for record in run.metrics) / 60
         text = f"""<p class="headline">{before["accuracy"]:.0%} \u2192 {after["accuracy"]:.0%} right,
 {abs(change):.0%} {"longer" if change > 0 else "shorter"}</p>
-<p>{after["completions"]:,} held-out completions; {len(run.metrics)} steps in {minutes:.1f} minutes: {escaped(s["method"])}, gamma {s["gamma"]:g}, W {s["window"]},
-magnitude within 1 \u00b1 {s["eps"]:g}</p>"""
+<p>{after["completions"]:,} held-out completions; {len(run.metrics)} steps in {minutes:.1f} minutes:
+{escaped(s["method"])}, gamma {s["gamma"]:g}, W {s["window"]}, magnitude within 1 \u00b1 {s["eps"]:g}</p>"""
     if s["method"] in METHODS:
         text += """<p class="faint">A verifier says whether a completion is right. The <b>magnitude</b> asks
 whether the teacher, who sees the solution, likes a token more than the student does. The <b>gate</b> takes weight from

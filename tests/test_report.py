@@ -230,7 +230,7 @@ def test_the_headline_says_what_changed(copied, after, words):
     change(copied / "metrics.jsonl", step_s=30.0)
     report.write([copied], copied / "report.html")
     text = page_of(copied).text
-    assert words in text and "4 steps in 2.0 minutes: cl-egrsd, gamma 0.3, W 3" in text
+    assert words in text and "4 steps in 2.0 minutes:\ncl-egrsd, gamma 0.3, W 3" in text
     path.write_text(json.dumps({"before": before}))
     report.write([copied], copied / "report.html")
     assert "% right" not in page_of(copied).text

@@ -12,6 +12,7 @@ import eval as evaluation
 import lora
 from support.data import load_adapter, load_model
 from support.errors import InputError
+from support.settings import EvaluationSettings
 
 
 def load(folder, dtype=torch.float32, adapter=None):
@@ -144,7 +145,8 @@ def test_eval_takes_float32_files_as_they_are(device, dtype, tiny_toy, tmp_path,
     monkeypatch.setattr(
         evaluation, "load_model", lambda name, dtype, *_, **how: asked.append(dtype) or (None, None)
     )
-    evaluation.load(None, str(tiny_toy / "model"), None, [], torch.device(device))
+    s = EvaluationSettings(max_new_tokens=12)
+    evaluation.load(s, str(tiny_toy / "model"), None, [], torch.device(device))
     assert asked == [dtype]
     model, _ = load_model(str(tiny_toy / "model"), "auto", torch.device("cpu"))
     assert model.dtype == torch.float32

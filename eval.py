@@ -239,7 +239,8 @@ def load(s, name, adapter, files, device):
 
     if not s.max_new_tokens:
         longest = max(len(prompts(problem)[0]) for *_, problems in files for problem in problems)
-        s.max_new_tokens = int(min(Sampling.max_new_tokens, rollout.window(model) - longest))
+        room = int(min(Sampling.max_new_tokens, rollout.window(model) - longest))
+        s.max_new_tokens = max(1, room)  # no room: refused below
     for _, path, problems in files:
         check_prompts(model, tokenizer, path, problems, s.max_new_tokens, prompts)
     return model, tokenizer

@@ -469,6 +469,7 @@ class Trainer:
             lines = [json.dumps(record) + "\n" for record in records]
             checkpoint.write_text(self.out / f"held_out_{name}.jsonl", "".join(lines))
         self.results[name] = {
+            "step": self.step,
             "accuracy": found["avg"],
             "length": found["length"],
             "efficiency": found["eff"],

@@ -9,7 +9,6 @@ python -m experiments.figures runs/look/diagnostics.json --out deciles.png
     what the lookahead changes in the four regimes (Fig. 4).
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 from experiments.compare import import_extra, markdown
 from support.errors import InputError
 from support.flags import Parser, nonempty_path
+from support.report import parsed
 from support.run import one_line_errors
 
 PROGRAM = "python -m experiments.figures"
@@ -30,6 +30,9 @@ def checkpoints(files: list[dict]) -> dict[str, tuple]:
         for result in file["results"]:
             found[result["checkpoint"]].append(result)
     points = {}
+    sets = {tuple(sorted(result["data"] for result in results)) for results in found.values()}
+    if len(sets) != 1 or len(set(*sets)) < len(*sets):
+        raise InputError("the checkpoints were not all evaluated once on each data file")
     for name, results in found.items():
         if any(result["length"] is None for result in results):
             raise InputError(f"{name}: an evaluation without lengths (--from without tokens)")
@@ -58,7 +61,7 @@ def draw_frontier(figure, points):
     front = unbeaten(points)
     axes.plot(*np.transpose([points[name][:2] for name in front]), color="0.8", zorder=0)
     for number, (name, (length, accuracy, half_width)) in enumerate(points.items()):
-        label = "/".join(Path(name).parts[-2:])
+        label = "/".join(Path(name).parts[-4:])
         axes.errorbar(length, accuracy, half_width, fmt="os^Dv"[number % 5], label=label)
     axes.set(xlabel="mean length, tokens", ylabel="accuracy, %")
     figure.legend(loc="outside right center", frameon=False)
@@ -101,7 +104,7 @@ def main() -> None:
     with one_line_errors(PROGRAM, "stopped"):
         a = parser.parse_args()
         plt = import_extra("matplotlib.pyplot")
-        files = [json.loads(path.read_text()) for path in a.files]
+        files = [parsed(path.read_text(), path) for path in a.files]
         figure = plt.figure(figsize=(8.3, 4), layout="constrained")
         if all("results" in file for file in files):
             points = checkpoints(files)

@@ -64,10 +64,11 @@ def evaluated(s: SweepSettings, gamma: float, window: int, seed: int) -> dict[in
     run = s.out / f"gamma-{gamma:g}-W-{window}-seed{seed}"
     point = ["--gamma", f"{gamma:g}", "--window", str(window), "--seed", str(seed)]
     start(s, "train.py", run, [*shlex.split(s.train), *point])
-    model = json.loads((run / "config.json").read_text())["settings"]["model"]
+    trained = json.loads((run / "config.json").read_text())["settings"]
     named = []
-    for adapter in sorted(run.glob("checkpoints/step-*/adapter")):
-        named += ["--model", model, "--adapter", str(adapter)]
+    for step in [*range(0, trained["steps"], trained["checkpoint_every"])[1:], trained["steps"]]:
+        adapter = run / "checkpoints" / f"step-{step:06d}" / "adapter"
+        named += ["--model", trained["model"], "--adapter", str(adapter)]
     start(s, "eval.py", run / "test", [*named, *shlex.split(s.test)])
     found = defaultdict(list)
     for result in json.loads((run / "test" / "results.json").read_text())["results"]:
@@ -78,7 +79,7 @@ def evaluated(s: SweepSettings, gamma: float, window: int, seed: int) -> dict[in
 
 def start(s, script, out, given):
     """Run a script into `out`, or go on with it; what it prints goes into a file beside `out`."""
-    log = out.with_suffix(".log")
+    log = out.with_name(f"{out.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     launch = shlex.split(s.launch) or [sys.executable]
     command = [*launch, script, *given, "--out", str(out), "--resume", "auto"]
@@ -107,7 +108,9 @@ def sweep(s: SweepSettings) -> None:
     """All runs, then the table and the picture."""
     import_extra("matplotlib.pyplot")  # better missing here than after hours
     found = defaultdict(list)  # of each seed, by gamma, W and step
-    for seed, point in tqdm(list(product(s.seeds, grid(s))), desc="runs", unit=" runs"):
+    for seed, point in tqdm(
+        list(product(dict.fromkeys(s.seeds), grid(s))), desc="runs", unit=" runs"
+    ):
         for step, values in evaluated(s, *point, seed).items():
             found[*point, step].append(values)
     lines = []

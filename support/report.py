@@ -44,6 +44,7 @@ CURVES = {  # names in metrics.jsonl, with a unit or a meaning
     "grad_norm": "",
 }
 FIGURES = (  # names in evaluation.json, with the head and the format of their column
+    ("step", "step", ""),
     ("accuracy", "accuracy", ".3f"),
     ("length", "mean length", ".1f"),
     ("truncated", "truncated", ".3f"),
@@ -204,31 +205,38 @@ def headline(run):
     """What the run did, in a line, and what its method is."""
     s = run.settings
     text = ""
-    if {"before", "after"} <= run.results.keys():
+    if is_evaluated(run):
         before = run.results["before"]
         after = run.results["after"]
         change = after["length"] / before["length"] - 1
         minutes = sum(record["step_s"] for record in run.metrics) / 60
         text = f"""<p class="headline">{before["accuracy"]:.0%} \u2192 {after["accuracy"]:.0%} right,
 {abs(change):.0%} {"longer" if change > 0 else "shorter"}</p>
-<p>{after["completions"]:,} held-out completions; {len(run.metrics)} steps in {minutes:.1f} minutes:
-{escaped(s["method"])}, gamma {s["gamma"]:g}, W {s["window"]}, magnitude within 1 \u00b1 {s["eps"]:g}</p>"""
+<p>{after["completions"]:,} held-out completions; {len(run.metrics)} steps in {minutes:.1f} minutes</p>"""
     if s["method"] in METHODS:
-        text += """<p class="faint">A verifier says whether a completion is right. The <b>magnitude</b> asks
+        text += f"""<p>{escaped(s["method"])}, gamma {s["gamma"]:g}, W {s["window"]}, magnitude within 1 \u00b1
+{s["eps"]:g}</p><p class="faint">A verifier says whether a completion is right. The <b>magnitude</b> asks
 whether the teacher, who sees the solution, likes a token more than the student does. The <b>gate</b> takes weight from
 tokens of which the teacher is uncertain. <a href="https://arxiv.org/abs/2605.13255">arXiv 2605.13255</a></p>"""
     return text
 
 
+def is_evaluated(run):
+    """Whether there are evaluations before the first and after the last step: a resumed run may have
+    done more steps since."""
+    after = run.results.get("after", {})
+    return "before" in run.results and after.get("step") == len(run.metrics)
+
+
 def before_and_after(run):
     """The first completions of the first held-out problems, before and after training."""
     paths = [run.directory / f"held_out_{name}.jsonl" for name in ("before", "after")]
-    if not all(path.exists() for path in paths):
+    if not (is_evaluated(run) and all(path.exists() for path in paths)):
         return ""
     text = ""
     # the samples of a problem stand beside each other
     records = [read_log(path)[:: run.settings["eval_samples"]] for path in paths]
-    for pair in itertools.islice(zip(*records, strict=True), MOST_PROBLEMS):
+    for pair in itertools.islice(zip(*records, strict=False), MOST_PROBLEMS):
         columns = ""
         for name, record in zip(("before", "after"), pair, strict=True):
             verdict = "correct" if record["correct"] else "wrong"
@@ -265,7 +273,7 @@ def figures(runs):
     for run in runs:
         for name, found in run.results.items():
             first = name if len(runs) == 1 else f"{run.directory}, {name}"
-            lines.append([first, *(format(found[key], form) for key, _, form in FIGURES)])
+            lines.append([first, *(format(found.get(key, ""), form) for key, _, form in FIGURES)])
     if len(lines) == 1:
         return "<p>None yet. A run with --eval-data is evaluated before and after training.</p>\n"
     return f'<div class="figures">{html_table(lines)}</div>\n'
@@ -283,12 +291,10 @@ def curve(name, runs):
         return ""
     first = min(steps)
     last = max(steps)
-    when = {"before": first, "after": last}
     ends = []
     for run in runs:
-        ends.append(
-            [(when[key], found[name]) for key, found in run.results.items() if name in found]
-        )
+        evaluated = [found for found in run.results.values() if name in found and "step" in found]
+        ends.append([(min(max(first, found["step"]), last), found[name]) for found in evaluated])
     points = itertools.chain(*ends, *(own.items() for own in series))
     values = [value for _, value in points]
     low, high = round_bounds(min(values), max(values))

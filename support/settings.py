@@ -363,6 +363,7 @@ def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
     add_flags(parser, fields(EvaluationSettings))
     given = vars(parser.parse_args(argv))
     names = [*given.get("model", []), *given.get("adapter", [])]
+    names.sort(key="toy".__eq__)  # the toy's preset counts only if there is no run
     by_run = next(filter(None, map(evaluation_of, names)), {})
     s = EvaluationSettings(**by_run | given)
     check_ranges(s)
@@ -384,12 +385,14 @@ def parse_evaluation(argv: list[str], description: str) -> EvaluationSettings:
 
 
 def evaluation_of(name: str) -> dict:
-    """How the run that this model or adapter comes from samples in its evaluations, as fields of
-    `Sampling`; empty if it comes from no run. The toy has its preset."""
+    """How the run that this RUN/model or RUN/checkpoints/STEP/adapter comes from samples in its
+    evaluations, as fields of `Sampling`; empty if it comes from no run. The toy has its preset."""
     values = vars(Settings(**PRESETS["toy"])) if name == "toy" else {}
-    for place in list(Path(name).parents)[:3]:  # RUN/model, RUN/checkpoints/step-000025/adapter
-        if not values and (place / "config.json").exists():
-            values = json.loads((place / "config.json").read_text()).get("settings", {})
+    path = Path(name).resolve()
+    up = {"model": 0, "adapter": 2}.get(path.name)
+    if path.exists() and up is not None and (path.parents[up] / "config.json").exists():
+        config = json.loads((path.parents[up] / "config.json").read_text())
+        values = config["settings"] if "entry" in config else {}
     if not values:
         return {}
     return {

@@ -187,7 +187,9 @@ def test_one_model_has_one_accuracy(tiny_run, tiny_toy, tmp_path, monkeypatch):
             assert json.loads(a).items() >= json.loads(b).items()
 
 
-def test_the_defaults_are_those_of_the_run_or_the_paper(tiny_run, tiny_toy, tmp_path, monkeypatch):
+def test_the_defaults_are_those_of_the_run_or_the_paper(
+    tiny_run, tiny_toy, tmp_path, monkeypatch, capsys
+):
     how = settings.evaluation_of
     config = json.loads((tiny_run / "config.json").read_text())["settings"]
     of_run = how(str(tiny_run / "model"))
@@ -210,12 +212,16 @@ def test_the_defaults_are_those_of_the_run_or_the_paper(tiny_run, tiny_toy, tmp_
     assert used["max_new_tokens"] == 60 - len(teacher.encode(tokenizer, asked, True, used["date"]))
     assert (used["samples"], used["top_p"], used["thinking"]) == (4, 0.95, True)
     call(monkeypatch, *flags, "--resume")
+    monkeypatch.setattr(rollout, "window", lambda model: 8)
+    flags[-1] = tmp_path / "too-small"
+    assert "window of 8" in fails(monkeypatch, capsys, *flags)
+    assert not flags[-1].exists()
 
 
 def test_the_first_run_says_how_to_sample_unless_a_flag_does(tmp_path):
     for name, count in ("a", 1), ("b", 4):
-        (tmp_path / name).mkdir()
-        config = {"settings": vars(settings.Settings(eval_samples=count))}
+        (tmp_path / name / "model").mkdir(parents=True)
+        config = {"entry": "", "settings": vars(settings.Settings(eval_samples=count))}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     named = ["--model", "Qwen/Qwen3-4B", "--model", tmp_path / "b" / "model"]
     named += ["--model", tmp_path / "a" / "model", "--data", "toy"]
@@ -223,6 +229,23 @@ def test_the_first_run_says_how_to_sample_unless_a_flag_does(tmp_path):
     assert (parsed.samples, parsed.max_new_tokens) == (4, settings.Settings.max_new_tokens)
     parsed = settings.parse_evaluation([*map(str, named), "--samples", "2"], "")
     assert parsed.samples == 2 and not parsed.thinking
+    # the toy's preset is no run
+    parsed = settings.parse_evaluation(["--model", "toy", *map(str, named)], "")
+    assert parsed.samples == 4
+
+
+def test_a_run_is_found_behind_any_path_and_nowhere_else(tiny_run, tmp_path, monkeypatch):
+    how = settings.evaluation_of(str(tiny_run / "model"))
+    (tmp_path / "link").symlink_to(tiny_run / "checkpoints" / "step-000004" / "adapter")
+    assert settings.evaluation_of(str(tmp_path / "link")) == how
+    monkeypatch.chdir(tiny_run / "model")
+    assert settings.evaluation_of(".") == settings.evaluation_of("../model/") == how
+    monkeypatch.chdir(tiny_run)
+    assert settings.evaluation_of("Qwen/Qwen3-4B") == settings.evaluation_of("gpt2") == {}
+    other = tmp_path / "other"
+    (other / "model").mkdir(parents=True)
+    (other / "config.json").write_text("[]")  # of other software
+    assert settings.evaluation_of(str(other / "model")) == {}
 
 
 @pytest.fixture

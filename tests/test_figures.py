@@ -6,8 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import train_here
 
 from experiments import figures, sweep
+from support.errors import InputError
 
 
 def result(checkpoint, data, accuracy, length, half=0.02):
@@ -32,11 +34,24 @@ def pyplot():
 def test_a_checkpoint_is_the_mean_of_its_files():
     files = [
         {"results": [result("a", "x", 0.5, 100, 0.03), result("b", "x", 0.7, 90)]},
-        {"results": [result("a", "y", 0.3, 300, 0.04)]},
+        {"results": [result("b", "y", 0.1, 110), result("a", "y", 0.3, 300, 0.04)]},
     ]
     points = figures.checkpoints(files)
     assert points["a"] == pytest.approx((200, 40, 100 * 0.05 / 2))
-    assert points["b"] == pytest.approx((90, 70, 2))
+    assert points["b"] == pytest.approx((100, 40, 100 * 0.02 / 2**0.5))
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [],
+        [result("a", "x", 0.5, 100), result("a", "x", 0.6, 100)],
+        [result("a", "x", 0.5, 100), result("b", "y", 0.6, 100)],
+    ],
+)
+def test_only_evaluations_on_the_same_files_are_compared(results):
+    with pytest.raises(InputError, match="once on each data file"):
+        figures.checkpoints([{"results": results}])
 
 
 def test_the_frontier_is_what_no_other_checkpoint_beats():
@@ -85,15 +100,22 @@ def test_without_a_gate_there_is_no_lookahead():
 
 
 def test_a_sweep_trains_evaluates_and_goes_on(pyplot, tiny_toy, tmp_path, monkeypatch, capsys):
-    data = f"--data {tiny_toy / 'test.jsonl'}"
-    train = f"--preset toy --model {tiny_toy / 'model'} {data} --eval-data= --steps 2 "
-    train += "--checkpoint-every 1 --prompts-per-step 8 --max-new-tokens 12"
+    data = ["--data", tiny_toy / "test.jsonl"]
+    train = ["--preset", "toy", "--model", tiny_toy / "model", *data, "--eval-data="]
+    train += ["--prompts-per-step", 8, "--max-new-tokens", 12]
+    # a stop after step 1 left a checkpoint, which is no snapshot
+    point = ["--gamma", 1, "--window", 3, "--seed", 0, "--steps", 1]
+    stopped = tmp_path / "out" / "gamma-1-W-3-seed0"
+    train_here(*train, *point, "--out", stopped)
+    assert (stopped / "checkpoints" / "step-000001").exists()
+    capsys.readouterr()
+    train = " ".join(map(str, [*train, "--steps", 3, "--checkpoint-every", 2]))
     flags = ["--gamma", 1, "--window", 3, "--seeds", 0, 1, "--train", train]
-    flags += ["--test", data, "--out", tmp_path / "out"]
+    flags += ["--test", f"--data {data[1]}", "--out", tmp_path / "out"]
     printed = called(monkeypatch, capsys, sweep, *flags)
     rows = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
     places = [(row["gamma"], row["W"], row["step"]) for row in rows]
-    assert places == [("1", "3", "1"), ("1", "3", "2")]
+    assert places == [("1", "3", "2"), ("1", "3", "3")]
     for row in rows:  # the files of the evaluations say the same
         found = []
         for seed in 0, 1:
@@ -101,7 +123,7 @@ def test_a_sweep_trains_evaluates_and_goes_on(pyplot, tiny_toy, tmp_path, monkey
             config = json.loads((run / "config.json").read_text())["settings"]
             assert f"{config['gamma']:g}" == row["gamma"] and config["seed"] == seed
             results = json.loads((run / "test" / "results.json").read_text())["results"]
-            result = results[int(row["step"]) - 1]
+            result = results[int(row["step"]) - 2]
             assert f"step-00000{row['step']}" in result["checkpoint"]
             found.append((100 * result["avg"], result["length"]))
         accuracy, length = np.mean(found, axis=0)

@@ -199,7 +199,7 @@ def test_what_the_page_of_a_run_says(tiny_run):
     ]
     for name, found in json.loads((tiny_run / "evaluation.json").read_text()).items():
         assert (
-            f"{name}{found['accuracy']:.3f}{found['length']:.1f}{found['truncated']:.3f}"
+            f"{name}{found['step']}{found['accuracy']:.3f}{found['length']:.1f}{found['truncated']:.3f}"
             in page.text
         )
     before, after = (
@@ -226,14 +226,21 @@ def test_what_the_page_of_a_run_says(tiny_run):
 def test_the_headline_says_what_changed(copied, after, words):
     path = copied / "evaluation.json"
     before = json.loads(path.read_text())["before"] | {"accuracy": 0.37, "length": 57.6}
+    after = after | {"step": 4}
     path.write_text(json.dumps({"before": before, "after": before | after}))
     change(copied / "metrics.jsonl", step_s=30.0)
     report.write([copied], copied / "report.html")
     text = page_of(copied).text
-    assert words in text and "4 steps in 2.0 minutes:\ncl-egrsd, gamma 0.3, W 3" in text
-    path.write_text(json.dumps({"before": before}))
-    report.write([copied], copied / "report.html")
-    assert "% right" not in page_of(copied).text
+    assert words in text and "4 steps in 2.0 minutes" in text
+    assert "cl-egrsd, gamma 0.3, W 3" in text and "before: " in text
+    for results in (
+        {"before": before},
+        {"before": before, "after": before | after | {"step": 3}},  # more steps were done since
+    ):
+        path.write_text(json.dumps(results))
+        report.write([copied], copied / "report.html")
+        text = page_of(copied).text
+        assert "% right" not in text and "before: " not in text
 
 
 def test_bounds_of_axes_are_round():

@@ -395,20 +395,19 @@ def _score_and_differentiate(head, temperature, hidden, targets):
     """hidden [n, D], targets [n] -> log p(y) [n], H [n], and the derivative of log p(y) by the hidden
     state [n, D].
 
-    The derivative is (W[y] - p W) / temperature for a plain head. A scale is one more factor. A cap multiplies
-    the part of each logit by 1 - (logit / cap)^2, the derivative of cap * tanh(x / cap). Tensors
-    [n, V] are large: what can be done in place is done in place, so that there are never more than
-    two, or three with a cap.
+    The derivative is (W[y] - p W) / temperature for a plain head. A scale is one more factor. A cap
+    multiplies the part of each logit by 1 - (logit / cap)^2, the derivative of cap * tanh(x / cap).
+    Tensors [n, V] are large: what can be done in place is done in place, so that there are never
+    more than two, or three with a cap.
     """
     logits = head(hidden)
     cap_slope = 1 - (logits / head.cap).square() if head.cap else None
     logprobs = logits.div_(temperature).log_softmax(1)
-    del logits  # frees the chunk
     y = targets.unsqueeze(1)
     logp = logprobs.gather(1, y).squeeze(1)
-    p = logprobs.exp()
+    p = torch.exp(logprobs, out=logits)
     entropies = torch.special.entr(p, out=logprobs).sum(1)  # (4)
-    del logprobs
+    del logprobs  # frees the chunk
     # onehot(y) - p, in float32 before it is rounded to the head's dtype
     slope = p.neg_()
     slope.scatter_add_(1, y, torch.ones_like(y, dtype=slope.dtype))

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -427,11 +428,12 @@ def random_trainer(s: BenchSettings, out: str) -> train.Trainer:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="w0", chat_template=toy.CHAT_TEMPLATE
     )
-    train.load_model = lambda *_: (model, tokenizer)  # no 8 GB are written and read
     settings = Settings(
         data="toy", out=out, prompts_per_step=4, max_new_tokens=s.fewer(1024), lora_rank=s.fewer(64)
     )
-    t = train.Trainer(settings, Ranks.alone())
+    # no 8 GB are written and read
+    with patch.object(train, "load_model", lambda *_: (model, tokenizer)):
+        t = train.Trainer(settings, Ranks.alone())
     t.problems = [Problem("w2 " * 490, "w2 " * 470, "7", 1)]
     t.log.bar = tqdm(disable=True)
     return t

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import support.data
 from experiments import bench
 from support.settings import Settings
 
@@ -70,8 +71,9 @@ def test_the_training_step_is_the_paper_s(monkeypatch, tmp_path):
         assert len(seconds["ours"]) == 2 and min(seconds["ours"]) > 0
         assert min(rows[f"5 {phase} peak GiB"]["ours"]) > 0
     s = tiny_settings()
-    monkeypatch.setattr(bench.train, "load_model", None)  # put back after the test
+    load = bench.train.load_model
     t = bench.random_trainer(s, str(tmp_path))
+    assert bench.train.load_model is load is support.data.load_model
     small = {"data": "toy", "out": str(tmp_path), "prompts_per_step": 4}
     small |= {"max_new_tokens": s.fewer(1024), "lora_rank": s.fewer(64)}
     assert t.s == Settings(**small)

@@ -498,17 +498,7 @@ def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int)
     """One token for each of the first R slots: token [R], position [R] < width -> logits [R, V] of
     the next. A row sees the columns up to its position, whatever stands in the others."""
     columns = torch.arange(width, device=position.device)
-    distance = position[:, None, None, None] - columns  # [R, 1, 1, width]; negative: the future
-    masks = {}
-    for kind, window in attention_windows(model).items():
-        hidden = (distance < 0) | (distance >= window)
-        mask = torch.zeros_like(hidden, dtype=model.dtype)
-        masks[kind] = mask.masked_fill_(hidden, -torch.inf)
-    # Models with several kinds of attention want a mask for each kind of layer, or None.
-    if len(masks) > 1:
-        masks.update(dict.fromkeys(STATES))
-    else:
-        (masks,) = masks.values()  # one kind: the model wants the mask itself
+    masks = attention_masks(model, position[:, None, None, None] - columns)
     rows = torch.arange(len(token), device=token.device)
     for layer in cache.layers:
         layer.begin_step(rows, position, width)
@@ -519,6 +509,22 @@ def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int)
         past_key_values=cache,
         use_cache=True,
     ).logits[:, 0]
+
+
+def attention_masks(model, distance: Tensor) -> Tensor | dict[str, Tensor | None]:
+    """What the model wants as its mask: 0, and -inf where a query does not see a column. distance
+    [R, 1, queries, columns]: the position of the query minus that of the column, negative in the
+    future."""
+    masks = {}
+    for kind, window in attention_windows(model).items():
+        hidden = (distance < 0) | (distance >= window)
+        mask = torch.zeros_like(hidden, dtype=model.dtype)
+        masks[kind] = mask.masked_fill_(hidden, -torch.inf)
+    # Models with several kinds of attention want a mask for each kind of layer, or None.
+    if len(masks) > 1:
+        return masks | dict.fromkeys(STATES)
+    (mask,) = masks.values()  # one kind: the model wants the mask itself
+    return mask
 
 
 def attention_windows(model) -> dict[str, float]:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import torch
 
+import lora
 import rollout
 import teacher
 from family.contexts import Example, show_answer
@@ -21,30 +22,36 @@ SEEDS = {  # the rollouts have 0
     "solutions, shown the answer": 3,
     "reflections": 4,
     "marks": 5,
+    "plans": 6,
+    "student's pieces": 7,
+    "teacher's pieces": 8,
 }
 # a token of a teacher's solution counts as like the student's if it is among this many; BRTS,
 # 2605.09725
 TOP = 16
 
 
-def ask(t, prompts, what, by_teacher=False):
-    """A completion of each prompt (token ids), by the student or by the teacher; None for None. All
-    ranks ask equally often, each for equally many prompts."""
+def ask(t, prompts, what, writer=None, most=None, number=0):
+    """A completion of each prompt (token ids); None for None. The student writes it, or what the
+    model is inside `writer`; at most `most` tokens, by default --max-new-tokens. What is asked for
+    more than once in a step has a `number`. All ranks ask equally often, each for equally many
+    prompts."""
     s = t.s
     t.log.begin("ask")
     places = [i for i, prompt in enumerate(prompts) if prompt is not None]
     n = len(prompts)
-    generator = rollout.generator_for_rows((s.seed, t.step, SEEDS[what]), t.ranks.rank * n)
+    generator = rollout.generator_for_rows((s.seed, t.step, SEEDS[what], number), t.ranks.rank * n)
     seeds = rollout.row_seeds(generator, n)
-    with t.objective.as_teacher(t) if by_teacher else nullcontext():
+    with writer or nullcontext():
         completions = t.until_stopped(
             rollout.sample,
             t.model,
             [prompts[i] for i in places],
-            max_new_tokens=s.max_new_tokens,
+            max_new_tokens=most or s.max_new_tokens,
             stop_ids=rollout.stop_ids(t.model, t.tokenizer),
             temperature=s.ask_temperature,
             top_p=s.ask_top_p,
+            top_k=s.ask_top_k,
             unused=rollout.unused_ids(t.model, t.tokenizer),
             slots=s.slots or None,
             seeds=[seeds[i] for i in places],
@@ -75,23 +82,25 @@ def question_prompt(t, example):
     return prompt if fits else None
 
 
-def ask_about(t, rollouts):
-    """Ask the question of --teacher-context about the rollouts for which the method has a use."""
+def ask_about(t, examples):
+    """Ask the question of --teacher-context about the examples for which the method has a use."""
     question = t.objective.context.question
     marks = t.objective.method.marks
     asked = []
     prompts = []
-    for example in rollouts:
-        if not marks or marks(example.correct, t.step):
+    for example in examples:
+        if example.counts and (not marks or marks(example.correct, t.step)):
             asked.append(example)
             prompts.append(question_prompt(t, example))
         else:
             prompts.append(None)
-    for example, answer in zip(rollouts, ask(t, prompts, question.name), strict=True):
+    writer = lora.disabled(t.model) if question.frozen else None
+    for example, answer in zip(examples, ask(t, prompts, question.name, writer), strict=True):
         if answer:
             question.take(example, said(t.tokenizer, answer), t.tokenizer)
-    if question.name == "marks":
-        t.objective.note(t, "unmarked", [not example.label for example in asked])
+    if question.missing:
+        metric, key = question.missing
+        t.objective.note(t, metric, [not example.asked.get(key) for example in asked])
 
 
 def empty_example(t, problem):
@@ -110,10 +119,11 @@ def solutions(t, problems, rollouts):
     prompts = []
     for prompt in objective.teacher_prompts(t, firsts):
         prompts += [prompt] * n
-    completions = ask(t, prompts, "solutions", by_teacher=True)
+    completions = ask(t, prompts, "solutions", objective.as_teacher(t))
     written = []
     for i, first in enumerate(firsts):
-        written.append([graded(t, first, c) for c in completions[i * n : (i + 1) * n]])
+        some = completions[i * n : (i + 1) * n]
+        written.append([graded(t, first, one, teacher_thinks(t.s)) for one in some])
     if objective.method.overlap:
         add_hinted(t, firsts, written)
         for candidates, top in zip(written, top_tokens(t, firsts), strict=True):
@@ -132,18 +142,17 @@ def solutions(t, problems, rollouts):
         }
     if objective.method.overlap:
         objective.note(t, "teacher_likeness", [example.likeness for example in chosen])
-    objective.note(t, "teacher_accuracy", [example.correct for example in chosen])
-    objective.note(t, "teacher_truncated", [not example.finished for example in chosen])
     return chosen
 
 
-def graded(t, first, completion):
-    """A solution that the teacher wrote for the problem of `first`, as an example."""
+def graded(t, first, completion, thinking):
+    """A solution that was written for the problem of `first`, as an example. `thinking`: whether its
+    prompt let the chat template open a thought."""
     example = Example(
         **vars(completion),
         problem=first.problem,
         prompt=first.prompt,
-        prompt_end=teacher.prompt_end(t.tokenizer, teacher_thinks(t.s), t.s.date),
+        prompt_end=teacher.prompt_end(t.tokenizer, thinking, t.s.date),
         is_reference=True,
         has_context=first.has_context,
         teacher_prompt=first.teacher_prompt,
@@ -160,10 +169,11 @@ def add_hinted(t, firsts, written):
         hinted = t.teacher_prompt(first.problem, show_answer(first))
         is_solved = any(example.correct for example in candidates)
         prompts.append(None if is_solved else hinted)
-    completions = ask(t, prompts, "solutions, shown the answer", by_teacher=True)
+    writer = t.objective.as_teacher(t)
+    completions = ask(t, prompts, "solutions, shown the answer", writer)
     for first, candidates, completion in zip(firsts, written, completions, strict=True):
         if completion:
-            example = graded(t, first, completion)
+            example = graded(t, first, completion, teacher_thinks(t.s))
             if example.correct:
                 candidates.append(example)
 

@@ -11,12 +11,14 @@ student is asked for that.
     reflection   a correct rollout itself; of a failed one also the verifier's word and what the
                  student says of its mistake
     label        the kind of step that matters, as the student says
+    plan         a plan of the solution, as the base model says
     none         nothing
 
 Peers and the other problem are drawn at random, with a seed for every rollout. A text of None means
 that there is nothing to show: the teacher has no say on that rollout. Questions about a rollout go
 to the student itself, as in arXiv 2605.12741 (reflections) and in a variant of 2605.10194 (marks).
-All wording is ours. samples.jsonl has the answers, `asked`.
+For a plan (2605.11505) the base model is asked. All wording is ours. samples.jsonl has the answers,
+`asked`.
 """
 
 import re
@@ -31,6 +33,7 @@ from support.sampling import Rollout
 
 LEAST_SEGMENT = 5  # tokens
 MOST_MARKED = 0.25  # of the tokens of a rollout, 2605.10194
+PLAN_LINES = 5
 LABELS = ("setup", "calculation", "algebra", "case distinction", "idea", "conclusion")
 
 
@@ -38,11 +41,13 @@ LABELS = ("setup", "calculation", "algebra", "case distinction", "idea", "conclu
 class Example(Rollout):
     """A completion of T tokens that a step learns from, and what the family's methods know of it."""
 
-    is_reference: bool = False  # not a rollout: the data's solution, or the teacher's
+    is_reference: bool = False  # not a rollout: the data's solution, or a written one
+    counts: bool = True  # something is learned from it
     has_context: bool = True  # the teacher had something to be shown
     asked: dict = field(default_factory=dict)  # texts that were asked for
     label: str = ""  # kind of the marked segments; "" if there are none
     marked: Tensor = field(init=False)  # bool [T], tokens of the marked segments
+    planned: Tensor = field(init=False)  # [T] log p_S after problem and plan, nats
     # with which the teacher reads this example, or wrote it
     teacher_prompt: list[int] | None = None
     likeness: float = 0.0  # of a teacher's solution to the student's next tokens, see BRTS
@@ -50,6 +55,7 @@ class Example(Rollout):
 
     def __post_init__(self):
         self.marked = torch.zeros(len(self.token_ids), dtype=torch.bool)
+        self.planned = torch.zeros(len(self.token_ids))
 
     def as_json(self) -> dict:
         found = super().as_json()
@@ -63,12 +69,15 @@ class Example(Rollout):
 
 @dataclass
 class Question:
-    """text(example, tokenizer) -> str is what is asked about a rollout, None for nothing.
+    """text(example, tokenizer) -> str is what is asked about an example, None for nothing.
     take(example, answer, tokenizer) keeps the answer."""
 
-    name: str  # of the answer, also in the progress line
+    name: str  # of the answers, also in the progress line
     text: Callable
     take: Callable
+    # (metric, key in `asked`): the share of answers that gave nothing
+    missing: tuple[str, str] | None = None
+    frozen: bool = False  # the base model is asked, not the student
 
 
 def verdict(example):
@@ -102,12 +111,7 @@ def take_reflection(example, answer, tokenizer):
 def segments(example, tokenizer):
     """The lines and sentences of a rollout as ranges of its tokens. A sentence ends in . ! or ?
     before a space. One of fewer than LEAST_SEGMENT tokens goes with the next."""
-    texts = []
-    before = []
-    for token in example.token_ids:
-        # what a token adds to the one before it: decoded alone, some lose the space before them
-        texts.append(tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :])
-        before = [token]
+    texts = pieces(tokenizer, example.token_ids)
     found = []
     start = 0
     for end, text in enumerate(texts, 1):
@@ -118,6 +122,17 @@ def segments(example, tokenizer):
             found.append(range(start, end))
             start = end
     return found
+
+
+def pieces(tokenizer, token_ids):
+    """What each token adds to the text of the one before it. Decoded alone, some lose the space before
+    them."""
+    texts = []
+    before = []
+    for token in token_ids:
+        texts.append(tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :])
+        before = [token]
+    return texts
 
 
 def marks_question(example, tokenizer):
@@ -161,8 +176,24 @@ def take_marks(example, answer, tokenizer):
     example.asked["label"] = example.label
 
 
+def plan_question(example, tokenizer):
+    return (
+        f"{example.problem.problem}\n\n[Reference solution]\n{example.problem.solution}\n[End of "
+        f"reference solution]\n\nWrite a plan of this solution in at most {PLAN_LINES} lines: what to "
+        "do, step by step. Do not carry it out, and do not give the answer."
+    )
+
+
+def take_plan(example, answer, tokenizer):
+    """The first PLAN_LINES lines that are not empty, without those that have a box."""
+    lines = thoughtless(example, answer).splitlines()
+    lines = [line.strip() for line in lines if line.strip() and not reward.BOX.search(line)]
+    example.asked["plan"] = "\n".join(lines[:PLAN_LINES])
+
+
 REFLECTION = Question("reflections", reflection_question, take_reflection)
-MARKS = Question("marks", marks_question, take_marks)
+MARKS = Question("marks", marks_question, take_marks, ("unmarked", "label"))
+PLAN = Question("plans", plan_question, take_plan, ("unplanned", "plan"), frozen=True)
 
 
 # ---- what the teacher is shown
@@ -230,6 +261,11 @@ def show_label(example, *_):
     return f"What matters here: {example.label}." if example.label else None
 
 
+def show_plan(example, *_):
+    plan = example.asked.get("plan")
+    return f"A plan of the solution:\n{plan}" if plan else None
+
+
 def show_nothing(*_):
     return None
 
@@ -244,5 +280,6 @@ CONTEXTS = {
     "restated": Context(show_restated, "restated"),
     "reflection": Context(show_reflection, quoted=2, question=REFLECTION),
     "label": Context(show_label, "solution", quoted=3, question=MARKS),
+    "plan": Context(show_plan, "solution", quoted=1, question=PLAN),
     "none": Context(show_nothing, is_bare=True),
 }

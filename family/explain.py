@@ -11,7 +11,8 @@ from family.settings import FamilySettings
 from support.flags import flag_name
 
 LEGEND = """A advantage, d = log p_T(y_t) - log p_S(y_t), c coefficient of -log p_theta(y_t), H entropy of the teacher.
-Grade P: read in the paper or its code, S: in second-hand notes; ours: no source gives it. Means are over tokens.
+Grade P: read in the paper or its code, S: in second-hand notes, C: in words only; ours: no source gives it.
+Means are over tokens.
 """
 
 
@@ -55,13 +56,13 @@ def cost(s):
     method = s.entry
     rollouts = s.rollouts_per_prompt * method.rollouts
     passes = rollouts
-    if method.teacher and CONTEXTS[s.teacher_context].question:
-        passes += rollouts  # answers about them
-    if s.source == "teacher":
+    if s.has_teacher and CONTEXTS[s.teacher_context].question:
+        passes += 1 if method.repairs else rollouts  # answers about them
+    if s.writes:
         passes += s.teacher_rollouts
     if method.overlap:
         passes += rollouts + 1  # read for the likeliest tokens; a solution with the answer shown
     # by the student, which counts three with the backward pass; by the teacher, and once more
     # without a text; by the student beforehand
     readings = 3 + method.teacher + s.two_views + (method.margin or bool(method.keeps))
-    return passes + readings * (rollouts + bool(s.source))
+    return passes + readings * (rollouts + bool(s.source)) + method.repairs

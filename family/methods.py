@@ -15,7 +15,8 @@ in nats. t counts from 1. Where the teacher has nothing to be shown, d = H = 0 a
 `finite` bounds log 0.
 
 Every docstring has a grade of evidence. P: read in the paper or in its authors' code. S: second-hand
-notes that quote the equations. What no source gives is called ours. Optimizer, LoRA, sampling and
+notes that quote the equations. C: words only, so the method is reconstructed. What no source gives is
+called ours. Optimizer, LoRA, sampling and
 length reward are those of the run, not of each source. There is no importance ratio and no PPO clip:
 rollouts are used once, so the ratio is 1. docs/family.md says what is left out.
 """
@@ -74,6 +75,7 @@ class Batch:
     # [B]: log (p_S / p_T) of the teacher's solution minus that of the rollout, sums
     margin: Tensor | None = None
     marked: Tensor | None = None  # bool [B, T]: tokens of the segments that the student marked
+    planned: Tensor | None = None  # [B, T] log p_S after problem and plan, nats; 0 on rollouts
     # [B, T]: KL(p_T || the teacher without a text), normalised by running mean and std
     views: Tensor | None = None
     anchor: Callable | None = None  # as `divergence`, with the teacher without a text for p_T
@@ -112,6 +114,9 @@ class Method:
     # every problem brings one more example, its solution in the data ("reference") or one of the
     # teacher's ("teacher")
     rows: str = ""
+    # only problems whose rollouts all failed bring it. batch.planned is available: the student reads
+    # it once more, after what --teacher-context says
+    repairs: bool = False
     # the teacher's solution that is most like the student's own next tokens is taken
     overlap: bool = False
     margin: bool = False  # batch.margin is available: one more reading by the student
@@ -121,6 +126,7 @@ class Method:
     marks: Callable | None = None  # (correct, step) -> bool: is a rollout marked? batch.marked
     # batch.views and batch.anchor are available: one more reading by the teacher
     views: bool = False
+    saliency: bool = False  # of the reasoning of correct rollouts, is part of their reward
 
 
 METHODS = {}  # name -> Method
@@ -159,8 +165,10 @@ def mean_of_completions(batch: Batch, losses: Tensor) -> Tensor:
 )
 def sft(batch: Batch) -> Tensor:
     """-log p_theta(s*_t) on the reference solution s* and a stop token. Grade P. With --rows
-    teacher, s* is what the teacher wrote when it was shown the solution, right or wrong (ours): the
-    nearest thing here to TESSY, 2604.14164."""
+    teacher, s* is what the teacher wrote when it was shown the solution (ours). With --rows
+    interleaved, student and teacher wrote it in turns: TESSY, 2604.14164, grade P (code), but
+    reconstructed, with a list of words for two classifiers (interleaved.py). --keep correct, ours,
+    leaves out what the verifier rejects."""
     return -batch.logp
 
 
@@ -494,3 +502,46 @@ def trace_errors(batch: Batch) -> Tensor:
     """`trace` with `clipped_reverse_kl` on the marked segments of wrong rollouts, a variant of the
     source. Grade S."""
     return trace(batch, errors=True)
+
+
+@method(
+    "sort",
+    "SORT, reconstructed: group GRPO, plus the solutions of problems that all rollouts failed, "
+    "weighted with a plan",
+    groups=True,
+    rows="reference",
+    repairs=True,
+    teacher=False,
+    needs={"advantage": "group"},
+    recipe={"teacher_context": "plan"},
+)
+def sort(batch: Batch) -> Tensor:
+    """On rollouts c = A. On the reference solution s* of a problem whose rollouts all failed c = w,
+    w = sqrt(p_0 p_plan), the student's probability of s*_t after the problem, and after problem and
+    plan; c is held constant, and the mean is over the tokens of these solutions. 2605.11505. Grade C:
+    words only, a "geometric-mean token weighting" that blends both probabilities.
+
+    Ours: this w, the coefficient 1, the mean, and the plan. The base model writes it, shown the
+    solution, in at most 5 lines without a box. Without a usable plan w = p_0; --teacher-context none
+    does that everywhere. Without a failed group this is grpo-group."""
+    on_solutions = ((finite(batch.planned) + finite(batch.logp)) / 2).exp()
+    return policy(batch, torch.where(batch.is_reference.unsqueeze(-1), on_solutions, batch.A))
+
+
+@method(
+    "atmanrl",
+    "AtManRL, reconstructed: group GRPO, correct rollouts get more whose answer rests on their reasoning",
+    needs={"advantage": "group"},
+    groups=True,
+    teacher=False,
+    saliency=True,
+    recipe={"beta_length": 0.0},
+)
+def atmanrl(batch: Batch) -> Tensor:
+    """c = A. The reward of a correct rollout is 1 plus half the mean saliency of the tokens before its
+    box, from 0 to 1 (saliency.py). 2604.16158. Grade S for the mask, its optimizer and its constants,
+    C for the rest.
+
+    Ours: 1 - H / C as its words have it, not H / C as printed; the mean, the weight 0.5, no saliency
+    for wrong rollouts. --saliency steps, ours, is a control without a mask."""
+    return policy(batch, batch.A)

@@ -16,7 +16,7 @@ import reward
 import rollout
 import teacher
 import train
-from family import asking
+from family import asking, interleaved
 from family.contexts import CONTEXTS, Example, show_answer
 from family.divergences import (
     dual_weight,
@@ -27,6 +27,7 @@ from family.divergences import (
     two_view_gate,
 )
 from family.methods import EGRSD, Batch
+from family.saliency import SALIENCY
 from family.settings import FamilySettings
 from support import checkpoint
 from support.data import InputError, stop_sources
@@ -82,7 +83,7 @@ class Neighbour(train.EGRSD):
         self.context = CONTEXTS[s.teacher_context if s.has_teacher else "none"]
         self.needs_solution = self.source == "reference" or self.context.needs == "solution"
         # something is sampled, so samples.jsonl is written
-        self.has_rollouts = self.method.rollouts or self.source == "teacher"
+        self.has_rollouts = self.method.rollouts or s.writes
         self.keeps_states = self.method.full_distributions or s.gate in ("two-view", "dual")
         if s.advantage == "group":
             self.baseline = GroupAdvantage(s.rollouts_per_prompt)
@@ -127,8 +128,9 @@ class Neighbour(train.EGRSD):
                 found.append(t.teacher_prompt(problem, show_answer(example)))
             return found
 
-        # the completion, and those that a text quotes
-        tokens = (1 + context.quoted) * self.s.max_new_tokens
+        # the completion, and those that a text quotes or that a piece goes on from
+        texts = 1 + context.quoted + (self.source == "interleaved")
+        tokens = texts * self.s.max_new_tokens
         check_prompts(t.model, t.tokenizer, data, t.problems, tokens, prompts)
         end = teacher.prompt_end(t.tokenizer, self.s.thinking, self.s.date)
         for problem in t.problems:
@@ -161,19 +163,58 @@ class Neighbour(train.EGRSD):
         self.bare = None
         if self.method.rollouts:
             self.rollouts = [Example(**vars(row)) for row in t.make_rollouts(problems)]
-        if self.context.question:
-            asking.ask_about(t, self.rollouts)
+        if self.method.saliency:
+            self.reward_saliency(t)
         if self.source == "reference":
             self.others = [self.reference(t, problem) for problem in problems]
-        if self.source == "teacher":
-            self.others = asking.solutions(t, problems, self.rollouts)
+        if self.method.repairs:
+            for i, example in enumerate(self.others):
+                rollouts = self.rollouts[i * self.group :][: self.group]
+                example.counts = not any(one.correct for one in rollouts)
+                example.teacher_prompt = None  # made once there is a plan
+            self.note(t, "repaired", [example.counts for example in self.others])
+        if self.context.question:
+            asking.ask_about(t, self.others if self.method.repairs else self.rollouts)
+        self.others += self.written(t, problems)
+        self.asked = [one for one in self.others if one.asked][:SAMPLES_PER_STEP]
+        # a rank needs an example of each kind, if only for nothing
+        self.others = [one for one in self.others if one.counts] or self.others[:1]
+        if self.method.repairs:
+            planned = t.read(self.teacher_prompts(t, self.others), self.others).logp.cpu()
+            for example, logp in zip(self.others, planned, strict=True):
+                example.planned = logp[: len(example.token_ids)]
         for place, example in enumerate(self.rollouts + self.others):
             example.place = place
         correct = sum(example.correct for example in self.rollouts)
-        tokens = sum(len(example.token_ids) for example in self.others)
+        tokens = sum(len(example.token_ids) * example.counts for example in self.others)
         num_correct, self.num_reference = t.ranks.sum([correct, tokens])
         self.success_rate = num_correct / self.num_completions
         return self.rollouts, self.others
+
+    def written(self, t, problems):
+        """Solutions that the teacher writes, alone or in turns with the student."""
+        if self.source == "teacher":
+            found = asking.solutions(t, problems, self.rollouts)
+        elif self.source == "interleaved":
+            found = interleaved.solutions(t, problems)
+        else:
+            return []
+        for example in found:
+            example.counts = example.correct or self.s.keep != "correct"
+        self.note(t, "teacher_accuracy", [example.correct for example in found])
+        self.note(t, "teacher_truncated", [not example.finished for example in found])
+        return found
+
+    def reward_saliency(self, t):
+        """Add to the reward of a correct rollout the mean saliency of its reasoning, times a half."""
+        t.log.begin("saliency")
+        correct = [one for one in self.rollouts if one.correct]
+        with t.autocast():
+            found = SALIENCY[self.s.saliency or "mask"](t.model, t.tokenizer, correct)
+        means = [values.sum().item() / max(1, len(values)) for values in found]
+        for one, mean in zip(correct, means, strict=True):
+            one.reward += 0.5 * mean
+        self.note(t, "saliency", means)
 
     def reference(self, t, problem):
         """The reference solution and a stop token as a completion; not finished if it is cut at
@@ -194,6 +235,8 @@ class Neighbour(train.EGRSD):
             problem=problem,
             prompt=prompt,
             correct=True,
+            said=problem.solution,
+            answer=problem.answer,
             is_reference=True,
             has_context=False,
             teacher_prompt=prompt,
@@ -308,7 +351,8 @@ class Neighbour(train.EGRSD):
         if self.method is EGRSD:
             return super().loss(t, micro)
         batch = self.batch(t, micro)
-        losses = torch.where(batch.mask, self.method.loss(batch), 0.0)
+        counts = torch.tensor([[one.counts] for one in micro.examples], device=batch.mask.device)
+        losses = torch.where(batch.mask & counts, self.method.loss(batch), 0.0)
         self.gate = batch.weight
         share_of_others = 1 / max(1, self.num_reference)
         shares = torch.where(batch.is_reference, share_of_others, 1 / max(1, batch.num_tokens))
@@ -361,6 +405,9 @@ class Neighbour(train.EGRSD):
         if self.method.marks:
             marked = [example.marked for example in micro.examples]
             batch.marked = pad_sequence(marked, batch_first=True).to(device)
+        if self.method.repairs:
+            planned = [example.planned for example in micro.examples]
+            batch.planned = pad_sequence(planned, batch_first=True).to(device)
         if self.method.margin:
             batch.margin = self.margins[places[0]]
         if self.method.views:
@@ -406,12 +453,13 @@ class Neighbour(train.EGRSD):
                 old.lerp_(new.detach(), 1 - self.s.teacher_decay)
             elif t.step % self.s.teacher_every == 0:
                 old.copy_(new.detach())
-        # the Trainer writes rollouts down; without any, the teacher's solutions are written here
-        if self.has_rollouts and not self.rollouts and t.ranks.rank == 0:
-            records = [{"step": t.step} | one.as_json() for one in self.others[:SAMPLES_PER_STEP]]
+        # the Trainer writes the rollouts down
+        if self.asked and t.ranks.rank == 0:
+            records = [{"step": t.step} | one.as_json() for one in self.asked]
             checkpoint.append_jsonl(t.out / "samples.jsonl", records)
-        if "asked_tokens" in self.figures:
-            self.figures["ask_s"] = t.log.seconds["ask"]
+        for phase in ("ask", "saliency"):
+            if phase in t.log.seconds:
+                self.figures[f"{phase}_s"] = t.log.seconds[phase]
         return self.figures
 
 

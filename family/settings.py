@@ -11,6 +11,10 @@ from support.settings import METHODS as CORE
 from support.settings import Settings
 
 GROUP = 8  # completions per problem of the methods that compare them
+# by flag, the method that has a use for it
+OWNERS = {"gate": "egrsd", "rows": "sft", "keep": "sft", "saliency": "atmanrl"}
+# sampling of TESSY, 2604.14164
+INTERLEAVED = {"ask_temperature": 0.7, "ask_top_p": 0.8, "ask_top_k": 20}
 
 
 @dataclass
@@ -42,15 +46,29 @@ class FamilySettings(Settings):
     )
     rows: str = flag(
         "",
-        "what --method sft learns from: solutions of the data, or those that the teacher writes "
-        "(default: of the data)",
-        choices=("reference", "teacher"),
+        "what --method sft learns from: solutions of the data, those that the teacher writes, or "
+        "those that student and teacher write in turns, as in TESSY, reconstructed (default: of the "
+        "data)",
+        choices=("reference", "teacher", "interleaved"),
+    )
+    keep: str = flag(
+        "",
+        "which written solutions --method sft learns from: all, or those that the verifier accepts "
+        "(default: all)",
+        choices=("all", "correct"),
+    )
+    saliency: str = flag(
+        "",
+        "how --method atmanrl finds the tokens that an answer rests on: with an attention mask, or "
+        "by leaving out a step at a time, which is ours and cheaper (default: mask)",
+        choices=("mask", "steps"),
     )
     teacher_rollouts: int = flag(
         1, "solutions that the teacher writes of each problem, to choose from", least=1
     )
     ask_temperature: float = flag(1.0, "sampling temperature of all texts but rollouts", least=0)
     ask_top_p: float = flag(1.0, "top-p of all texts but rollouts", above=0, most=1)
+    ask_top_k: int = flag(0, "top-k of all texts but rollouts, 0: all", least=0)
 
     ENTRY = "python -m family"
     OTHERS = "docs/family.md has a table of them; --explain says what one is"
@@ -70,6 +88,8 @@ class FamilySettings(Settings):
         method = METHODS[name]
         brought = method.recipe | method.needs
         chosen = preset | given
+        if chosen.get("rows") == "interleaved":
+            brought |= INTERLEAVED
         if method.groups and "rollouts_per_prompt" not in chosen:
             world = environment_number("WORLD_SIZE", 1)
             completions = chosen.get("prompts_per_step", cls.prompts_per_step)
@@ -84,13 +104,18 @@ class FamilySettings(Settings):
 
     @property
     def source(self) -> str:
-        """Which solutions stand beside the rollouts: reference, teacher or none."""
+        """Which solutions stand beside the rollouts: reference, teacher, interleaved or none."""
         return self.rows or self.entry.rows
 
     @property
+    def writes(self) -> bool:
+        """Whether the teacher writes these solutions, or parts of them."""
+        return self.source in ("teacher", "interleaved")
+
+    @property
     def has_teacher(self) -> bool:
-        """Whether a teacher reads or writes."""
-        return self.entry.teacher or self.source == "teacher"
+        """Whether a teacher reads or writes, or a plan is shown."""
+        return self.entry.teacher or self.writes or self.entry.repairs
 
     @property
     def two_views(self) -> bool:
@@ -106,7 +131,7 @@ class FamilySettings(Settings):
                     f"--method {self.method} needs {flag_name(key)} {value}: leave the flag out, "
                     "or choose another method"
                 )
-        for key, owner in (("gate", "egrsd"), ("rows", "sft")):
+        for key, owner in OWNERS.items():
             if getattr(self, key) and self.method != owner:
                 raise InputError(f"--{key}: use it with --method {owner}")
         self.check_context()
@@ -115,9 +140,10 @@ class FamilySettings(Settings):
         """Refuse a --teacher-context that finds nothing to show."""
         context = CONTEXTS[self.teacher_context]
         shown = f"--teacher-context {self.teacher_context}"
-        if context.quoted and not self.entry.rollouts:
-            raise InputError(f"{shown} is about rollouts, --method {self.method} has none")
-        if self.source == "teacher" and self.teacher_context == "label":
+        repairs = self.entry.repairs and self.teacher_context != "plan"
+        if context.quoted and (repairs or not self.entry.rollouts):
+            raise InputError(f"{shown} is about rollouts, --method {self.method} has none to show")
+        if self.writes and self.teacher_context == "label":
             raise InputError(
                 f"--method {self.method} needs a text for every problem, {shown} has none where "
                 "nothing is marked: choose another"

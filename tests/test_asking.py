@@ -17,6 +17,7 @@ from test_family import adapter, arguments, every_other_one_is_correct, metrics
 from test_train import assert_same_run, wait_for
 from tqdm import tqdm
 
+import lora
 import rollout
 import toy
 import train
@@ -242,8 +243,8 @@ def test_the_chosen_solution(tokenizer, monkeypatch, overlap, texts, hint, chose
     """The student's rollout is of b's only; correct goes before alike, and alike counts for some
     methods only."""
 
-    def answers(t, prompts, what, by_teacher):
-        assert by_teacher and prompts == (
+    def answers(t, prompts, what, writer):
+        assert writer == "the teacher" and prompts == (
             ["shown S1"] * 3
             if what == "solutions"
             else [hint and "shown The final answer is \\boxed{7}."]
@@ -269,6 +270,7 @@ def test_the_chosen_solution(tokenizer, monkeypatch, overlap, texts, hint, chose
             method=SimpleNamespace(overlap=overlap),
             note=lambda t, name, values: notes.update({name: values}),
             teacher_prompts=prompts_of,
+            as_teacher=lambda t: "the teacher",
         ),
         tokenizer=tokenizer,
         teacher_prompt=lambda problem, text: "shown " + text,
@@ -280,7 +282,7 @@ def test_the_chosen_solution(tokenizer, monkeypatch, overlap, texts, hint, chose
         "7" in text for text in all_texts
     ]
     assert row.is_reference and row.teacher_prompt == "shown S1" and row.prompt == [3]
-    assert notes["teacher_accuracy"] == [row.correct] == ["7" in row.text]
+    assert row.correct == ("7" in row.text)
 
 
 def test_top_tokens_are_those_of_whole_logits(tiny_toy, tmp_path):
@@ -336,6 +338,10 @@ NEW = {
     "resd": {},
     "trace": {"max-new-tokens": 24},
     "sft": {"rows": "teacher"},
+    "sft, in turns": {"rows": "interleaved"},
+    "sft, in turns, kept": {"rows": "interleaved", "keep": "correct", "teacher-thinking": True},
+    "sort": {},
+    "atmanrl": {},
 }
 
 
@@ -353,10 +359,14 @@ def test_a_resumed_run_is_the_same(tiny_toy, tmp_path, name):
 def test_twenty_steps_with_a_kill_by_one_and_two_processes(tiny_toy, tmp_path, name):
     """Killed without warning while it works, then resumed: by one process the same to the last
     bit."""
-    family_here(*arguments(tiny_toy, tmp_path / "whole", name, steps=20, **NEW[name]))
+    changes = NEW[name]
+    if name == "atmanrl":  # the tiny toy has no reasoning before its boxes
+        changes = {"model": "toy", "data": "toy", "max-new-tokens": 64}
+    name = name.split(",")[0]
+    family_here(*arguments(tiny_toy, tmp_path / "whole", name, steps=20, **changes))
     for world, place in ((1, "one"), (2, "two")):
         out = tmp_path / place
-        flags = arguments(tiny_toy, out, name, steps=20, **NEW[name])
+        flags = arguments(tiny_toy, out, name, steps=20, **changes)
         processes = start_ranks(tmp_path, lab.main, "family", *flags, world=world)
         wait_for((out / "checkpoints" / "step-000006").exists)
         for process in processes:
@@ -382,17 +392,30 @@ def samples(run):
         ("resd", "reflection"),
         ("trace-errors", "marks"),
         ("sft", "solutions"),
+        ("sft, in turns", "turns"),
+        ("sort", "plan"),
     ],
 )
 def test_what_is_asked_for_is_written_down(tiny_toy, tmp_path, name, key):
     out = tmp_path / "run"
-    family_here(*arguments(tiny_toy, out, name, steps=1, **NEW.get(name, {})))
+    changes = NEW.get(name, {})
+    if name == "sort":
+        changes = with_answers(tiny_toy, tmp_path, "-1")
+    family_here(*arguments(tiny_toy, out, name.split(",")[0], steps=1, **changes))
     rows, (row,) = samples(out), metrics(out)
-    assert len(rows) == 4 and all(
-        row["correct"] and key != "solutions" or key in row["asked"] for row in rows
+    if name == "sort":  # rollouts, and the two solutions that plans were asked for
+        assert ["asked" in row for row in rows] == 2 * [True] + 4 * [False]
+        rows = rows[:2]
+        assert all(row["correct"] and row["completion"].startswith("A guess") for row in rows)
+    assert len(rows) in (2, 4) and all(
+        row["correct"] and key in ("reflection", "marks") or key in row["asked"] for row in rows
     )
     assert row["asked_tokens"] > 0 and 0 < row["ask_s"] < row["step_s"]
-    figures = {"solutions": {"teacher_accuracy", "teacher_truncated"}}.get(key, set())
+    figures = {
+        "solutions": {"teacher_accuracy", "teacher_truncated"},
+        "turns": {"teacher_accuracy", "teacher_truncated", "teacher_share"},
+        "plan": {"repaired", "unplanned"},
+    }.get(key, set())
     assert figures <= row.keys() and ("margin" in row) == (name == "pbsd")
     assert ("teacher_likeness" in row) == (name == "brts")
     if name == "brts":
@@ -425,6 +448,20 @@ def with_answers(tiny_toy, tmp_path, answer):
     return {"data": tmp_path / "data.jsonl"}
 
 
+def assert_degenerate_as_declared(name, kind, row):
+    if name.startswith("sft, in turns"):
+        assert row["teacher_accuracy"] == (kind == "all right")
+        assert row["teacher_truncated"] == 1 or kind != "truncated"
+    if name == "sft, in turns, kept":
+        assert (row["grad_norm"] > 0) == (kind == "all right")
+    if name == "sort":  # group rewards are all alike
+        assert row["repaired"] == (kind != "all right") == ("unplanned" in row)
+        assert (row["grad_norm"] > 0) == (kind != "all right")
+    if name == "atmanrl":
+        assert row.get("saliency") == (1 if kind == "all right" else None)
+        assert row["reward"] == (1.5 if kind == "all right" else 0) and row["grad_norm"] == 0
+
+
 @pytest.mark.parametrize("name", NEW)
 @pytest.mark.parametrize(
     "kind", ["all right", "all wrong", pytest.param("truncated", marks=pytest.mark.slow)]
@@ -438,11 +475,16 @@ def test_degenerate_steps(tiny_toy, tmp_path, monkeypatch, name, kind):
         monkeypatch.setattr(
             Rollout, "grade", lambda row, said: vars(row).update(correct=True) or row
         )
-    family_here(*arguments(tiny_toy, tmp_path / "run", name, steps=1, **changes))
+        monkeypatch.setitem(
+            neighbour.SALIENCY, "mask", lambda model, tokenizer, rows: [torch.ones(2)] * len(rows)
+        )
+    method = name.split(",")[0]
+    family_here(*arguments(tiny_toy, tmp_path / "run", method, steps=1, **changes))
     for row in metrics(tmp_path / "run"):
         assert all(math.isfinite(value) for value in row.values())
-        if name != "sft":
+        if method != "sft":
             assert row["accuracy"] == (kind == "all right")
+        assert_degenerate_as_declared(name, kind, row)
         if name in ("pbsd", "brts", "sft"):
             assert row["teacher_accuracy"] == (kind == "all right")
             assert row["teacher_truncated"] == 1 or kind != "truncated"
@@ -463,6 +505,77 @@ def test_unmarked_trace_is_group_grpo(tiny_toy, tmp_path, monkeypatch):
     assert metrics(tmp_path / "trace")[1]["grad_norm"] > 0
     for key, tensor in adapter(tmp_path / "trace", 2).items():
         assert torch.equal(adapter(tmp_path / "grpo-group", 2)[key], tensor)
+
+
+@pytest.mark.parametrize(
+    "answer, plan",
+    [
+        ("Add.\n\n  Subtract. \n", "Add.\nSubtract."),
+        ("<think>Add.</think>\nSubtract.", "Subtract."),
+        ("1\n2\n3\n4\n5\n6\n7", "1\n2\n3\n4\n5"),
+        ("Add.\nSo it is \\boxed{7}.", "Add."),
+        ("\\boxed{7}", ""),
+        ("<think>Add.", ""),
+        (" \n", ""),
+    ],
+)
+def test_plans(tokenizer, answer, plan):
+    row = row_of(tokenizer, "x")
+    contexts.PLAN.take(row, answer, tokenizer)
+    assert row.asked == {"plan": plan}
+    shown = CONTEXTS["plan"].text(row, [], [], None)
+    assert shown == (f"A plan of the solution:\n{plan}" if plan else None)
+
+
+def test_the_base_model_plans_and_only_failed_groups_are_repaired(tiny_toy, tmp_path, monkeypatch):
+    """Of two problems the first was failed by all its rollouts."""
+    grade = every_other_one_is_correct(train.grade_rollouts, from_row=4)
+    monkeypatch.setattr(train, "grade_rollouts", grade)
+    asked, ask = [], asking.ask
+
+    def noting(t, prompts, what, writer=None, *more):
+        asked.append([prompt and t.tokenizer.decode(prompt) for prompt in prompts])
+        layer = next(m for m in t.model.modules() if isinstance(m, lora.LoRALinear))
+        with writer:
+            assert not layer.enabled
+        return ask(t, prompts, what, lora.disabled(t.model), *more)
+
+    monkeypatch.setattr(asking, "ask", noting)
+    t = trainer(tiny_toy, tmp_path, "sort")
+    t.log.bar = tqdm(disable=True)
+    t.out.mkdir(exist_ok=True)
+    problems = t.next_problems()
+    metrics = t.train_step()
+    ((first, second),) = asked
+    assert problems[0].solution in first and "plan of this solution" in first and second is None
+    (row,) = t.objective.others
+    assert row.problem.line == problems[0].line and row.counts
+    assert metrics["repaired"] == 0.5 and "entropy" not in metrics
+
+
+@pytest.mark.parametrize(
+    "name, like, right, answer",
+    [
+        # no group failed
+        ("sort", {"method": "grpo-group"}, 0, "Add."),
+        # no plan can be read
+        ("sort", {"method": "sort", "teacher-context": "none"}, 8, "<think>"),
+    ],
+)
+def test_what_sort_falls_back_to(tiny_toy, tmp_path, monkeypatch, name, like, right, answer):
+    grade = every_other_one_is_correct(train.grade_rollouts, from_row=right)
+    monkeypatch.setattr(train, "grade_rollouts", grade)
+    ids = toy.make_tokenizer().encode(answer)
+
+    def ask(t, prompts, *more):
+        return [prompt and rollout.Completion(ids, [], False) for prompt in prompts]
+
+    monkeypatch.setattr(asking, "ask", ask)
+    for out, changes in (("one", {"method": name}), ("other", like)):
+        family_here(*arguments(tiny_toy, tmp_path / out, "sort", steps=2, **changes))
+    assert metrics(tmp_path / "one")[1]["grad_norm"] > 0
+    for key, tensor in adapter(tmp_path / "one", 2).items():
+        torch.testing.assert_close(adapter(tmp_path / "other", 2)[key], tensor)
 
 
 def test_solved_and_failed_ones_weigh_the_same_in_resd():
@@ -628,7 +741,9 @@ def test_texts_have_no_special_tokens_and_seeds_of_their_own(tiny_toy, tmp_path,
     assert len({0, *asking.SEEDS.values()}) == 1 + len(asking.SEEDS)  # 0: the rollouts'
     t = trainer(tiny_toy, tmp_path, "resd")
     ids = [*t.tokenizer.encode("no carry"), t.tokenizer.eos_token_id]
-    monkeypatch.setattr(asking, "ask", lambda t, prompts, what: [rollout.Completion(ids, [], True)])
+    monkeypatch.setattr(
+        asking, "ask", lambda t, prompts, *more: [rollout.Completion(ids, [], True)]
+    )
     row = Example([1], [], True, t.problems[0], [], "", "8")
     asking.ask_about(t, [row])
     assert row.asked["reflection"] == "no carry"
@@ -651,7 +766,7 @@ def test_what_does_not_fit_is_not_asked(tiny_toy, tmp_path, monkeypatch):
     ]
     asked = []
     monkeypatch.setattr(
-        asking, "ask", lambda t, prompts, what: asked.extend(prompts) or [None] * len(prompts)
+        asking, "ask", lambda t, prompts, *more: asked.extend(prompts) or [None] * len(prompts)
     )
     asking.ask_about(t, rows)
     assert [prompt is not None for prompt in asked] == [True, False]
@@ -672,6 +787,9 @@ def test_explain(name, capsys):
         ([], "5 forward passes"),
         (["--method", "sft"], "3 forward"),
         (["--method", "sft", "--rows", "teacher"], "4 forward"),
+        (["--method", "sft", "--rows", "interleaved"], "4 forward"),
+        (["--method", "sort"], "37 forward"),
+        (["--method", "atmanrl"], "32 forward"),
         (["--method", "grpo"], "4 forward"),
         (["--method", "pbsd"], "12 forward"),
         (["--method", "brts"], "15 forward"),
@@ -743,3 +861,8 @@ def test_settings_of_methods_that_ask():
     flags += ["--model", "m", "--data", "d", "--teacher-context", "answer"]
     s, *_ = lab.parse_arguments(flags)
     assert s.source == "teacher" and s.teacher_rollouts == 3
+    flags = ["--method", "sft", "--rows", "interleaved", "--model", "m", "--data", "d"]
+    s, *_ = lab.parse_arguments(flags)
+    assert (s.ask_temperature, s.ask_top_p, s.ask_top_k) == (0.7, 0.8, 20)
+    s, *_ = lab.parse_arguments([*flags, "--ask-top-k", "5"])
+    assert (s.ask_temperature, s.ask_top_k) == (0.7, 5)

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import partial
 from types import SimpleNamespace
@@ -69,6 +70,7 @@ def make_batch(teacher_logits=None, student_logits=None, **changes):
     entropy = torch.special.entr(log_t.exp()).sum(-1) * mask
     batch = Batch(
         logp=pick(log_s),
+        planned=pick(log_t),
         teacher_logp=pick(log_t),
         entropy=entropy,
         mask=mask,
@@ -325,6 +327,9 @@ FORMULAS = {  # (coefficient, divergence) of a token: one formula of family.md e
     "resd": lambda k: (0.0, times(solved_weight(k) * k.per_completion, clipped_reverse(k))),
     "trace": lambda k: routed(k, k.marked and k.correct, clipped_forward),
     "trace-errors": lambda k: routed(k, k.marked and not k.correct, clipped_reverse_entries),
+    # sqrt(p_0 p_plan)
+    "sort": lambda k: policy(math.exp(k.q[k.y] + k.d / 2) if k.is_reference else k.A),
+    "atmanrl": lambda k: policy(k.A),
 }
 CASES = [*((name, 10) for name in METHODS), ("reopold", 50), ("trace", 25)]
 
@@ -411,14 +416,18 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
     monkeypatch.setattr(
         contexts, "segments", lambda row, _: [range(3), range(3, len(row.token_ids))]
     )
-    monkeypatch.setattr(train, "grade_rollouts", every_other_one_is_correct(train.grade_rollouts))
+    grade = every_other_one_is_correct(train.grade_rollouts, from_row=4 if name == "sort" else 0)
+    monkeypatch.setattr(train, "grade_rollouts", grade)
+    monkeypatch.setitem(
+        neighbour.SALIENCY, "mask", lambda model, tokenizer, rows: [torch.rand(3) for _ in rows]
+    )
     stop = t.tokenizer.eos_token
     marks = [t.tokenizer.encode(f"Segments: {i % 4 // 2}, 7. Kind: idea{stop}") for i in range(8)]
     monkeypatch.setattr(
         asking,
         "ask",
-        lambda t, prompts, what, **more: (
-            ask(t, prompts, what, **more)
+        lambda t, prompts, what, *more: (
+            ask(t, prompts, what, *more)
             if (what != "marks")
             else [
                 p and rollout.Completion(ids, [], True)
@@ -430,7 +439,9 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
     t.step, t.objective.numbers["median_entropies"] = step, [0.0] * 5
     metrics = t.train_step()
     t.model.eval()
-    with torch.no_grad(), t.objective.as_teacher(t):
+    # the student reads plans
+    reader = nullcontext() if name == "sort" else t.objective.as_teacher(t)
+    with torch.no_grad(), reader:
         log_ts = [
             whole_logits(t.model, prompt, row)
             for prompt, row in zip(t.objective.teacher_prompts(t, rows), rows, strict=True)
@@ -469,7 +480,7 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
                 row.correct,
                 row.is_reference,
                 step=step,
-                shown=row.has_context,
+                shown=row.has_context or name == "sort",
                 per_completion=(num_reference if row.is_reference else num_tokens) / (n * T),
                 log_r=log_r.tolist(),
                 views=z,
@@ -501,10 +512,10 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
         )
 
 
-def every_other_one_is_correct(grade):
+def every_other_one_is_correct(grade, from_row=0):
     def graded(tokenizer, rows):
         for i, row in enumerate(grade(tokenizer, rows)):
-            row.correct = i % 2 == 0
+            row.correct = i % 2 == 0 and i >= from_row
         return rows
 
     return graded
@@ -542,6 +553,8 @@ def test_the_table_of_methods_is_complete():
         "resd",
         "trace",
         "trace-errors",
+        "sort",
+        "atmanrl",
     }
     for m in METHODS.values():
         assert "Grade " in " ".join(inspect.getdoc(m.loss).split()) and m.summary
@@ -912,6 +925,19 @@ def test_groups_are_shared_by_all_processes(monkeypatch):
             "leaves no difference",
         ),
         (["--gate", "two-view"], "use it with --method egrsd"),
+        (["--keep", "correct"], "use it with --method sft"),
+        (["--method", "sort", "--saliency", "mask"], "use it with --method atmanrl"),
+        (["--method", "sort", "--advantage", "running"], "needs --advantage group"),
+        (["--method", "sort", "--teacher-context", "peer"], "is about rollouts"),
+        (["--method", "sort", "--teacher-context", "reflection"], "is about rollouts"),
+        (
+            ["--method", "sft", "--rows", "teacher", "--teacher-context", "plan"],
+            "is about rollouts",
+        ),
+        (
+            ["--method", "sft", "--rows", "interleaved", "--teacher-context", "label"],
+            "is about rollouts",
+        ),
         (["--method", "egrds"], "--method"),
     ],
 )
@@ -972,8 +998,9 @@ def test_every_method_trains(tiny_toy, tmp_path, name):
     # no peer is correct, or all rewards are alike
     assert rows[1]["grad_norm"] > 0 or METHODS[name].groups
     derived = json.loads((tmp_path / "run" / "config.json").read_text())["derived"]
+    solutions = 2 if METHODS[name].groups else 8  # one for each problem
     assert derived["completions_per_step"] == (
-        16 if METHODS[name].rollouts and METHODS[name].rows else 8
+        8 + solutions * bool(METHODS[name].rollouts and METHODS[name].rows)
     )
 
 

@@ -13,6 +13,8 @@ family's papers.
                   the next --window tokens? What the lookahead adds is `change`, CL-EGRSD's gate minus EGRSD's
     branches      force every token that the teacher proposes on correct solutions, let the student go on, count correct
                   ends; AUROC of position, H, lookahead H and |d| for places where all branches fail      2605.21606
+    saliency      --saliency N: on which tokens the answers of N correct solutions rest, found with a mask and by
+                  leaving out steps (family/saliency.py); by kind, and AUROC of H, |d|, gates for them       2604.16158
 
 --out gets diagnostics.json and tokens.jsonl, with a record of all values by token for each
 solution. experiments.report makes a page of tokens.jsonl. The student is the model with --adapter,
@@ -38,6 +40,7 @@ import rollout
 import teacher
 import toy
 from family.divergences import per_token_divergence
+from family.saliency import SALIENCY
 from support.checkpoint import append_jsonl, write_json
 from support.data import Problem, load_adapter, load_model, load_problems
 from support.distributed import Ranks
@@ -70,6 +73,8 @@ MARKERS = (
     "check",
 )
 PREDICTORS = ("position", "entropy", "lookahead", "|d|")  # of unreliable positions
+MEASURES = tuple(f"by_{name}" for name in SALIENCY)  # of saliency
+KNOWING = (*PREDICTORS, "gate", "cl_gate", *MEASURES)  # of tokens on which an answer rests
 AVERAGED = ("entropy", "normalised", "|d|", "gate", "cl_gate", "change")  # of groups of tokens
 REGIMES = (
     "certain, then certain",
@@ -131,6 +136,9 @@ class DiagnosticsSettings(ReadingSettings):
         0.2, "share of the largest H from which a token is uncertain, for the regimes", least=0
     )
     branches: int = flag(100, "positions for branch viability, drawn at random, 0: none", least=0)
+    saliency: int = flag(
+        0, "correct solutions for which to find the tokens that the answer rests on", least=0
+    )
     teacher_samples: int = flag(
         0, "solutions per problem that the teacher writes, for its own accuracy, 0: none", least=0
     )
@@ -313,14 +321,14 @@ def summarise(rollouts, values):
     }
 
 
-def averages(flat, key, names):
+def averages(flat, key, names, averaged=AVERAGED):
     """By name of a group: its share of the tokens, and what is averaged over it. flat[key] has the
     numbers of the groups."""
     groups = {}
     for k, name in enumerate(names):
         found = flat[key] == k
         groups[name] = {"share": found.float().mean().item()}
-        for value in AVERAGED:
+        for value in averaged:
             groups[name][value] = flat[value][found].mean().item() if found.any() else None
     return groups
 
@@ -403,6 +411,47 @@ def branch_viability(model, tokenizer, s, rollouts, values, hidden):
     }
 
 
+# ---- saliency
+
+
+def measure_saliency(model, tokenizer, s, rollouts, values):
+    """Put `by_mask` and `by_steps` [B, T] into values, nan where nothing was measured, and summarise
+    them."""
+    chosen = [i for i, r in enumerate(rollouts) if r.correct][: s.saliency]
+    print(f"saliency of {len(chosen)} correct solutions", file=sys.stderr)
+    for name, measure in SALIENCY.items():
+        numbers = torch.full_like(values["entropy"], torch.nan)
+        found = measure(model, tokenizer, [rollouts[i] for i in chosen])
+        for i, own in zip(chosen, found, strict=True):
+            numbers[i, : len(own)] = own
+        values[f"by_{name}"] = numbers
+    measured = numbers.isfinite()
+    result = {"solutions": len(chosen), "tokens": measured.sum().item()}
+    for name in MEASURES if measured.any() else ():
+        flat = {key: value[measured] for key, value in values.items()}
+        by_solution = [{k: v[i][measured[i]].numpy() for k, v in values.items()} for i in chosen]
+        result[name] = {
+            "kinds": averages(flat, "kind", egrsd.KINDS, (name, "gate", "cl_gate")),
+            "auroc": {key: knows(by_solution, key, name) for key in KNOWING},
+        }
+    return result
+
+
+def knows(solutions, key, name):
+    """AUROC of `key` for the tokens of a solution whose saliency `name` is above its median: [mean over
+    solutions, low, high], with the 95 % interval of the mean. Solutions with tokens of one kind only
+    do not count; None if fewer than two are left."""
+    found = [
+        auroc(one[key], one[name] > np.median(one[name])) for one in solutions if one[name].size
+    ]
+    found = np.array(found)[np.isfinite(found)]
+    if len(found) < 2:
+        return None
+    mean = found.mean()
+    half = 1.96 * found.std(ddof=1) / len(found) ** 0.5
+    return [mean, mean - half, mean + half]
+
+
 # ---- results
 
 
@@ -423,6 +472,9 @@ def token_records(tokenizer, rollouts, values):
         for name in COLUMNS:
             column = values["cl_gate" if name == "gate" else name][i, : len(r.token_ids)]
             record[name] = [round(x, 4) for x in column.tolist()]
+        for name in values.keys() & MEASURES:
+            column = values[name][i]
+            record[name] = [round(x, 4) for x in column[column.isfinite()].tolist()]
         records.append(record)
     return records
 
@@ -456,6 +508,8 @@ def diagnose(s: DiagnosticsSettings) -> dict:
             result["teacher_accuracy"] = teacher_accuracy(model, tokenizer, s, problems)
         if s.branches:
             result["branches"] = branch_viability(model, tokenizer, s, rollouts, values, hidden)
+        if s.saliency:
+            result["saliency"] = measure_saliency(model, tokenizer, s, rollouts, values)
         write_json(out / "diagnostics.json", {"settings": asdict(s), **result})
         append_jsonl(out / "tokens.jsonl", token_records(tokenizer, rollouts, values))
     # for people, with three decimals

@@ -425,3 +425,47 @@ def test_page_refuses_other_files(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"problem": "p"}\n')
     code, lines, _ = forked(tmp_path, report.main, "v", tmp_path / "other.jsonl")
     assert code == 1 and len(lines) == 1 and "not a tokens.jsonl" in lines[0]
+
+
+def test_saliency_by_kind_and_who_knows_it_against_loops(tiny_toy, tmp_path, monkeypatch):
+    """Made-up saliencies of all tokens but the last: equal to a gate's order, and at random."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rising(model, tokenizer, rollouts):
+        assert all(r.correct for r in rollouts) and len(rollouts) == 5
+        return [torch.arange(len(r.token_ids) - 1.0) / 99 for r in rollouts]
+
+    def at_random(model, tokenizer, rollouts):
+        return [torch.rand(len(r.token_ids) - 1, generator=generator) for r in rollouts]
+
+    monkeypatch.setattr(diagnostics, "SALIENCY", {"mask": rising, "steps": at_random})
+    found = run(tiny_toy, tmp_path / "run", "--branches", 0, "--saliency", 5)["saliency"]
+    lines = (tmp_path / "run" / "tokens.jsonl").read_text().splitlines()
+    chosen = [record for record in map(json.loads, lines) if record["correct"]][:5]
+    assert found["solutions"] == 5 and found["tokens"] == sum(len(x["by_mask"]) for x in chosen)
+    assert found["by_mask"]["auroc"]["position"] == pytest.approx([1, 1, 1])
+    scores = []
+    by_kind = [[], [], []]
+    for record in chosen:
+        values = record["by_steps"]
+        for kind, value in zip(record["kind"], values, strict=False):
+            by_kind[kind].append(value)
+        middle = sorted(values)[(len(values) - 1) // 2 : len(values) // 2 + 1]
+        pairs = list(zip(record["entropy"], values, strict=False))
+        more = [H for H, value in pairs if value > sum(middle) / len(middle)]
+        less = [H for H, value in pairs if value <= sum(middle) / len(middle)]
+        wins = [(a > b) + (a == b) / 2 for a in more for b in less]
+        scores.append(sum(wins) / len(wins))
+    mean, low, high = found["by_steps"]["auroc"]["entropy"]
+    assert mean == pytest.approx(np.mean(scores), abs=1e-3)
+    assert high - mean == pytest.approx(1.96 * np.std(scores, ddof=1) / 5**0.5, abs=1e-2)
+    for kind, values in zip(egrsd.KINDS, by_kind, strict=True):
+        share = found["by_steps"]["kinds"][kind]
+        assert share["share"] == pytest.approx(len(values) / found["tokens"], abs=1e-6)
+        if values:
+            assert share["by_steps"] == pytest.approx(np.mean(values), abs=1e-3)
+
+
+def test_answers_without_reasoning_rest_on_nothing(tiny_toy, tmp_path):
+    found = run(tiny_toy, tmp_path / "run", "--branches", 0, "--saliency", 3)["saliency"]
+    assert found == {"solutions": 3, "tokens": 0}

@@ -110,6 +110,16 @@ VARIANTS = {
     "two-view gate": "--method egrsd --gate two-view",
     "dual gate": "--method egrsd --gate dual",
     "sft, teacher's rows": "--method sft --rows teacher",
+    "sft, interleaved": "--method sft --rows interleaved",
+    "sft, interleaved, correct": "--method sft --rows interleaved --keep correct",
+    "grpo-group, pairs": "--method grpo-group --rollouts-per-prompt 2 --prompts-per-step 16",
+    "sort, pairs": "--method sort --rollouts-per-prompt 2 --prompts-per-step 16",
+    "sort, pairs, empty plan": "--method sort --rollouts-per-prompt 2 --prompts-per-step 16 "
+    "--teacher-context none",
+    "sort, pairs, solution": "--method sort --rollouts-per-prompt 2 --prompts-per-step 16 "
+    "--teacher-context solution",
+    "grpo-group, length reward off": "--method grpo-group --beta-length 0",
+    "atmanrl, steps": "--method atmanrl --saliency steps",
 }
 # Questions by the difference of two rows that answers them. All but `recommended` were asked before
 # the runs were made.
@@ -140,6 +150,11 @@ QUESTIONS = {
     "cl-egrsd - length reward off": "length reward",
     "egrsd - grpo": "whole method",
     "cl-egrsd - grpo": "whole method",
+    "sort - grpo-group": "solutions where all failed",
+    "sort, pairs - grpo-group, pairs": "solutions where all failed",
+    "sort, pairs - sort, pairs, empty plan": "plan",
+    "atmanrl - grpo-group, length reward off": "saliency",
+    "atmanrl - atmanrl, steps": "mask",
 }
 
 

@@ -511,15 +511,17 @@ def decode(model, cache: SlotCache, token: Tensor, position: Tensor, width: int)
     ).logits[:, 0]
 
 
-def attention_masks(model, distance: Tensor) -> Tensor | dict[str, Tensor | None]:
-    """What the model wants as its mask: 0, and -inf where a query does not see a column. distance
+def attention_masks(
+    model, distance: Tensor, scores: Tensor | float = 0.0
+) -> Tensor | dict[str, Tensor | None]:
+    """What the model wants as its mask: `scores`, and -inf where a query does not see a column. distance
     [R, 1, queries, columns]: the position of the query minus that of the column, negative in the
-    future."""
+    future. Gradients flow through the scores."""
     masks = {}
     for kind, window in attention_windows(model).items():
         hidden = (distance < 0) | (distance >= window)
-        mask = torch.zeros_like(hidden, dtype=model.dtype)
-        masks[kind] = mask.masked_fill_(hidden, -torch.inf)
+        mask = torch.zeros_like(hidden, dtype=model.dtype) + scores
+        masks[kind] = mask.masked_fill(hidden, -torch.inf)
     # Models with several kinds of attention want a mask for each kind of layer, or None.
     if len(masks) > 1:
         return masks | dict.fromkeys(STATES)

@@ -432,7 +432,7 @@ def measure_saliency(model, tokenizer, s, rollouts, values):
         by_solution = [{k: v[i][measured[i]].numpy() for k, v in values.items()} for i in chosen]
         result[name] = {
             "kinds": averages(flat, "kind", egrsd.KINDS, (name, "gate", "cl_gate")),
-            "auroc": {key: knows(by_solution, key, name) for key in KNOWING},
+            "auroc": {key: knows(by_solution, key, name) for key in KNOWING if key != name},
         }
     return result
 

@@ -30,7 +30,7 @@ STYLE = set(
 
 @dataclass
 class Draft(Example):
-    """A solution in the making. asked["turns"] gets (writer, text) for every piece."""
+    """A solution in the making. asked["turns"] gets (writer, text) of every piece."""
 
     writer: str = "student"  # whose turn it is
     is_thought: bool = False  # what was said so far is a thought that has no end
@@ -45,25 +45,26 @@ class Draft(Example):
         writer = self.writer
         kept = len(piece.token_ids)
         for start, end, word in [] if self.is_answer else words(tokenizer, piece):
+            said = tokenizer.decode(self.token_ids + piece.token_ids[:end])
+            is_thought = reward.after_thought(said, self.prompt_end) is None
+            if self.is_thought and not is_thought:  # whoever ends it
+                kept = end
+                self.is_answer = True
+                self.writer = "student"
+                break
             is_own = not word or (word in STYLE) == (writer == "student")
             if not is_own and (start or writer == "student"):
                 kept = start
                 self.writer = "teacher" if writer == "student" else "student"
                 break
-            said = tokenizer.decode(self.token_ids + piece.token_ids[:end])
-            was_thought = self.is_thought
-            self.is_thought = reward.after_thought(said, self.prompt_end) is None
-            if was_thought and not self.is_thought:
-                kept = end
-                self.is_answer = True
-                self.writer = "student"
-                break
+            self.is_thought = is_thought
         ids = piece.token_ids[:kept]
         self.token_ids += ids
         self.logprobs += piece.logprobs[:kept]
         self.finished = piece.finished and kept == len(piece.token_ids)
         self.by_teacher += kept * (writer == "teacher")
-        self.asked["turns"].append((writer, tokenizer.decode(ids)))
+        if ids:
+            self.asked["turns"].append((writer, tokenizer.decode(ids)))
 
 
 def words(tokenizer, piece):

@@ -82,12 +82,13 @@ class Answers:
             place = torch.arange(len(ids))
             start = len(one.prompt)
             box = start + box_of(tokenizer, one)
-            rows.append((ids[:box], place[:box], place[:box] >= start))
-            rows[-1] += (ids[box:-1], place[box:-1], ids[box + 1 :])
-        before, columns, is_reasoning, tokens, position, targets = zip(*rows, strict=True)
+            before = (ids[:box], place[:box], place[:box] >= start)
+            rows.append((*before, ids[box:-1], ids[box + 1 :], place[box:-1]))
+        before, columns, is_reasoning, tokens, targets, position = zip(*rows, strict=True)
 
         def together(rows, filler=0):
-            return nn.utils.rnn.pad_sequence(rows, True, filler).to(model.device)
+            padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+            return padded.to(model.device)
 
         self.is_reasoning = together(is_reasoning)  # [B, N]
         self.tokens = together(tokens)  # [B, Q]
@@ -95,8 +96,7 @@ class Answers:
         # padding stands behind everything, where nothing sees it
         self.position = together(position, FAR)
         seen = torch.cat([together(columns, FAR), self.position], 1)  # [B, N + Q]
-        distance = self.position.unsqueeze(2) - seen.unsqueeze(1)
-        self.masks = rollout.attention_masks(model, distance.unsqueeze(1))
+        self.distance = (self.position.unsqueeze(2) - seen.unsqueeze(1)).unsqueeze(1)
         with torch.no_grad():
             cache = rollout.prefill(model, [ids.tolist() for ids in before]).cache
         self.known = [(layer.keys, layer.values) for layer in cache.layers]
@@ -105,15 +105,11 @@ class Answers:
         """-log p of the answers, their sum in nats, if `scores` [B, N] are added to the attention scores
         with which they see what stands before them."""
         scores = nn.functional.pad(scores, (0, self.tokens.shape[1])).to(self.model.dtype)
-        scores = scores[:, None, None]
-        masks = self.masks
-        if isinstance(masks, dict):
-            masks = {kind: mask + scores for kind, mask in masks.items() if mask is not None}
-        else:
-            masks = masks + scores
         logits = self.model(
             input_ids=self.tokens,
-            attention_mask=masks,
+            attention_mask=rollout.attention_masks(
+                self.model, self.distance, scores[:, None, None]
+            ),
             position_ids=self.position,
             past_key_values=DynamicCache(self.known),
         ).logits

@@ -31,7 +31,8 @@ def draft_after(tokenizer, writer, text, finished=False, is_thought=False):
     assert draft.token_ids == ids[: len(draft.token_ids)]
     assert draft.logprobs == logprobs[: len(draft.token_ids)]
     assert draft.by_teacher == (len(ids) and len(draft.token_ids) * (writer == "teacher"))
-    assert draft.asked["turns"] == [(writer, tokenizer.decode(draft.token_ids))]
+    text = tokenizer.decode(draft.token_ids)
+    assert draft.asked["turns"] == [(writer, text)] * bool(text)
     return draft
 
 
@@ -76,12 +77,9 @@ def test_a_stop_token_ends_the_text_if_all_before_it_is_kept(
 
 @pytest.mark.parametrize("writer", PIECES)
 def test_whoever_ends_the_thought_the_student_goes_on(tokenizer, writer):
-    text = "So </think> so 5"
-    draft = draft_after(tokenizer, writer, text, is_thought=True)
-    expected = {"student": "So ", "teacher": "So </think>"}[writer]
-    assert tokenizer.decode(draft.token_ids) == expected
-    assert draft.writer == {"student": "teacher", "teacher": "student"}[writer]
-    assert draft.is_answer == (writer == "teacher")
+    draft = draft_after(tokenizer, writer, "So </think> so 5", is_thought=True)
+    assert tokenizer.decode(draft.token_ids) == "So </think>"
+    assert draft.writer == "student" and draft.is_answer
     # without an open thought its end means nothing
     assert draft_after(tokenizer, "teacher", "5 </think> 7").writer == "teacher"
 

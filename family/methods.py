@@ -167,8 +167,9 @@ def sft(batch: Batch) -> Tensor:
     """-log p_theta(s*_t) on the reference solution s* and a stop token. Grade P. With --rows
     teacher, s* is what the teacher wrote when it was shown the solution (ours). With --rows
     interleaved, student and teacher wrote it in turns: TESSY, 2604.14164, grade P (code), but
-    reconstructed, with a list of words for two classifiers (interleaved.py). --keep correct, ours,
-    leaves out what the verifier rejects."""
+    reconstructed, with a list of words for two classifiers (interleaved.py); each piece costs a
+    prefill, which --explain does not count. --keep correct, ours, leaves out what the verifier
+    rejects."""
     return -batch.logp
 
 
@@ -543,5 +544,7 @@ def atmanrl(batch: Batch) -> Tensor:
     C for the rest.
 
     Ours: 1 - H / C as its words have it, not H / C as printed; the mean, the weight 0.5, no saliency
-    for wrong rollouts. --saliency steps, ours, is a control without a mask."""
+    for wrong rollouts. --saliency steps, ours, is a control without a mask. Costs that --explain does
+    not count: for each correct rollout 200 forward and backward passes of the few tokens from its
+    box on; with steps a pass for each of its sentences."""
     return policy(batch, batch.A)

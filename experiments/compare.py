@@ -110,6 +110,8 @@ VARIANTS = {
     "two-view gate": "--method egrsd --gate two-view",
     "dual gate": "--method egrsd --gate dual",
     "sft, teacher's rows": "--method sft --rows teacher",
+    "sft, teacher's rows, cooler": "--method sft --rows teacher --ask-temperature 0.7 "
+    "--ask-top-p 0.8 --ask-top-k 20",
     "sft, interleaved": "--method sft --rows interleaved",
     "sft, interleaved, correct": "--method sft --rows interleaved --keep correct",
     "grpo-group, pairs": "--method grpo-group --rollouts-per-prompt 2 --prompts-per-step 16",

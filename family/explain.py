@@ -30,7 +30,10 @@ def explain(s: FamilySettings) -> None:
         kind = "fixed" if key in s.entry.needs else "unless a flag says otherwise"
         print(f"it sets {flag_name(key)} {value} ({kind})")
     if s.has_teacher:
-        print(f"the teacher sees: {s.teacher_context}; its weights: {s.teacher_schedule}")
+        reader = "student" if s.entry.repairs else "teacher"
+        print(
+            f"the {reader} is shown: {s.teacher_context}; the teacher's weights: {s.teacher_schedule}"
+        )
     print(
         f"advantage: {s.advantage}; problems a step: {s.prompts_per_step}, rollouts of each: "
         f"{s.rollouts_per_prompt}"
@@ -59,7 +62,7 @@ def cost(s):
     if s.has_teacher and CONTEXTS[s.teacher_context].question:
         passes += 1 if method.repairs else rollouts  # answers about them
     if s.writes:
-        passes += s.teacher_rollouts
+        passes += s.teacher_rollouts if s.source == "teacher" else 1
     if method.overlap:
         passes += rollouts + 1  # read for the likeliest tokens; a solution with the answer shown
     # by the student, which counts three with the backward pass; by the teacher, and once more

@@ -3,13 +3,13 @@
 The teacher, who sees the solution, writes what takes ability. The student writes what is style, so
 that the text stays near its own. The student begins. Whoever writes is asked for a few tokens, a
 piece. The teacher's piece is cut before the first word of style, the student's before the first other
-word. After a cut the other goes on, without one the same writer. What follows a thought is the
-student's alone.
+word. After a cut the other goes on, without one the same writer. A word that the limit breaks off is
+left to the next piece. What follows a thought is the student's alone.
 
 In the source a classifier for each writer, trained on annotated text, says where style begins or ends.
 Ours is a list of words. Also ours: the teacher is the same model, shown the solution; a cut may leave
-nothing of the student's piece, but leaves a word of the teacher's; there is no check for repetition;
-where no thought is opened, the whole text is written in turns.
+nothing of a piece, but then leaves a word of the next; there is no check for repetition; where no
+thought is opened, the whole text is written in turns.
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ class Draft(Example):
     writer: str = "student"  # whose turn it is
     is_thought: bool = False  # what was said so far is a thought that has no end
     is_answer: bool = False  # the thought has ended
+    moved: bool = True  # the last piece left something
     by_teacher: int = 0  # tokens
 
     def is_open(self, most: int) -> bool:
@@ -43,8 +44,9 @@ class Draft(Example):
     def add(self, piece: rollout.Completion, tokenizer) -> None:
         """Take what the writer may keep of a piece, and say who goes on."""
         writer = self.writer
-        kept = len(piece.token_ids)
-        for start, end, word in [] if self.is_answer else words(tokenizer, piece):
+        found = [] if self.is_answer else words(tokenizer, piece)
+        kept = len(piece.token_ids) if piece.finished or not found else found[-1][1]
+        for start, end, word in found:
             said = tokenizer.decode(self.token_ids + piece.token_ids[:end])
             is_thought = reward.after_thought(said, self.prompt_end) is None
             if self.is_thought and not is_thought:  # whoever ends it
@@ -53,7 +55,7 @@ class Draft(Example):
                 self.writer = "student"
                 break
             is_own = not word or (word in STYLE) == (writer == "student")
-            if not is_own and (start or writer == "student"):
+            if not is_own and (start or self.moved):
                 kept = start
                 self.writer = "teacher" if writer == "student" else "student"
                 break
@@ -62,14 +64,16 @@ class Draft(Example):
         self.token_ids += ids
         self.logprobs += piece.logprobs[:kept]
         self.finished = piece.finished and kept == len(piece.token_ids)
+        self.moved = kept > 0
         self.by_teacher += kept * (writer == "teacher")
         if ids:
             self.asked["turns"].append((writer, tokenizer.decode(ids)))
 
 
 def words(tokenizer, piece):
-    """(first token, end, word in small letters) of every word of a piece, without a stop token. The
-    word is "" where there is nothing but space and punctuation."""
+    """(first token, end, word in small letters) of every word of a piece, without a stop token, and
+    without a last word that may go on, unless it is the only one. The word is "" where there is
+    nothing but space and punctuation."""
     texts = pieces(tokenizer, piece.token_ids[: len(piece.token_ids) - piece.finished])
     found = []
     start = 0
@@ -78,7 +82,8 @@ def words(tokenizer, piece):
             word = "".join(texts[start:end]).strip(" \n\t.,;:!?-").lower()
             found.append((start, end, word))
             start = end
-    return found
+    goes_on = not piece.finished and not texts[-1][-1:].isspace()
+    return found[:-1] if goes_on and len(found) > 1 else found
 
 
 def solutions(t, problems):

@@ -513,7 +513,7 @@ def trace_errors(batch: Batch) -> Tensor:
     rows="reference",
     repairs=True,
     teacher=False,
-    needs={"advantage": "group"},
+    needs={"advantage": "group", "teacher_thinking": None},
     recipe={"teacher_context": "plan"},
 )
 def sort(batch: Batch) -> Tensor:

@@ -168,21 +168,16 @@ class Neighbour(train.EGRSD):
         if self.source == "reference":
             self.others = [self.reference(t, problem) for problem in problems]
         if self.method.repairs:
-            for i, example in enumerate(self.others):
-                rollouts = self.rollouts[i * self.group :][: self.group]
-                example.counts = not any(one.correct for one in rollouts)
-                example.teacher_prompt = None  # made once there is a plan
-            self.note(t, "repaired", [example.counts for example in self.others])
+            self.count_failed(t)
         if self.context.question:
             asking.ask_about(t, self.others if self.method.repairs else self.rollouts)
         self.others += self.written(t, problems)
         self.asked = [one for one in self.others if one.asked][:SAMPLES_PER_STEP]
-        # a rank needs an example of each kind, if only for nothing
-        self.others = [one for one in self.others if one.counts] or self.others[:1]
         if self.method.repairs:
-            planned = t.read(self.teacher_prompts(t, self.others), self.others).logp.cpu()
-            for example, logp in zip(self.others, planned, strict=True):
-                example.planned = logp[: len(example.token_ids)]
+            self.read_plans(t)
+        counted = [one for one in self.others if one.counts]
+        # a rank needs an example
+        self.others = counted if counted or self.rollouts else self.others[:1]
         for place, example in enumerate(self.rollouts + self.others):
             example.place = place
         correct = sum(example.correct for example in self.rollouts)
@@ -190,6 +185,23 @@ class Neighbour(train.EGRSD):
         num_correct, self.num_reference = t.ranks.sum([correct, tokens])
         self.success_rate = num_correct / self.num_completions
         return self.rollouts, self.others
+
+    def count_failed(self, t):
+        """The solutions of problems that a rollout solved do not count."""
+        for i, example in enumerate(self.others):
+            rollouts = self.rollouts[i * self.group :][: self.group]
+            example.counts = not any(one.correct for one in rollouts)
+            example.teacher_prompt = None  # made once there is a plan
+        self.note(t, "repaired", [example.counts for example in self.others])
+
+    def read_plans(self, t):
+        """The student reads the solutions that count, shown their plans."""
+        self.teacher_prompts(t, self.others)  # of all: what is drawn depends on the place
+        counted = [one for one in self.others if one.counts]
+        if counted:
+            planned = t.read([one.teacher_prompt for one in counted], counted).logp.cpu()
+            for example, logp in zip(counted, planned, strict=True):
+                example.planned = logp[: len(example.token_ids)]
 
     def written(self, t, problems):
         """Solutions that the teacher writes, alone or in turns with the student."""
@@ -237,6 +249,7 @@ class Neighbour(train.EGRSD):
             correct=True,
             said=problem.solution,
             answer=problem.answer,
+            prompt_end=teacher.prompt_end(t.tokenizer, self.s.thinking, self.s.date),
             is_reference=True,
             has_context=False,
             teacher_prompt=prompt,
@@ -257,8 +270,9 @@ class Neighbour(train.EGRSD):
         """The text that the teacher is shown for rollout `number` of this rank. Rollouts of one
         problem stand beside each other."""
         example = examples[number]
-        group = examples[number - number % self.group :][: self.group]
-        number += t.ranks.share(self.s.prompts_per_step).start * self.group
+        size = 1 if example.is_reference else self.group
+        group = examples[number - number % size :][:size]
+        number += t.ranks.share(self.s.prompts_per_step).start * size
         rng = np.random.default_rng((self.s.seed, t.step, number, asking.SEEDS["contexts"]))
         correct = []
         failed = []

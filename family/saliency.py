@@ -15,8 +15,6 @@ Nothing before the answer can see the mask. So its keys and values are computed 
 runs the few tokens of the answer through the model, not the rollout.
 """
 
-from bisect import bisect_right
-
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -33,17 +31,15 @@ FACTOR = 10
 UPDATES = 200
 ADAMW = {"lr": 1e-3, "betas": (0.6, 0.9999), "weight_decay": 0.05}
 TOGETHER = 32  # rollouts
-FAR = 2**30  # a position behind all others
+FAR = 2**30  # behind all other places
 
 
 def box_of(tokenizer, one: Rollout) -> int:
     """The number of tokens before the one with which a correct rollout's last box begins."""
-
-    def length(count):
-        return len(tokenizer.decode(one.token_ids[:count]))
-
     start = list(reward.BOX.finditer(one.said))[-1].start()
-    return bisect_right(range(len(one.token_ids)), start, key=length) - 1
+    ids = one.token_ids
+    # the last such number: a character that is not whole yet may be longer than it will be
+    return max(n for n in range(len(ids)) if len(tokenizer.decode(ids[:n])) <= start)
 
 
 def by_mask(model, tokenizer, rollouts: list[Rollout]) -> list[Tensor]:
@@ -93,9 +89,9 @@ class Answers:
         self.is_reasoning = together(is_reasoning)  # [B, N]
         self.tokens = together(tokens)  # [B, Q]
         self.targets = together(targets, -100)  # which cross_entropy leaves out
-        # padding stands behind everything, where nothing sees it
-        self.position = together(position, FAR)
-        seen = torch.cat([together(columns, FAR), self.position], 1)  # [B, N + Q]
+        self.position = together(position)
+        # padding counts as behind everything, where nothing sees it
+        seen = torch.cat([together(columns, FAR), together(position, FAR)], 1)  # [B, N + Q]
         self.distance = (self.position.unsqueeze(2) - seen.unsqueeze(1)).unsqueeze(1)
         with torch.no_grad():
             cache = rollout.prefill(model, [ids.tolist() for ids in before]).cache

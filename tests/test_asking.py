@@ -553,6 +553,39 @@ def test_the_base_model_plans_and_only_failed_groups_are_repaired(tiny_toy, tmp_
     assert metrics["repaired"] == 0.5 and "entropy" not in metrics
 
 
+def test_a_plan_that_is_an_open_thought_is_none(tiny_toy, tmp_path, monkeypatch):
+    t = trainer(tiny_toy, tmp_path, "sort", thinking=True)
+    monkeypatch.setattr(neighbour.teacher, "prompt_end", lambda *_: "<think>\n")
+    row = t.objective.reference(t, t.problems[0])
+    contexts.PLAN.take(row, "I add 7 and", t.tokenizer)
+    assert row.asked == {"plan": ""}
+    contexts.PLAN.take(row, "I add.</think>Add.", t.tokenizer)
+    assert row.asked == {"plan": "Add."}
+
+
+@pytest.mark.parametrize("context", ["plan", "other"])
+def test_solutions_shown_depend_on_the_problem_s_place_only(tiny_toy, tmp_path, context):
+    """Not on how many of the rank's problems before it were solved, nor on the rank."""
+    t = trainer(tiny_toy, tmp_path, "sort", **{"teacher-context": context, "prompts-per-step": 4})
+    found = []
+    for first, failed in ((0, {0, 1, 2, 3}), (0, {2, 3}), (2, {3})):
+        t.ranks.share = lambda n, first=first: range(first, n)
+        n = t.objective
+        n.others = [n.reference(t, problem) for problem in t.problems[first:4]]
+        n.rollouts = [
+            Example([], [], True, PROBLEMS[0], [], correct=i not in failed)
+            for i in range(first, 4)
+            for _ in range(4)
+        ]
+        n.figures = {}
+        n.count_failed(t)
+        assert [one.counts for one in n.others] == [i in failed for i in range(first, 4)]
+        n.read_plans(t)
+        found.append(n.others[-1].teacher_prompt)
+        assert n.others[-1].planned.abs().sum() > 0
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize(
     "name, like, right, answer",
     [

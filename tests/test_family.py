@@ -928,6 +928,7 @@ def test_groups_are_shared_by_all_processes(monkeypatch):
         (["--keep", "correct"], "use it with --method sft"),
         (["--method", "sort", "--saliency", "mask"], "use it with --method atmanrl"),
         (["--method", "sort", "--advantage", "running"], "needs --advantage group"),
+        (["--method", "sort", "--teacher-thinking"], "needs --teacher-thinking None"),
         (["--method", "sort", "--teacher-context", "peer"], "is about rollouts"),
         (["--method", "sort", "--teacher-context", "reflection"], "is about rollouts"),
         (

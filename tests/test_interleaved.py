@@ -20,9 +20,10 @@ def tokenizer():
     return toy.make_tokenizer()
 
 
-def draft_after(tokenizer, writer, text, finished=False, is_thought=False):
+def draft_after(tokenizer, writer, text, finished=False, is_thought=False, moved=True):
     """A draft whose text was empty, after a piece."""
     draft = Draft([], [], False, None, [], writer=writer, is_thought=is_thought)
+    draft.moved = moved
     draft.prompt_end = "<think>\n" if is_thought else ""
     draft.asked["turns"] = []
     ids = tokenizer.encode(text) + [tokenizer.eos_token_id] * finished
@@ -39,31 +40,51 @@ def draft_after(tokenizer, writer, text, finished=False, is_thought=False):
 @pytest.mark.parametrize(
     "writer, text, kept, goes_on",
     [
-        ("student", "hmm perhaps 7+5", "hmm perhaps ", "teacher"),
-        ("student", "hmm, Maybe\nlikely might", None, "student"),
+        ("student", "hmm perhaps 7+5 ", "hmm perhaps ", "teacher"),
+        ("student", "hmm, Maybe\nlikely ", "hmm, Maybe\nlikely ", "student"),
         ("student", "7+5=1", "", "teacher"),
-        ("student", "", None, "student"),
-        ("teacher", "7+5=12. 12+", None, "teacher"),
+        ("teacher", "7+5=12. 12+5 ", "7+5=12. 12+5 ", "teacher"),
         ("teacher", "7+5=12. Wait, 12", "7+5=12. ", "student"),
-        ("teacher", "hmm 7+5=", None, "teacher"),  # a word at least
-        ("teacher", "hmm perhaps 7", "hmm ", "student"),
+        ("teacher", "7+5=12. ... - ! ", "7+5=12. ... - ! ", "teacher"),
+        ("teacher", "hmm perhaps 7", "", "student"),
         ("teacher", "=12. hmm ", "=12. ", "student"),
+        # the last word may go on
+        ("student", "hmm wai", "hmm ", "student"),
+        ("student", "hmm 7+5", "hmm ", "student"),
+        ("teacher", "7+5=12. wai", "7+5=12. ", "teacher"),
+        ("teacher", "7+5=12. 12+", "7+5=12. ", "teacher"),
+        ("teacher", "7+5=12", "7+5=12", "teacher"),
     ],
 )
 def test_a_piece_is_cut_where_the_other_should_write(tokenizer, writer, text, kept, goes_on):
     draft = draft_after(tokenizer, writer, text)
-    assert tokenizer.decode(draft.token_ids) == (text if kept is None else kept)
-    assert draft.writer == goes_on and not draft.finished
+    assert tokenizer.decode(draft.token_ids) == kept
+    assert draft.writer == goes_on and not draft.finished and draft.moved == bool(kept)
+
+
+@pytest.mark.parametrize(
+    "writer, text, kept, goes_on",
+    [
+        ("teacher", "hmm 7+5= ", "hmm 7+5= ", "teacher"),
+        ("teacher", "hmm perhaps 7", "hmm ", "student"),
+        ("student", "7+5=12. hmm ", "7+5=12. hmm ", "student"),
+        ("student", "7+5=12. 12+9= ", "7+5=12. ", "teacher"),
+    ],
+)
+def test_no_two_pieces_in_a_row_leave_nothing(tokenizer, writer, text, kept, goes_on):
+    draft = draft_after(tokenizer, writer, text, moved=False)
+    assert tokenizer.decode(draft.token_ids) == kept and draft.writer == goes_on and draft.moved
 
 
 @pytest.mark.parametrize(
     "writer, text, kept, goes_on",
     [
         ("teacher", "\\boxed{7}", "\\boxed{7}<|im_end|>", None),
+        ("teacher", "7 \\boxed{7}", "7 \\boxed{7}<|im_end|>", None),
         ("student", "", "<|im_end|>", None),
         ("student", "hmm ", "hmm <|im_end|>", None),
         ("student", "hmm 7", "hmm ", "teacher"),
-        ("teacher", "so 7. hmm ", "so 7. ", "student"),
+        ("teacher", "7. hmm ", "7. ", "student"),
     ],
 )
 def test_a_stop_token_ends_the_text_if_all_before_it_is_kept(
@@ -75,13 +96,13 @@ def test_a_stop_token_ends_the_text_if_all_before_it_is_kept(
     assert draft.writer == (goes_on or writer)
 
 
-@pytest.mark.parametrize("writer", PIECES)
-def test_whoever_ends_the_thought_the_student_goes_on(tokenizer, writer):
-    draft = draft_after(tokenizer, writer, "So </think> so 5", is_thought=True)
-    assert tokenizer.decode(draft.token_ids) == "So </think>"
+@pytest.mark.parametrize("writer, word", [("student", "So"), ("teacher", "5")])
+def test_whoever_ends_the_thought_the_student_goes_on(tokenizer, writer, word):
+    draft = draft_after(tokenizer, writer, f"{word} </think> so 5 ", is_thought=True)
+    assert tokenizer.decode(draft.token_ids) == f"{word} </think>"
     assert draft.writer == "student" and draft.is_answer
     # without an open thought its end means nothing
-    assert draft_after(tokenizer, "teacher", "5 </think> 7").writer == "teacher"
+    assert not draft_after(tokenizer, writer, f"{word} </think> so 5 ").is_answer
 
 
 class Half:
@@ -131,7 +152,7 @@ def by_loop(t, problem):
 def test_the_answer_after_a_thought_is_the_student_s(tiny_toy, tmp_path, monkeypatch):
     t = trainer(tiny_toy, tmp_path, "sft", rows="interleaved", **{"max-new-tokens": 40})
     monkeypatch.setattr(interleaved.teacher, "prompt_end", lambda *_: "<think>\n")
-    said = iter(["hmm 7", "5 </think> 7", "It is ", "\\boxed{5}"])
+    said = iter(["hmm 7 ", "5 </think> 7", "It is ", "\\boxed{5}"])
 
     def ask(t, prompts, what, *more):
         if prompts == [None]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +182,35 @@ def test_a_window_hides_what_is_behind_it(tokenizer):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     (slopes,) = torch.autograd.grad(loss, scores)
     assert slopes[0].nonzero().flatten().tolist() == [box - k for k in (3, 2, 1)]
+
+
+def test_rows_do_not_change_each_other_where_rope_looks_at_the_largest_position(
+    tokenizer, rollouts
+):
+    model = tiny_qwen3(
+        vocab_size=len(tokenizer),
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    )
+    together = saliency.by_mask(model, tokenizer, rollouts)
+    for one, values in zip(rollouts, together, strict=True):
+        (alone,) = saliency.by_mask(model, tokenizer, [one])
+        torch.testing.assert_close(values, alone, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("mark", ["\U0001f600", "é", "x"])
+def test_characters_in_several_tokens_do_not_hide_the_box(mark):
+    """An unfinished character is one replacement character for each byte, so the text gets shorter
+    when it is whole."""
+    whole = f"xxxx{mark}\\boxed{{2}}"
+    units = [*whole[:4].encode(), *whole[4:5].encode(), *whole[5:].encode()]
+
+    def decode(ids):
+        text = bytes(ids).decode("utf-8", errors="ignore")
+        return text + "\ufffd" * (len(ids) - len(text.encode()))
+
+    one = Rollout(units, [], True, Problem("", "", "2", 1), []).grade(whole)
+    box = saliency.box_of(SimpleNamespace(decode=decode), one)
+    assert decode(units[box:]) == "\\boxed{2}"
 
 
 def test_states_carry_what_a_mask_cannot_hide(tokenizer):

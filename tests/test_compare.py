@@ -45,7 +45,7 @@ def arguments(tmp_path, *flags):
     return compare.parse_arguments([*paths, *map(str, flags)])
 
 
-RECORDED = ("compare", "compare_asked", "compare_shipped")
+RECORDED = ("compare", "compare_asked", "compare_reconstructed", "compare_shipped")
 
 
 def recorded(name):
@@ -78,8 +78,8 @@ def test_recorded_intervals_and_p_values_are_those_of_today(name):
     assert compare.questions_table(found) == compare.questions_table(results["questions"])
     for new, old in zip(found, results["questions"], strict=True):
         for area in compare.AREAS:
-            assert new[area]["p"] == pytest.approx(old[area]["p"], rel=1e-3, abs=1e-6)
-            assert new[area]["holm"] == pytest.approx(old[area]["holm"], rel=1e-3, abs=1e-6)
+            assert new[area]["p"] == pytest.approx(old[area]["p"], rel=2e-3, abs=1e-6)
+            assert new[area]["holm"] == pytest.approx(old[area]["holm"], rel=2e-3, abs=1e-6)
 
 
 def test_every_run_has_the_same_number_of_rollouts(tmp_path):
@@ -424,6 +424,14 @@ def test_the_recorded_rows_that_need_more_are_those_of_the_documentation():
         if "mean_accuracy" in trained.get(name, {}):
             cells.append(f"{100 * trained[name]['mean_accuracy']['mean']:.1f}")
         assert f"| {' | '.join([name, *cells])} | " in documentation.replace("\n", " ")
+
+
+def test_the_page_of_the_reconstructed_methods_has_the_recorded_numbers():
+    results = recorded("compare_reconstructed")
+    page = (ROOT / "results" / "compare_reconstructed.md").read_text(encoding="utf-8")
+    tables = compare.methods_table(results["rows"]), compare.questions_table(results["questions"])
+    for line in "\n".join(tables).splitlines():
+        assert line in page
 
 
 def recorded_gradients():

@@ -29,11 +29,10 @@ def explain(s: FamilySettings) -> None:
     for key, value in s.bring(s.method, {}, vars(s)).items():
         kind = "fixed" if key in s.entry.needs else "unless a flag says otherwise"
         print(f"it sets {flag_name(key)} {value} ({kind})")
-    if s.has_teacher:
-        reader = "student" if s.entry.repairs else "teacher"
-        print(
-            f"the {reader} is shown: {s.teacher_context}; the teacher's weights: {s.teacher_schedule}"
-        )
+    if s.entry.repairs:
+        print(f"beside the problem the student is shown: {s.teacher_context}")
+    elif s.has_teacher:
+        print(f"the teacher sees: {s.teacher_context}; its weights: {s.teacher_schedule}")
     print(
         f"advantage: {s.advantage}; problems a step: {s.prompts_per_step}, rollouts of each: "
         f"{s.rollouts_per_prompt}"

@@ -16,9 +16,9 @@ in nats. t counts from 1. Where the teacher has nothing to be shown, d = H = 0 a
 
 Every docstring has a grade of evidence. P: read in the paper or in its authors' code. S: second-hand
 notes that quote the equations. C: words only, so the method is reconstructed. What no source gives is
-called ours. Optimizer, LoRA, sampling and
-length reward are those of the run, not of each source. There is no importance ratio and no PPO clip:
-rollouts are used once, so the ratio is 1. docs/family.md says what is left out.
+called ours. Optimizer, LoRA, sampling and length reward are those of the run, not of each source.
+There is no importance ratio and no PPO clip: rollouts are used once, so the ratio is 1.
+docs/family.md says what is left out.
 """
 
 import math

@@ -449,7 +449,7 @@ def knows(solutions, key, name):
         return None
     mean = found.mean()
     half = 1.96 * found.std(ddof=1) / len(found) ** 0.5
-    return [mean, mean - half, mean + half]
+    return [mean, max(0.0, mean - half), min(1.0, mean + half)]
 
 
 # ---- results

@@ -31,18 +31,18 @@ SEEDS = {  # the rollouts have 0
 TOP = 16
 
 
-def ask(t, prompts, what, writer=None, most=None, number=0):
+def ask(t, prompts, what, model_as=None, most=None, turn=0):
     """A completion of each prompt (token ids); None for None. The student writes it, or what the
-    model is inside `writer`; at most `most` tokens, by default --max-new-tokens. What is asked for
-    more than once in a step has a `number`. All ranks ask equally often, each for equally many
-    prompts."""
+    model is inside `model_as`; at most `most` tokens, by default --max-new-tokens. What is asked for
+    more than once in a step has a number, `turn`. All ranks ask equally often, each for equally
+    many prompts."""
     s = t.s
     t.log.begin("ask")
     places = [i for i, prompt in enumerate(prompts) if prompt is not None]
     n = len(prompts)
-    generator = rollout.generator_for_rows((s.seed, t.step, SEEDS[what], number), t.ranks.rank * n)
+    generator = rollout.generator_for_rows((s.seed, t.step, SEEDS[what], turn), t.ranks.rank * n)
     seeds = rollout.row_seeds(generator, n)
-    with writer or nullcontext():
+    with model_as or nullcontext():
         completions = t.until_stopped(
             rollout.sample,
             t.model,
@@ -94,8 +94,8 @@ def ask_about(t, examples):
             prompts.append(question_prompt(t, example))
         else:
             prompts.append(None)
-    writer = lora.disabled(t.model) if question.frozen else None
-    for example, answer in zip(examples, ask(t, prompts, question.name, writer), strict=True):
+    model_as = lora.disabled(t.model) if question.frozen else None
+    for example, answer in zip(examples, ask(t, prompts, question.name, model_as), strict=True):
         if answer:
             question.take(example, said(t.tokenizer, answer), t.tokenizer)
     if question.missing:
@@ -169,8 +169,8 @@ def add_hinted(t, firsts, written):
         hinted = t.teacher_prompt(first.problem, show_answer(first))
         is_solved = any(example.correct for example in candidates)
         prompts.append(None if is_solved else hinted)
-    writer = t.objective.as_teacher(t)
-    completions = ask(t, prompts, "solutions, shown the answer", writer)
+    model_as = t.objective.as_teacher(t)
+    completions = ask(t, prompts, "solutions, shown the answer", model_as)
     for first, candidates, completion in zip(firsts, written, completions, strict=True):
         if completion:
             example = graded(t, first, completion, teacher_thinks(t.s))

@@ -59,6 +59,8 @@ class Example(Rollout):
 
     def as_json(self) -> dict:
         found = super().as_json()
+        if self.is_reference:
+            found["is_reference"] = True
         if self.asked:
             found["asked"] = self.asked
         return found
@@ -111,7 +113,7 @@ def take_reflection(example, answer, tokenizer):
 def segments(example, tokenizer):
     """The lines and sentences of a rollout as ranges of its tokens. A sentence ends in . ! or ?
     before a space. One of fewer than LEAST_SEGMENT tokens goes with the next."""
-    texts = pieces(tokenizer, example.token_ids)
+    texts = token_texts(tokenizer, example.token_ids)
     found = []
     start = 0
     for end, text in enumerate(texts, 1):
@@ -124,7 +126,7 @@ def segments(example, tokenizer):
     return found
 
 
-def pieces(tokenizer, token_ids):
+def token_texts(tokenizer, token_ids):
     """What each token adds to the text of the one before it. Decoded alone, some lose the space before
     them."""
     texts = []

@@ -42,6 +42,8 @@ def explain(s: FamilySettings) -> None:
         f"cost: {cost(s)} forward passes for each problem, {cost(s) / usual:.1f} times EGRSD's "
         f"{usual}: at most, if all texts are equally long; a backward pass counts two"
     )
+    if s.entry.saliency or s.source == "interleaved":
+        print("not in it: what costs besides, see above")
 
 
 def formulas(s):

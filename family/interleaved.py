@@ -6,10 +6,14 @@ piece. The teacher's piece is cut before the first word of style, the student's 
 word. After a cut the other goes on, without one the same writer. A word that the limit breaks off is
 left to the next piece. What follows a thought is the student's alone.
 
+    student asked for 5 tokens     "hmm perhaps 7+5"         kept: "hmm perhaps "      7+5 may go on: student again
+    student                        "7+5=12"                  kept: nothing             7+5=12 is no style: teacher
+    teacher asked for 10 tokens    "7+5=12. wait, 12"        kept: "7+5=12. "          wait is style: student
+
 In the source a classifier for each writer, trained on annotated text, says where style begins or ends.
-Ours is a list of words. Also ours: the teacher is the same model, shown the solution; a cut may leave
-nothing of a piece, but then leaves a word of the next; there is no check for repetition; where no
-thought is opened, the whole text is written in turns.
+Ours is a list of words. Also ours: the teacher is the same model, shown the solution; if a cut leaves
+nothing of a piece, the first word of the next is kept, whatever it is; there is no check for
+repetition; where no thought is opened, the whole text is written in turns.
 """
 
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ import reward
 import rollout
 import teacher
 from family import asking
-from family.contexts import Example, pieces
+from family.contexts import Example, token_texts
 
 PIECES = {"student": 5, "teacher": 10}  # tokens asked for at a time, by writer
 STYLE = set(
@@ -30,7 +34,8 @@ STYLE = set(
 
 @dataclass
 class Draft(Example):
-    """A solution in the making. asked["turns"] gets (writer, text) of every piece."""
+    """A solution in the making. asked["turns"] gets (writer, text) of every piece of
+    which something was kept."""
 
     writer: str = "student"  # whose turn it is
     is_thought: bool = False  # what was said so far is a thought that has no end
@@ -45,7 +50,9 @@ class Draft(Example):
         """Take what the writer may keep of a piece, and say who goes on."""
         writer = self.writer
         found = [] if self.is_answer else words(tokenizer, piece)
-        kept = len(piece.token_ids) if piece.finished or not found else found[-1][1]
+        kept = len(piece.token_ids)
+        if found and not piece.finished:  # without a word that may go on
+            kept = found[-1][1]
         for start, end, word in found:
             said = tokenizer.decode(self.token_ids + piece.token_ids[:end])
             is_thought = reward.after_thought(said, self.prompt_end) is None
@@ -74,7 +81,7 @@ def words(tokenizer, piece):
     """(first token, end, word in small letters) of every word of a piece, without a stop token, and
     without a last word that may go on, unless it is the only one. The word is "" where there is
     nothing but space and punctuation."""
-    texts = pieces(tokenizer, piece.token_ids[: len(piece.token_ids) - piece.finished])
+    texts = token_texts(tokenizer, piece.token_ids[: len(piece.token_ids) - piece.finished])
     found = []
     start = 0
     for end, text in enumerate(texts, 1):
@@ -97,11 +104,11 @@ def solutions(t, problems):
         draft.asked["turns"] = []
     shown = t.objective.teacher_prompts(t, drafts)
     prompts = {"student": [draft.prompt for draft in drafts], "teacher": shown}
-    number = 0
+    turn = 0
     while t.ranks.max(sum(draft.is_open(most) for draft in drafts)):
         for writer in PIECES:
-            write(t, drafts, writer, prompts[writer], number)
-        number += 1
+            write(t, drafts, writer, prompts[writer], turn)
+        turn += 1
     written = []
     for draft in drafts:
         finished = draft.finished and len(draft.token_ids) <= most
@@ -114,16 +121,16 @@ def solutions(t, problems):
     return written
 
 
-def write(t, drafts, writer, prompts, number):
+def write(t, drafts, writer, prompts, turn):
     """A piece of every draft whose turn is that of `writer`."""
     most = t.s.max_new_tokens
     asked = []
     for draft, prompt in zip(drafts, prompts, strict=True):
         is_asked = draft.writer == writer and draft.is_open(most)
         asked.append(prompt + draft.token_ids if is_asked else None)
-    who = t.objective.as_teacher(t) if writer == "teacher" else None
+    model_as = t.objective.as_teacher(t) if writer == "teacher" else None
     tokens = min(PIECES[writer], most)
-    found = asking.ask(t, asked, f"{writer}'s pieces", who, tokens, number)
+    found = asking.ask(t, asked, f"{writer}'s pieces", model_as, tokens, turn)
     for draft, piece in zip(drafts, found, strict=True):
         if piece:
             draft.add(piece, t.tokenizer)

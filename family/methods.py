@@ -158,7 +158,7 @@ def mean_of_completions(batch: Batch, losses: Tensor) -> Tensor:
 
 @method(
     "sft",
-    "supervised: log-likelihood of solutions, no rollouts",
+    "supervised: log-likelihood of solutions, no rollouts; with --rows interleaved TESSY, reconstructed",
     rollouts=False,
     rows="reference",
     teacher=False,
@@ -167,9 +167,8 @@ def sft(batch: Batch) -> Tensor:
     """-log p_theta(s*_t) on the reference solution s* and a stop token. Grade P. With --rows
     teacher, s* is what the teacher wrote when it was shown the solution (ours). With --rows
     interleaved, student and teacher wrote it in turns: TESSY, 2604.14164, grade P (code), but
-    reconstructed, with a list of words for two classifiers (interleaved.py); each piece costs a
-    prefill, which --explain does not count. --keep correct, ours, leaves out what the verifier
-    rejects."""
+    reconstructed, with a list of words for two classifiers (interleaved.py). Costs besides: a prefill
+    for each piece. --keep correct, ours, leaves out what the verifier rejects."""
     return -batch.logp
 
 
@@ -517,14 +516,14 @@ def trace_errors(batch: Batch) -> Tensor:
     recipe={"teacher_context": "plan"},
 )
 def sort(batch: Batch) -> Tensor:
-    """On rollouts c = A. On the reference solution s* of a problem whose rollouts all failed c = w,
-    w = sqrt(p_0 p_plan), the student's probability of s*_t after the problem, and after problem and
-    plan; c is held constant, and the mean is over the tokens of these solutions. 2605.11505. Grade C:
-    words only, a "geometric-mean token weighting" that blends both probabilities.
+    """On rollouts c = A. On the reference solution s* of a problem whose rollouts all failed c =
+    sqrt(p_0 p_plan), p_0 the student's probability of s*_t after the problem, p_plan after problem
+    and plan; the mean is over the tokens of these solutions. 2605.11505. Grade C: words only, a
+    "geometric-mean token weighting" that blends both probabilities.
 
-    Ours: this w, the coefficient 1, the mean, and the plan. The base model writes it, shown the
-    solution, in at most 5 lines without a box. Without a usable plan w = p_0; --teacher-context none
-    does that everywhere. Without a failed group this is grpo-group."""
+    Ours: this c, its factor 1, the mean, and the plan. The base model writes it, shown the solution,
+    in at most 5 lines without a box. Without a usable plan c = p_0; --teacher-context none does that
+    everywhere. Without a failed group this is grpo-group."""
     on_solutions = ((finite(batch.planned) + finite(batch.logp)) / 2).exp()
     return policy(batch, torch.where(batch.is_reference.unsqueeze(-1), on_solutions, batch.A))
 
@@ -543,8 +542,8 @@ def atmanrl(batch: Batch) -> Tensor:
     box, from 0 to 1 (saliency.py). 2604.16158. Grade S for the mask, its optimizer and its constants,
     C for the rest.
 
-    Ours: 1 - H / C as its words have it, not H / C as printed; the mean, the weight 0.5, no saliency
-    for wrong rollouts. --saliency steps, ours, is a control without a mask. Costs that --explain does
-    not count: for each correct rollout 200 forward and backward passes of the few tokens from its
-    box on; with steps a pass for each of its sentences."""
+    Ours: the saliency that its words mean, not the printed one; the mean, the weight 0.5, no saliency
+    for wrong rollouts. --saliency steps, ours, is a control without a mask. Costs besides: for each
+    correct rollout 200 forward and backward passes of the few tokens from its box on; with steps a
+    pass for each of its sentences."""
     return policy(batch, batch.A)

@@ -1,15 +1,17 @@
 """On which tokens of its reasoning does an answer rest? A number from 0 to 1 for every token before
 the box of a correct rollout, --saliency:
 
-    mask    Every token of the reasoning has a number H, at first C. 10 H is added to the attention scores with
-            which the answer looks at it. AdamW changes H, never above 0, to raise the probability of the answer.
-            1 - H / C: how far the token came back. AtManRL, arXiv 2604.16158
+    mask    Every token of the reasoning has a number h, at first START. 10 h is added to the attention scores with
+            which the answer looks at the token. AdamW changes h, never above 0, to raise the probability of the
+            answer. 1 - h / START: how far the token came back, 0 if it did not. AtManRL, arXiv 2604.16158
     steps   the share of the answer's probability that is lost if the token's sentence or line is left out. Ours
 
-The answer is the box and all behind it; its first token, which says that there is an answer, is given.
-The source prints H / C, which is 1 for a token that stays suppressed; its words say the opposite, and
-so do we. Notes on it give C, the factor, the optimizer and the number of updates. Ours: all layers and
-heads have the same mask, and only the answer sees it.
+The mask nearly removes the reasoning at first: exp(-4) = 0.02. The answer is the box and all behind
+it. Its first token is given: it only says that an answer follows.
+
+The source prints h / START, which is 1 for a token that stays suppressed; its words say the opposite,
+and so do we. Notes on it give START, the factor, the optimizer and the number of updates. Ours: all
+layers and heads have the same mask, and only the answer sees it.
 
 Nothing before the answer can see the mask. So its keys and values are computed once, and an update
 runs the few tokens of the answer through the model, not the rollout.
@@ -26,7 +28,7 @@ from family.contexts import segments
 from support.errors import InputError
 from support.sampling import Rollout
 
-C = -0.4
+START = -0.4
 FACTOR = 10
 UPDATES = 200
 ADAMW = {"lr": 1e-3, "betas": (0.6, 0.9999), "weight_decay": 0.05}
@@ -38,12 +40,12 @@ def box_of(tokenizer, one: Rollout) -> int:
     """The number of tokens before the one with which a correct rollout's last box begins."""
     start = list(reward.BOX.finditer(one.said))[-1].start()
     ids = one.token_ids
-    # the last such number: a character that is not whole yet may be longer than it will be
+    # the last such number: the bytes of an unfinished character may count as several characters
     return max(n for n in range(len(ids)) if len(tokenizer.decode(ids[:n])) <= start)
 
 
 def by_mask(model, tokenizer, rollouts: list[Rollout]) -> list[Tensor]:
-    """Of every rollout 1 - H / C after the updates, float32 [tokens before the box]."""
+    """Of every rollout 1 - h / START after the updates, float32 [tokens before the box]."""
     if rollout.has_states(model):
         raise InputError(
             "--saliency mask: layers of this model carry the reasoning past the mask in their states: "
@@ -52,15 +54,15 @@ def by_mask(model, tokenizer, rollouts: list[Rollout]) -> list[Tensor]:
     found = []
     for start in range(0, len(rollouts), TOGETHER):
         answers = Answers(model, tokenizer, rollouts[start : start + TOGETHER])
-        H = (C * answers.is_reasoning).requires_grad_()  # [B, N]
-        optimizer = torch.optim.AdamW([H], **ADAMW)
+        h = (START * answers.is_reasoning).requires_grad_()  # [B, N]
+        optimizer = torch.optim.AdamW([h], **ADAMW)
         for _ in range(UPDATES):
             with torch.enable_grad():
-                loss = answers.loss(FACTOR * H * answers.is_reasoning)
-                (H.grad,) = torch.autograd.grad(loss, H)
+                loss = answers.loss(FACTOR * h * answers.is_reasoning)
+                (h.grad,) = torch.autograd.grad(loss, h)
             optimizer.step()
-            H.data.clamp_(max=0)
-        salient = (1 - H.detach() / C).clamp(min=0)
+            h.data.clamp_(max=0)
+        salient = (1 - h.detach() / START).clamp(min=0)
         for row, is_reasoning in zip(salient, answers.is_reasoning, strict=True):
             found.append(row[is_reasoning].cpu())
     return found
@@ -120,7 +122,7 @@ def by_steps(model, tokenizer, rollouts: list[Rollout]) -> list[Tensor]:
     found = []
     for one in rollouts:
         box = box_of(tokenizer, one)
-        steps = [range(0)]  # leaving it out leaves all
+        steps = [range(0)]  # the first text is the whole one
         for part in segments(one, tokenizer):
             if part.start < box:
                 steps.append(range(part.start, min(part.stop, box)))

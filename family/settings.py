@@ -60,7 +60,7 @@ class FamilySettings(Settings):
     saliency: str = flag(
         "",
         "how --method atmanrl finds the tokens that an answer rests on: with an attention mask, or "
-        "by leaving out a step at a time, which is ours and cheaper (default: mask)",
+        "by leaving out a sentence at a time, which is ours and cheaper (default: mask)",
         choices=("mask", "steps"),
     )
     teacher_rollouts: int = flag(
@@ -142,7 +142,7 @@ class FamilySettings(Settings):
         shown = f"--teacher-context {self.teacher_context}"
         repairs = self.entry.repairs and self.teacher_context != "plan"
         if context.quoted and (repairs or not self.entry.rollouts):
-            raise InputError(f"{shown} is about rollouts, --method {self.method} has none to show")
+            raise InputError(f"{shown} is about rollouts: --method {self.method} shows none")
         if self.writes and self.teacher_context == "label":
             raise InputError(
                 f"--method {self.method} needs a text for every problem, {shown} has none where "

@@ -366,7 +366,8 @@ def test_a_reference_solution_ends_like_a_turn(changed):
     """Even if the chat template has no assistants."""
     place = base_model(changed)
     t = SimpleNamespace(student_prompt=lambda problem: [1])
-    family = SimpleNamespace(s=SimpleNamespace(max_new_tokens=99))
+    settings = SimpleNamespace(max_new_tokens=99, thinking=False, date="")
+    family = SimpleNamespace(s=settings)
     problem = Problem("2+3?", "2+3=5.", "5", 1)
     t.model, t.tokenizer = load_model(str(place), *CPU)
     assert Neighbour.reference(family, t, problem).token_ids[-1] == 2

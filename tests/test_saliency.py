@@ -104,7 +104,7 @@ def test_loss_and_gradient_equal_those_of_whole_sequences(model, tokenizer, roll
 
 
 def test_updates_equal_those_of_adamw_written_out(model, tokenizer, rollouts, monkeypatch):
-    """Numbers from -0.4 on, times 10, never above 0; 1 - H / C at the end. At this rate a number
+    """Numbers from -0.4 on, times 10, never above 0; 1 - h over the first at the end. At this rate a number
     reaches 0, and others stay suppressed."""
     monkeypatch.setattr(saliency, "UPDATES", 4)
     monkeypatch.setitem(saliency.ADAMW, "lr", 0.15)

@@ -111,8 +111,8 @@ class Method:
     full_distributions: bool = False  # batch.divergence is available
     groups: bool = False  # several rollouts per problem
     rollouts: bool = True  # the student samples
-    # every problem brings one more example, its solution in the data ("reference") or one of the
-    # teacher's ("teacher")
+    # every problem brings one more example: its solution in the data ("reference"), one of the
+    # teacher's ("teacher"), or one written in turns ("interleaved")
     rows: str = ""
     # only problems whose rollouts all failed bring it. batch.planned is available: the student reads
     # it once more, after what --teacher-context says

@@ -155,7 +155,7 @@ class Neighbour(train.EGRSD):
 
     def examples(self, t, problems):
         """The step's rollouts, after the student was asked what the teacher's prompts need. And
-        solutions to learn from: those of the data, or one of the teacher's for each problem."""
+        solutions to learn from: those of the data, or written ones."""
         self.figures = Counter()
         # what the last step read need not stay in memory while this one samples
         self.rollouts = []

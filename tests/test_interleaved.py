@@ -205,4 +205,6 @@ def test_a_step_learns_what_was_kept(tiny_toy, tmp_path, monkeypatch):
                 logs += [row[y].item() for row, y in zip(logp, one.token_ids, strict=True)]
         assert step["loss"] == pytest.approx(-sum(logs) / max(1, len(logs)), rel=1e-5)
         assert (step["grad_norm"] > 0) == bool(logs)
+        # the placeholder of a rank on which nothing is right does not change the mean of the others
+        assert t.objective.num_reference == len(logs)
         assert len(samples(t.out)) > 0

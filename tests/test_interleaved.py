@@ -208,3 +208,20 @@ def test_a_step_learns_what_was_kept(tiny_toy, tmp_path, monkeypatch):
         # the placeholder of a rank on which nothing is right does not change the mean of the others
         assert t.objective.num_reference == len(logs)
         assert len(samples(t.out)) > 0
+
+
+def test_every_piece_is_drawn_anew_as_the_source_samples(tiny_toy, tmp_path, monkeypatch):
+    t = trainer(tiny_toy, tmp_path, "sft", rows="interleaved")
+    t.log.bar = tqdm(disable=True)
+    t.objective.figures = {"asked_tokens": 0}
+    seeds, sample = [], rollout.sample
+
+    def noting(*prompts, **how):
+        assert (how["temperature"], how["top_p"], how["top_k"]) == (0.7, 0.8, 20)
+        assert how["max_new_tokens"] in PIECES.values()
+        seeds.extend(how["seeds"])
+        return sample(*prompts, **how)
+
+    monkeypatch.setattr(rollout, "sample", noting)
+    found = interleaved.solutions(t, t.problems[:4])
+    assert len(seeds) == len(set(seeds)) > len(found)

@@ -222,6 +222,7 @@ def test_every_piece_is_drawn_anew_as_the_source_samples(tiny_toy, tmp_path, mon
         seeds.extend(how["seeds"])
         return sample(*prompts, **how)
 
+    monkeypatch.setattr(interleaved, "STYLE", Half())  # so that there are many turns
     monkeypatch.setattr(rollout, "sample", noting)
     found = interleaved.solutions(t, t.problems[:4])
     assert len(seeds) == len(set(seeds)) > len(found)

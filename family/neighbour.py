@@ -221,8 +221,8 @@ class Neighbour(train.EGRSD):
         """Add to the reward of a correct rollout the mean saliency of its reasoning, times a half."""
         t.log.begin("saliency")
         correct = [one for one in self.rollouts if one.correct]
-        with t.autocast():
-            found = SALIENCY[self.s.saliency or "mask"](t.model, t.tokenizer, correct)
+        measure = SALIENCY[self.s.saliency or "mask"]
+        found = t.until_stopped(measure, t.model, t.tokenizer, correct, t.stop.interrupt)
         means = [values.sum().item() / max(1, len(values)) for values in found]
         for one, mean in zip(correct, means, strict=True):
             one.reward += 0.5 * mean

@@ -17,6 +17,8 @@ Nothing before the answer can see the mask. So its keys and values are computed 
 runs the few tokens of the answer through the model, not the rollout.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -44,8 +46,11 @@ def box_of(tokenizer, one: Rollout) -> int:
     return max(n for n in range(len(ids)) if len(tokenizer.decode(ids[:n])) <= start)
 
 
-def by_mask(model, tokenizer, rollouts: list[Rollout]) -> list[Tensor]:
-    """Of every rollout 1 - h / START after the updates, float32 [tokens before the box]."""
+def by_mask(
+    model, tokenizer, rollouts: list[Rollout], check: Callable = lambda: None
+) -> list[Tensor]:
+    """Of every rollout 1 - h / START after the updates, float32 [tokens before the box]. `check` is
+    called before every update; an exception from it ends the work."""
     if rollout.has_states(model):
         raise InputError(
             "--saliency mask: layers of this model carry the reasoning past the mask in their states: "
@@ -57,6 +62,7 @@ def by_mask(model, tokenizer, rollouts: list[Rollout]) -> list[Tensor]:
         h = (START * answers.is_reasoning).requires_grad_()  # [B, N]
         optimizer = torch.optim.AdamW([h], **ADAMW)
         for _ in range(UPDATES):
+            check()
             with torch.enable_grad():
                 loss = answers.loss(FACTOR * h * answers.is_reasoning)
                 (h.grad,) = torch.autograd.grad(loss, h)
@@ -116,11 +122,15 @@ class Answers:
         )
 
 
-def by_steps(model, tokenizer, rollouts: list[Rollout]) -> list[Tensor]:
-    """Of every rollout what is lost without a token's step, float32 [tokens before the box]."""
+def by_steps(
+    model, tokenizer, rollouts: list[Rollout], check: Callable = lambda: None
+) -> list[Tensor]:
+    """Of every rollout what is lost without a token's step, float32 [tokens before the box]. `check` is
+    called before every rollout."""
     model.eval()
     found = []
     for one in rollouts:
+        check()
         box = box_of(tokenizer, one)
         steps = [range(0)]  # the first text is the whole one
         for part in segments(one, tokenizer):

@@ -476,7 +476,9 @@ def test_degenerate_steps(tiny_toy, tmp_path, monkeypatch, name, kind):
             Rollout, "grade", lambda row, said: vars(row).update(correct=True) or row
         )
         monkeypatch.setitem(
-            neighbour.SALIENCY, "mask", lambda model, tokenizer, rows: [torch.ones(2)] * len(rows)
+            neighbour.SALIENCY,
+            "mask",
+            lambda model, tokenizer, rows, check: [torch.ones(2)] * len(rows),
         )
     method = name.split(",")[0]
     family_here(*arguments(tiny_toy, tmp_path / "run", method, steps=1, **changes))

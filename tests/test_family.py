@@ -419,7 +419,9 @@ def test_a_step_equals_plain_logits(tiny_toy, tmp_path, monkeypatch, name, step)
     grade = every_other_one_is_correct(train.grade_rollouts, from_row=4 if name == "sort" else 0)
     monkeypatch.setattr(train, "grade_rollouts", grade)
     monkeypatch.setitem(
-        neighbour.SALIENCY, "mask", lambda model, tokenizer, rows: [torch.rand(3) for _ in rows]
+        neighbour.SALIENCY,
+        "mask",
+        lambda model, tokenizer, rows, check: [torch.rand(3) for _ in rows],
     )
     stop = t.tokenizer.eos_token
     marks = [t.tokenizer.encode(f"Segments: {i % 4 // 2}, 7. Kind: idea{stop}") for i in range(8)]

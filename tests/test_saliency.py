@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import family_here, tiny_hybrid, tiny_qwen3
 import teacher
 import toy
 from family import saliency
+from support import run
 from support.data import Problem, load_model
 from support.errors import InputError
 from support.sampling import Rollout
@@ -244,3 +246,31 @@ def test_correct_rollouts_earn_half_their_mean_saliency(tmp_path, kind):
     found = saliency.SALIENCY[kind](model, tokenizer, [one for _, one in correct])
     for (row, _), values in zip(correct, found, strict=True):
         assert row["reward"] == pytest.approx(1 + values.mean().item() / 2, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", saliency.SALIENCY)
+def test_a_signal_ends_the_work_at_once(tmp_path, monkeypatch, kind):
+    """Not after the step, which may take minutes; the run is resumed from the step before."""
+    out = tmp_path / "run"
+    calls = []
+
+    def interrupt(stop):
+        calls.append(stop)
+        if len(calls) == 3:
+            stop.note(signal.SIGTERM, None)
+        if stop.number:
+            raise run.Interrupted
+
+    def noting(*arguments, f=saliency.SALIENCY[kind]):
+        monkeypatch.setattr(run.StopRequest, "interrupt", interrupt)
+        return f(*arguments[:3], arguments[3].__self__.interrupt)
+
+    monkeypatch.setitem(saliency.SALIENCY, kind, noting)
+    with pytest.raises(SystemExit):
+        family_here(
+            *["--method", "atmanrl", "--saliency", kind, "--preset", "toy", "--steps", "2"],
+            *["--prompts-per-step", "2", "--rollouts-per-prompt", "8", "--eval-data", ""],
+            *["--out", out],
+        )
+    assert len(calls) == 3 and not (out / "model").exists()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000000"]
